@@ -1,0 +1,58 @@
+PYTHON      ?= python3
+EXPERIMENTS ?= mnist
+NB          ?= $(filter-out nbs/_%,$(sort $(wildcard nbs/*.ipynb)))
+
+BIN := .venv/bin
+MIN := $(shell sed -n 's/^min_python *= *//p' settings.ini)
+
+# A backend named outside (Agg, say) would silence every figure that a notebook draws.
+unexport MPLBACKEND
+
+.PHONY: help lab test reproduce notebooks docs clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+# An interrupted install leaves no stamp, so the next make picks it up again.
+.venv/.installed: settings.ini setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:3]; need = tuple(map(int, "$(MIN)".split("."))); \
+	  sys.exit(v < need and "symtele needs Python $(MIN) or newer; $(PYTHON) is %d.%d.%d (choose another: make PYTHON=python$(MIN))" % v)'
+	@echo "Installing symtele and its tools into .venv; the first time takes a few minutes and about 6 GB"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+# JupyterLab refuses to start as root, the usual user of a container, unless told.
+lab: .venv/.installed ## open the notebooks in JupyterLab, at the home page
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/nbs/index.ipynb
+
+# Two notebooks at a time, one thread each: small matrices gain nothing from more.
+test: export OMP_NUM_THREADS := 1
+test: .venv/.installed ## run every notebook as a test, then tests/
+	@echo "== environment"
+	$(BIN)/python -m pip check
+	$(BIN)/python -c 'import sys, torch, symtele; print("Python", sys.version.split()[0], "torch", torch.__version__, "symtele", symtele.__version__)'
+	@echo "== notebooks"
+	$(BIN)/nbdev_test --n_workers 2 --do_print --timing
+	@echo "== tree"
+	$(BIN)/python -m pytest tests --durations 5
+
+reproduce: .venv/.installed ## recompute every experiment into _results and compare with nbs/results (hours; resumes)
+	@set -e; for name in $(EXPERIMENTS); do $(BIN)/python -m symtele.experiments $$name --into _results; done
+
+# A real kernel, so that widgets are saved too. It knows no directives: slow cells run.
+# A saved progress bar is a dead widget under a new random name; what draws one looks at this switch.
+notebooks: export TQDM_DISABLE := 1
+notebooks: .venv/.installed ## run notebooks top to bottom, in place (one: NB=nbs/01_groups.ipynb)
+	$(BIN)/nbdev_export
+	@status=0; for nb in $(NB); do \
+	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace $$nb || { status=1; break; }; \
+	done; $(BIN)/nbdev_clean; exit $$status
+
+docs: .venv/.installed ## build the site into _docs (needs Quarto)
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto, see https://quarto.org; without it, make test checks nbdev's half of the pages" >&2; exit 1; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
+
+clean: ## remove pages, builds and caches; keep .venv and _results
+	rm -rf _docs _proc build dist nbdev.yml .pytest_cache
+	find nbs symtele tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
