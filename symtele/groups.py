@@ -6,13 +6,12 @@
 __all__ = ['rosenbrock', 'booth', 'KINDS', 'ELEMENTS', 'WORDS', 'check_close', 'dot', 'wide', 'Rule', 'Orbit', 'check_element',
            'Chart', 'ellipse', 'rotation_matrix', 'ChartOrbit', 'Rotation', 'check_symmetry', 'Orthogonal', 'Slot',
            'Tap', 'Space', 'Wiring', 'Matrices', 'Diagonals', 'Permutations', 'along', 'transform', 'left_inverse',
-           'run_model', 'layer_inputs', 'Blocks', 'read_batch', 'reader', 'move', 'gram_slope', 'WiredOrbit',
-           'pull_back', 'choose_rule', 'WiredGroup', 'nothing_to_move', 'GL', 'BatchGL', 'Scaling', 'Permutation',
-           'LeastSquares']
+           'run_model', 'layer_inputs', 'Blocks', 'read_batch', 'reader', 'move', 'move_data', 'gram_slope',
+           'WiredOrbit', 'hidden', 'pull_back', 'choose_rule', 'nothing_to_move', 'WiredGroup', 'GL', 'BatchGL',
+           'Scaling', 'Permutation', 'LeastSquares']
 
 # %% ../nbs/01_groups.ipynb #da4b9237
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -56,7 +55,7 @@ class Rule:
     why:str # One sentence for people
 
 # %% ../nbs/01_groups.ipynb #1574bddb
-class Orbit(ABC):
+class Orbit:
     "The points a group reaches from parameters `w`, addressed by flat elements `xi` of shape (size,); nothing is modified"
     start:Tensor|dict # Parameters where the orbit began
     batch:Tensor|None # The batch there, or None
@@ -68,26 +67,17 @@ class Orbit(ABC):
     discrete:bool # True where an element is an int64 permutation
     report:dict # Name of each space -> `Rule`
 
-    @abstractmethod
-    def zero(self)->Tensor: "The identity, shape (size,)"
-    @abstractmethod
-    def inverse(self, xi:Tensor)->Tensor: "The element that undoes `xi` (size,), shape (size,)"
-    @abstractmethod
-    def to(self, xi:Tensor)->'Orbit': "The same orbit seen from `act(xi)`; no forward pass, no factorisation"
-    @abstractmethod
-    def data(self, xi:Tensor, x:Tensor)->Tensor: "Data `x` seen from `act(xi)` (Z22 Alg. 3); the same `x` where the data do not move"
-    @abstractmethod
-    def carry_data(self, x:Tensor)->Tensor: "Data at the start of the orbit, seen from here"
-    @abstractmethod
-    def pull(self, xi:Tensor, c): "J⁻ᵀc: the covector `c` at `w`, seen from `act(xi)` (Z22 Prop. 5.1)"
-    @abstractmethod
-    def draw(self, rng:Generator)->Tensor: "Standard normal coordinates, or a uniform permutation, on the CPU"
-    @abstractmethod
-    def slope_of_pull(self, c)->Tensor: "d‖pull(ξ, c)‖²/dξ at the identity, shape (size,)"
-    @abstractmethod
-    def carry(self, c): "The covector `c` at the start of the orbit, seen from here"
+    def zero(self)->Tensor: "The identity, shape (size,)"; raise NotImplementedError
+    def inverse(self, xi:Tensor)->Tensor: "The element that undoes `xi` (size,), shape (size,)"; raise NotImplementedError
+    def to(self, xi:Tensor)->'Orbit': "The same orbit seen from `act(xi)`; no forward pass, no factorisation"; raise NotImplementedError
+    def data(self, xi:Tensor, x:Tensor)->Tensor: "Data `x` seen from `act(xi)` (Z22 Alg. 3); the same `x` where the data do not move"; raise NotImplementedError
+    def carry_data(self, x:Tensor)->Tensor: "Data at the start of the orbit, seen from here"; raise NotImplementedError
+    def pull(self, xi:Tensor, c): "J⁻ᵀc: the covector `c` at `w`, seen from `act(xi)` (Z22 Prop. 5.1)"; raise NotImplementedError
+    def draw(self, rng:Generator)->Tensor: "Standard normal coordinates, or a uniform permutation, on the CPU"; raise NotImplementedError
+    def slope_of_pull(self, c)->Tensor: "d‖pull(ξ, c)‖²/dξ at the identity, shape (size,)"; raise NotImplementedError
+    def carry(self, c): "The covector `c` at the start of the orbit, seen from here"; raise NotImplementedError
 
-    def act(self, xi:Tensor): 
+    def act(self, xi:Tensor):
         "New parameters, differentiable in `xi` and in the parameters the orbit began with"
         return self.to(xi).w
     def random(self, rng:Generator, norm:float)->Tensor:
@@ -511,7 +501,18 @@ def move(
         if bias in w: out[bias] = (out[bias] if kind=='batch' else 0) + d[:,n]
     return {k: v.to(w[k].dtype) for k,v in transform(out, moves).items()}
 
-# %% ../nbs/01_groups.ipynb #d54ad009
+# %% ../nbs/01_groups.ipynb #450ddec8
+def move_data(
+    blocks:Blocks, # Which spaces move, and how
+    a:dict, # Element by blocks
+    x:Tensor|None, # Data, features last; not modified
+)->Tensor|None: # Data after the move; the same where no space is one of the data
+    "X → gX, for the space of the data (Z22 Alg. 3)"
+    for s,kind in blocks.spaces:
+        if s.data: x = transform({'x': wide(x)}, [(s, kind, a[s.name], [Slot('x', x.ndim-1)])])['x'].to(x.dtype)
+    return x
+
+# %% ../nbs/01_groups.ipynb #d321d6f7
 def gram_slope(
     blocks:Blocks, # Which spaces move, and how
     c:dict, # Covector, names and shapes of the parameters
@@ -526,7 +527,7 @@ def gram_slope(
         out[s.name] = 2*g
     return wide(blocks.join(out))
 
-# %% ../nbs/01_groups.ipynb #eb4ac303
+# %% ../nbs/01_groups.ipynb #b74f5ee9
 @dataclass(frozen=True)
 class WiredOrbit(Orbit):
     "The orbit of a model's parameters under the symmetries in its wiring"
@@ -548,6 +549,8 @@ class WiredOrbit(Orbit):
     def w(self): return move(self.blocks, self.start, self.at, *self.reading)
     @cached_property
     def x(self): return self.carry_data(self.batch)
+    @cached_property
+    def hidden(self): return hidden(self)
     def split(self, xi): check_element(self, xi); return self.blocks.split(xi)
     def join(self, blocks): return self.blocks.join(blocks)
     def zero(self): return self.join(self.blocks.zero()).to(self.join(self.at).device)
@@ -560,14 +563,20 @@ class WiredOrbit(Orbit):
     def pull(self, xi, c, power=1): return pull_back(self.to(xi), self.split(xi), c, power)
     def carry(self, c, power=1): return pull_back(self, self.at, c, power)
     def slope_of_pull(self, c): return gram_slope(self.blocks, c)
-    def data(self, xi, x): return self._data(self.split(xi), x)
-    def carry_data(self, x): return self._data(self.at, x)
-    def _data(self, a, x):
-        for s,kind in self.blocks.spaces:
-            if s.data: x = transform({'x': wide(x)}, [(s, kind, a[s.name], [Slot('x', x.ndim-1)])])['x'].to(x.dtype)
-        return x
+    def data(self, xi, x): return move_data(self.blocks, self.split(xi), x)
+    def carry_data(self, x): return move_data(self.blocks, self.at, x)
 
-# %% ../nbs/01_groups.ipynb #b888b298
+# %% ../nbs/01_groups.ipynb #1d513c0b
+def hidden(
+    orbit:WiredOrbit, # Its wiring must have a model, and the orbit a batch
+)->dict: # Space name -> activations on the batch, samples first, as the layer that reads them gets them
+    "The hidden activations at `orbit.w`: under every group h → g h along the orbit"
+    spaces = [s for s in orbit.wiring.spaces if reader(s) is not None]
+    if orbit.x is None or orbit.wiring.model is None: raise ValueError(f"hidden needs a batch and a wiring with its model, got x = {orbit.x} and model = {orbit.wiring.model}")
+    seen = layer_inputs(orbit.wiring.model, orbit.w, orbit.x, {reader(s) for s in spaces})
+    return {s.name: seen[reader(s)] for s in spaces}
+
+# %% ../nbs/01_groups.ipynb #76546f9a
 def pull_back(
     orbit:WiredOrbit, # Where the covector goes; `orbit.at` is the whole way from the start
     a:dict, # The last move on that way, by blocks
@@ -581,7 +590,7 @@ def pull_back(
     def undo(w): return move(b, w, b.inverse(a), *read_batch(orbit.wiring, b, w, orbit.x, orbit.at))
     return vjp(undo, orbit.w)[1](c)[0]
 
-# %% ../nbs/01_groups.ipynb #76546f9a
+# %% ../nbs/01_groups.ipynb #be461a0c
 def choose_rule(
     prefer:tuple, # Kinds in order of preference
     space:Space, # The space
@@ -600,13 +609,23 @@ def choose_rule(
             if kind=='lsq': return Rule(kind, 'least squares, not exact: for comparison')
             if n<=p+with_bias: return Rule(kind, f"{WORDS[kind]}, exact on this batch: {fits.format('fit into')}")
             why.append(f"no batch action, {fits.format('are more than')}")
-    return Rule('fixed', '; '.join(why+[space.why or f"commutes with {sorted(space.commutes) or 'nothing'}, asked for {list(prefer)}"]))
+        elif kind in ('batch','lsq') and space.why: why.append(space.why)
+    return Rule('fixed', '; '.join(why) or space.why or f"commutes with {sorted(space.commutes) or 'nothing'}, asked for {list(prefer)}")
 
 WORDS = dict(gl='any invertible matrix', batch='any invertible matrix', scale='positive diagonal', perm='permutation')
 
-# %% ../nbs/01_groups.ipynb #7d7116e2
+# %% ../nbs/01_groups.ipynb #1352246e
+def nothing_to_move(name, report, wiring):
+    "The error text for a model that a group cannot move, with what would work"
+    why = '; '.join(f"{k}: {r.why}" for k,r in report.items()) or 'the wiring has no spaces'
+    works = [g for g,k in (('GL',{'gl','scale'}),('Scaling',{'scale'}),('Permutation',{'perm'})) if any(k&s.commutes for s in wiring.spaces)]
+    works += ['BatchGL']*any(s.tap is not None for s in wiring.spaces)
+    what = 'no layer for its batch action' if any(r.kind!='fixed' for r in report.values()) else 'nothing to move'
+    return f"{name} finds {what} ({why}). {'These would move something: '+', '.join(works)+'.' if works else 'No group here moves this model.'}"
+
+# %% ../nbs/01_groups.ipynb #3c26dffc
 @dataclass(frozen=True)
-class WiredGroup(ABC):
+class WiredGroup:
     "A symmetry group of a wired model; unbound until it has a wiring"
     wiring:Wiring|None=None # The model's table; `on` binds it, as `Teleporter` does at its first step
 
@@ -621,13 +640,14 @@ class WiredGroup(ABC):
         if self.wiring is None: raise ValueError(f"{name}() has no wiring yet: use {name}(wire(model, x)), or {name}().on(wiring)")
         if not isinstance(w, dict): raise TypeError(f"{name} moves a dict of parameters by name, got {type(w).__name__}")
         self.wiring.check(w)
-        taps = {s.tap.layer for s in self.wiring.spaces if s.tap and self.taps and not s.commutes&set(self.prefer[:self.prefer.index(self.taps)])}
+        taps = {s.tap.layer for s in self.wiring.spaces if s.tap and self.taps and not ('gl' in self.prefer and 'gl' in s.commutes)}
         if taps and (x is None or self.wiring.model is None): 
             raise ValueError(f"{name} reads activations: it needs the batch x and a wiring with its model, got x = {x if x is None else tuple(x.shape)} and model = {self.wiring.model}")
         rows = layer_inputs(self.wiring.model, w, x, taps) if taps else {}
         report = {s.name: choose_rule(self.prefer, s, rows, w) for s in self.wiring.spaces}
         blocks = Blocks(tuple((s, report[s.name].kind) for s in self.wiring.spaces if report[s.name].kind!='fixed'))
-        if not blocks.spaces: raise ValueError(nothing_to_move(name, report, self.wiring))
+        if not blocks.spaces or self.taps and not any(kind in ('gl',self.taps) for _,kind in blocks.spaces) and not taps:
+            raise ValueError(nothing_to_move(name, report, self.wiring))
         reading = read_batch(self.wiring, blocks, w, x) if taps else ({},{})
         device = next(iter(w.values())).device
         return WiredOrbit(self.wiring, blocks, report, w, x, reading, tree_map(lambda t: t.to(device), blocks.zero()))
@@ -637,14 +657,7 @@ class WiredGroup(ABC):
     @property
     def exact(self): return 'lsq' not in self.prefer
 
-def nothing_to_move(name, report, wiring):
-    "The error text for a model that a group cannot move, with what would work"
-    why = '; '.join(f"{k}: {r.why}" for k,r in report.items()) or 'the wiring has no spaces'
-    works = [g for g,k in (('GL','gl'),('Scaling','scale'),('Permutation','perm')) if any(k in s.commutes for s in wiring.spaces)]
-    works += ['BatchGL']*any(s.tap is not None for s in wiring.spaces)
-    return f"{name} finds nothing to move ({why}). {'These would move something: '+', '.join(works)+'.' if works else 'No group here moves this model.'}"
-
-# %% ../nbs/01_groups.ipynb #1352246e
+# %% ../nbs/01_groups.ipynb #b37f6ddc
 @dataclass(frozen=True)
 class GL(WiredGroup):
     "Invertible matrices where every op on the path is linear, positive diagonals elsewhere: exact on every input (Z22 Prop. 4.2); the default"

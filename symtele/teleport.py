@@ -7,7 +7,7 @@ __all__ = ['tree_map', 'CLOSED', 'ROUNDING', 'OK', 'DRIFT', 'NONFINITE', 'MOMENT
            'loss_of', 'grad_norm', 'lookahead', 'Landscape', 'LinearNorm', 'landscape', 'Stay', 'Random', 'best_of',
            'Sample', 'Grid', 'Ascent', 'drift_bound', 'Teleported', 'readable', 'check_input', 'check_loss', 'teleport',
            'travel', 'Schedule', 'at', 'every', 'first', 'as_schedule', 'keep', 'reset', 'Transport', 'Pull', 'fire',
-           'Teleporter', 'check_teleporter']
+           'Resumable', 'Teleporter', 'check_teleporter']
 
 # %% ../nbs/03_teleport.ipynb #da4b9237
 import inspect, math, time
@@ -502,7 +502,19 @@ def fire(tele, x, y, k):
     return out
 
 # %% ../nbs/03_teleport.ipynb #eb4ac303
-class Teleporter:
+class Resumable:
+    "The saved state of a `Teleporter`"
+    def state_dict(self)->dict:
+        "Everything that decides what the next calls do; no parameters"
+        return dict(k=self.k, left=self.left, fired=sorted(self.fired), rng=self.rng.get_state(), history=[dict(r) for r in self.history])
+    def load_state_dict(self, state:dict):
+        "Go on as the saved one would have"
+        if missing := {'k','left','fired','rng','history'}-set(state): raise ValueError(f"state lacks {sorted(missing)}")
+        self.k,self.left,self.fired,self.history = state['k'],state['left'],set(state['fired']),[dict(r) for r in state['history']]
+        self.rng.set_state(state['rng'])
+
+# %% ../nbs/03_teleport.ipynb #b888b298
+class Teleporter(Resumable):
     "Teleports in an ordinary training loop: call `step(x, y)` before the forward pass"
     def __init__(self,
         model:nn.Module, # Trained elsewhere; accepted moves change its parameters in place, and nothing else
@@ -538,16 +550,8 @@ class Teleporter:
         if out is not None: self.left -= 1
         if k is None: self.k += 1
         return out
-    def state_dict(self)->dict:
-        "Everything that decides what the next calls do; no parameters"
-        return dict(k=self.k, left=self.left, fired=sorted(self.fired), rng=self.rng.get_state(), history=[dict(r) for r in self.history])
-    def load_state_dict(self, state:dict):
-        "Go on as the saved one would have"
-        if missing := {'k','left','fired','rng','history'}-set(state): raise ValueError(f"state lacks {sorted(missing)}")
-        self.k,self.left,self.fired,self.history = state['k'],state['left'],set(state['fired']),[dict(r) for r in state['history']]
-        self.rng.set_state(state['rng'])
 
-# %% ../nbs/03_teleport.ipynb #b74f5ee9
+# %% ../nbs/03_teleport.ipynb #1d513c0b
 def check_teleporter(
     t:Teleporter, # One that has just been made
 ):
