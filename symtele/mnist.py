@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'OPTIMIZERS', 'RATES', 'study', 'experiments', 'Images', 'mnist', 'digits', 'images', 'net', 'watch',
-           'run_one', 'jobs']
+           'run_one', 'jobs', 'last', 'best_rate', 'summary']
 
 # %% ../nbs/08_mnist.ipynb #da4b9237
 import os
@@ -121,7 +121,37 @@ def run_one(
     return {k: list(map(digits6, v)) for k,v in record.items()} | dict(moves=moves)
 
 # %% ../nbs/08_mnist.ipynb #b3f0c7f6
-def jobs(cfg): return [dict(arm=a, optimizer=o, lr=lr, seed=s) for s in cfg['seeds'] for o in cfg['rates'] for lr in cfg['rates'][o] for a in ARMS]
+def jobs(cfg): 
+    "Every arm with every rate of every optimizer, seed by seed"
+    return [dict(arm=a, optimizer=o, lr=lr, seed=s) for s in cfg['seeds'] for o in cfg['rates'] for lr in cfg['rates'][o] for a in ARMS]
 
 study = Experiment('mnist', dict(data='MNIST', hidden=[16,10], batch=20, images=48000, epochs=3, points=4, teleport_epoch=1, batches=4, rates=RATES, seeds=[0,1,2,3,4]), jobs, run_one)
 experiments = [study]
+
+# %% ../nbs/08_mnist.ipynb #bc33ea4e
+def last(rows, **where):
+    "Rows that match, each with the last point of its record"
+    return [{k: v[-1] if isinstance(v, list) and k!='moves' else v for k,v in r.items()} for r in rows if all(r[k]==v for k,v in where.items())]
+
+def best_rate(
+    rows:list, # Rows of the study
+    cfg:dict, # Its settings
+    arm:str, # A key of `ARMS`
+    optimizer:str, # A key of `OPTIMIZERS`
+)->float: # The learning rate with the lowest median of the final validation loss
+    "The tuned rate of one arm, from the same grid for all"
+    return min(cfg['rates'][optimizer], key=lambda lr: median(r['valid_loss'] for r in last(rows, arm=arm, optimizer=optimizer, lr=lr)))
+
+# %% ../nbs/08_mnist.ipynb #0a57cb53
+def summary(
+    rows:list, # Rows of the study
+    arm:str, # A key of `ARMS`
+    optimizer:str, # A key of `OPTIMIZERS`
+    lr:float, # Learning rate
+)->dict: # Medians over seeds at the end, the number that diverged, and the worst drifts over all moves
+    "One line of the table"
+    mine = last(rows, arm=arm, optimizer=optimizer, lr=lr)
+    moves = [m for r in mine for m in r['moves']]
+    worst = lambda a,b: max((abs(m[b]/m[a]-1) for m in moves), default=0.)
+    return dict(arm=arm, optimizer=optimizer, lr=lr, diverged=sum(r['train_loss']==float('inf') for r in mine), refused=sum(not m['accepted'] for m in moves),
+        **{k: median(r[k] for r in mine) for k in ('train_loss','valid_loss','valid_acc','gradients','seconds')}, drift=worst('loss_before','loss_after'), held_out=worst('probe_before','probe_after'))
