@@ -244,6 +244,8 @@ class Orthogonal:
 
     def __post_init__(self):
         A = self.A
+        if not isinstance(A, Tensor): raise TypeError(f"Orthogonal(A) needs a Tensor, got {type(A).__name__}")
+        if not A.isfinite().all(): raise ValueError(f"Orthogonal(A) holds {(~A.isfinite()).sum().item()} values that are nan or infinite")
         if A.ndim!=2 or A.shape[0]!=A.shape[1]: raise ValueError(f"Orthogonal(A) needs a square matrix, got shape {tuple(A.shape)}")
         if not torch.allclose(A, A.T): raise ValueError("Orthogonal(A) needs a symmetric matrix, and A differs from its transpose")
         lam,q = torch.linalg.eigh(wide(A))
@@ -257,7 +259,7 @@ class Orthogonal:
         x:Tensor|None=None, # Handed on to the loss, not used by the action
     )->ChartOrbit:
         "The orbit of `w`: elements as for `Rotation`"
-        if len(self.A)!=len(w): raise ValueError(f"Orthogonal(A) has n = {len(self.A)}, but w has {len(w)} entries")
+        if isinstance(w, Tensor) and len(self.A)!=len(w): raise ValueError(f"Orthogonal(A) has n = {len(self.A)}, but w has {len(w)} entries")
         return Rotation(self.chart).orbit(w, x)
 
 # %% ../nbs/01_groups.ipynb #fb644351

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['tree_map', 'CLOSED', 'ROUNDING', 'OK', 'DRIFT', 'NONFINITE', 'MOMENTS', 'transport', 'Measured', 'measure', 'unwrap',
            'loss_of', 'grad_norm', 'lookahead', 'Landscape', 'LinearNorm', 'landscape', 'Stay', 'Random', 'best_of',
-           'Sample', 'Grid', 'Ascent', 'drift_bound', 'Teleported', 'readable', 'check_input', 'check_loss', 'teleport',
-           'travel', 'Schedule', 'at', 'every', 'first', 'as_schedule', 'keep', 'reset', 'Transport', 'Pull', 'fire',
-           'Resumable', 'Teleporter', 'check_teleporter']
+           'Sample', 'Grid', 'Ascent', 'drift_bound', 'Teleported', 'readable', 'check_tol', 'check_input',
+           'check_loss', 'teleport', 'travel', 'Schedule', 'at', 'every', 'first', 'as_schedule', 'keep', 'reset',
+           'Transport', 'Pull', 'fire', 'Resumable', 'Teleporter', 'check_teleporter']
 
 # %% ../nbs/03_teleport.ipynb #da4b9237
 import inspect, math, time
@@ -287,6 +287,10 @@ def readable(
     try: t.detach().reshape(-1)[:1].tolist(); return True
     except RuntimeError: return False
 
+def check_tol(tol):
+    "Raise unless `tol` is None or a positive number"
+    if tol is not None and not (isinstance(tol, int|float) and 0<tol<math.inf): raise ValueError(f"tol must be positive and finite, got {tol!r}")
+
 def check_input(w, x):
     "Raise unless `w` and `x` are finite tensors that fit together"
     if not isinstance(w, Tensor|dict): raise TypeError(f"w must be a Tensor or a dict of Tensors by name, got {type(w).__name__}")
@@ -346,8 +350,8 @@ def teleport(
 def travel(loss, w, group, x, objective, search, tol, rng):
     "`teleport`, and the orbit at its end, for those who must carry more than the parameters"
     began = time.perf_counter()
-    if not hasattr(group, 'orbit'): raise TypeError(f"group must be a group such as GL(wiring), got {group!r}")
-    if tol is not None and not 0<tol<math.inf: raise ValueError(f"tol must be positive and finite, got {tol}")
+    if isinstance(group, type) or not hasattr(group, 'orbit'): raise TypeError(f"group must be a group such as GL(wiring), got {group!r}")
+    check_tol(tol)
     if tol is None and not group.exact: raise ValueError(f"{type(group).__name__} is not an exact symmetry: say how much drift you allow, teleport(..., tol=...)")
     check_input(w, x)
     f = _Counted(loss)
@@ -359,11 +363,14 @@ def travel(loss, w, group, x, objective, search, tol, rng):
         start = landscape(orbit, f, objective, before.gradient)
         end = search(start, rng or Generator().manual_seed(0))
         if not isinstance(end, Landscape): raise TypeError(f"search must return a landscape, as land.move(xi) does; got {type(end).__name__}")
-        v,there = end.orbit.w,here(end.orbit.x)
+        fine = torch.stack([t.isfinite().all() for t in pytree.tree_leaves((end.orbit.w, end.orbit.x)) if t is not None]).all()
+        usable = lambda new,old: torch.where(fine, new, old) # some losses raise on nan, so none is shown to them
+        v,there = tree_map(usable, end.orbit.w, w),here(None if x is None else usable(end.orbit.x, x))
         after = measure(there, v)
+        after = replace(after, loss=usable(after.loss, math.nan))
         J = [dot(m.gradient, m.gradient) if objective is grad_norm else objective(h, p) for m,h,p in ((before,here(x),w),(after,there,v))]
-        held,fine = (after.loss-before.loss).abs()<=drift_bound(before, after, tol), after.loss.isfinite().all()
-        for t in pytree.tree_leaves(v): fine = fine & t.isfinite().all()
+        J[1] = usable(J[1], math.nan)
+        held,fine = (after.loss-before.loss).abs()<=drift_bound(before, after, tol), fine & after.loss.isfinite().all()
         ok = fine & held.all()
         if not readable(ok): seconds = None
         else:
@@ -480,11 +487,16 @@ def fire(tele, x, y, k):
     "One teleport of `tele`'s model, written in place if it is accepted"
     data = lambda x: x if tele.inputs is None else tele.inputs(x).detach()
     params = {n: p for n,p in tele.model.named_parameters() if p.requires_grad}
+    if not params: raise ValueError(f"model has no trainable parameters: {type(tele.model).__name__} is frozen or empty")
+    if not isinstance(x, Tensor): raise TypeError(f"x must be a Tensor, samples first, got {type(x).__name__}")
+    check_input(params, x)
     rng = Generator(); rng.set_state(tele.rng.get_state())
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         loss,w = loss_of(tele.model, tele.loss_fn, y)
-        group = tele.group
-        if isinstance(group, WiredGroup) and group.wiring is None: group = group.on(wire(tele.model, data(x), inputs=tele.inputs is not None))
+        group,wired = tele.group,tele.wired
+        if isinstance(group, WiredGroup) and group.wiring is None:
+            if wired is None or wired[0]!=set(params): wired = set(params),wire(tele.model, data(x), inputs=tele.inputs is not None) # freezing changes the table
+            group = group.on(wired[1])
         out,end = travel(loss, w, group, data(x), tele.objective, tele.search, tele.tol, rng)
         row = dict(k=k, accepted=bool(out.accepted), reason=out.reason, drift=out.drift.item(), steps=out.steps.item(), evals=out.evals.item(), seconds=out.seconds)
         for name,pair in (('loss', out.loss.reshape(2, -1).sum(1)), ('objective', out.objective)): row |= {f'{name}_before': pair[0].item(), f'{name}_after': pair[1].item()}
@@ -497,7 +509,8 @@ def fire(tele, x, y, k):
             tele.state(tele.optimizer, out, Pull(end, params))
             for n,p in params.items(): p.copy_(out.w[n])
             if map_after is not None: tele.inputs.weight.copy_(map_after)
-    tele.group,tele.rng = group,rng
+            torch.clear_autocast_cache() # an enclosing autocast may hold low-precision copies of the old weights
+    tele.wired,tele.rng = wired,rng
     tele.history.append(row)
     return out
 
@@ -510,8 +523,9 @@ class Resumable:
     def load_state_dict(self, state:dict):
         "Go on as the saved one would have"
         if missing := {'k','left','fired','rng','history'}-set(state): raise ValueError(f"state lacks {sorted(missing)}")
-        self.k,self.left,self.fired,self.history = state['k'],state['left'],set(state['fired']),[dict(r) for r in state['history']]
-        self.rng.set_state(state['rng'])
+        rng = Generator(); rng.set_state(state['rng'].cpu()) # torch.load(map_location=...) may have moved it
+        k,left,fired,history = _step('k', state['k']),_step('left', state['left']),set(state['fired']),[dict(r) for r in state['history']]
+        self.k,self.left,self.fired,self.history,self.rng = k,left,fired,history,rng
 
 # %% ../nbs/03_teleport.ipynb #b888b298
 class Teleporter(Resumable):
@@ -536,6 +550,7 @@ class Teleporter(Resumable):
         self.objective,self.search,self.batches = objective,search,_step('batches', batches, 1)
         self.optimizer,self.state,self.probe,self.inputs,self.tol = optimizer,state,probe,inputs,tol
         self.rng,self.k,self.left,self.fired,self.history = Generator().manual_seed(seed),0,0,set(),[]
+        self.wired = None # the names that were trainable and the wiring made for them, at the last move
         check_teleporter(self)
     def step(self,
         x:Tensor, # One batch, samples first, before `inputs`
@@ -557,8 +572,14 @@ def check_teleporter(
 ):
     "Raise where its parts do not fit together"
     if not isinstance(t.model, nn.Module): raise TypeError(f"model must be an nn.Module, got {type(t.model).__name__}")
+    for name in ('loss_fn','objective','search','state'):
+        part = getattr(t, name)
+        if not callable(part) or name!='loss_fn' and isinstance(part, type): raise TypeError(f"{name} must be a function, or an instance such as Ascent(), got {part!r}")
+    check_tol(t.tol)
+    if t.probe is not None and not (isinstance(t.probe, tuple|list) and len(t.probe)==2): raise TypeError(f"probe must be a batch (x, y), got {t.probe!r}")
+    if t.optimizer is not None and t.state in (reset, transport) and not isinstance(t.optimizer, torch.optim.Optimizer): raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {t.optimizer!r}")
     if t.state is not keep and t.optimizer is None: raise ValueError(f"state={getattr(t.state, '__name__', t.state)} needs the optimizer: Teleporter(..., optimizer=optimizer)")
-    if not hasattr(t.group, 'exact'): raise TypeError(f"group must be a group such as GL(), got {t.group!r}")
+    if isinstance(t.group, type) or not hasattr(t.group, 'exact'): raise TypeError(f"group must be a group such as GL(), got {t.group!r}")
     if hasattr(t.state, 'check'): t.state.check(t.optimizer, t.group)
     if t.inputs is not None and (not isinstance(t.inputs, nn.Linear) or t.inputs.bias is not None or t.inputs.in_features!=t.inputs.out_features):
         raise ValueError(f"inputs must be a square nn.Linear without bias, got {t.inputs}")

@@ -130,7 +130,10 @@ def _trace(model, x):
         raise ValueError(f"wire cannot read {type(model).__name__}.forward: {e}. Models whose forward does not branch on values can be read; for others, write the table by hand: Wiring([Space(...), ...], model)") from e
     class Shapes(fx.Interpreter):
         def run_node(self, node): out = super().run_node(node); node.meta['shape'] = getattr(out, 'shape', None); return out
-    with torch.random.fork_rng(), torch.no_grad(): Shapes(gm).run(x)
+    shapes = Shapes(gm); shapes.extra_traceback = False
+    try:
+        with torch.random.fork_rng(), torch.no_grad(): shapes.run(x)
+    except Exception as e: raise ValueError(f"wire cannot run {type(model).__name__} on x of shape {tuple(x.shape)} and {x.dtype}: {e}") from e
     return gm.graph
 
 # %% ../nbs/02_wiring.ipynb #12c6fc06
