@@ -8,11 +8,11 @@ __all__ = ['FLOPS', 'LOOK', 'STYLE', 'distance', 'Matched', 'count_flops', 'grad
            'draw_curves']
 
 # %% ../nbs/04_experiments.ipynb #da4b9237
-import argparse, importlib, json, math, os, platform, sys, tempfile, time
+import argparse, importlib, json, math, os, platform, time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -125,8 +125,8 @@ def save_run(
     "Write a results file"
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(config=cfg, environment=environment(), rows=rows), indent=None, separators=(',',':')).replace('{"arm"', '\n{"arm"')
-    with tempfile.NamedTemporaryFile('w', dir=path.parent, delete=False) as f: f.write(text+'\n')
-    os.replace(f.name, path)
+    part = path.with_suffix('.part'); part.write_text(text+'\n')
+    os.replace(part, path)
 
 def load_run(
     path, # File to read

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'OPTIMIZERS', 'RATES', 'study', 'experiments', 'Images', 'mnist', 'digits', 'images', 'net', 'watch',
-           'run_one', 'jobs', 'last', 'best_rate', 'summary']
+           'run_one', 'jobs', 'last', 'best_rate', 'summary', 'draw_rates']
 
 # %% ../nbs/08_mnist.ipynb #da4b9237
 import os
@@ -13,10 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import median
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import grad
 from torchvision import datasets
 
 from .experiments import Experiment, Matched, gradient_equivalents, train
@@ -155,3 +155,24 @@ def summary(
     worst = lambda a,b: max((abs(m[b]/m[a]-1) for m in moves), default=0.)
     return dict(arm=arm, optimizer=optimizer, lr=lr, diverged=sum(r['train_loss']==float('inf') for r in mine), refused=sum(not m['accepted'] for m in moves),
         **{k: median(r[k] for r in mine) for k in ('train_loss','valid_loss','valid_acc','gradients','seconds')}, drift=worst('loss_before','loss_after'), held_out=worst('probe_before','probe_after'))
+
+# %% ../nbs/08_mnist.ipynb #5b384ce3
+def draw_rates(
+    rows:list, # Rows of the study
+    cfg:dict, # Its settings
+    look:dict, # arm -> (label, colour, line style)
+)->plt.Figure: # One panel per optimizer
+    "Final validation loss against the learning rate, median and range; runs that diverged are crosses at the top"
+    fig,axes = plt.subplots(1, len(cfg['rates']), figsize=(10,3.6), layout='constrained', sharey=True)
+    top = 1.3
+    for ax,(o,rates) in zip(axes, cfg['rates'].items()):
+        for i,arm in enumerate(dict.fromkeys(r['arm'] for r in rows)):
+            name,colour,ls = look[arm]
+            ends = [[min(r['valid_loss'], top) for r in last(rows, arm=arm, optimizer=o, lr=lr)] for lr in rates]
+            at = [lr*1.04**(i-2) for lr in rates] # side by side, not on top of each other
+            ax.plot(at, [median(e) for e in ends], color=colour, ls=ls, marker='o', ms=4, label=name)
+            ax.vlines(at, [min(e) for e in ends], [max(e) for e in ends], color=colour, lw=1)
+            ax.plot([a for a,e in zip(at, ends) if max(e)==top], [top]*sum(max(e)==top for e in ends), 'x', color=colour, ms=8)
+        ax.set(xscale='log', yscale='log', xlabel='learning rate', title=o)
+    axes[0].set(ylabel=f'validation loss after {cfg["epochs"]} epochs'); axes[-1].legend(loc='upper left')
+    return fig
