@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLOPS', 'LOOK', 'STYLE', 'distance', 'Matched', 'count_flops', 'gradient_equivalents', 'train', 'environment',
            'save_run', 'load_run', 'Experiment', 'complete', 'run_jobs', 'differences', 'reproduce', 'main', 'band',
-           'draw_curves']
+           'log_axis', 'draw_curves']
 
 # %% ../nbs/04_experiments.ipynb #da4b9237
 import argparse, importlib, json, math, os, platform, time
@@ -20,6 +20,7 @@ from statistics import median
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, ScalarFormatter
 from torch import Generator, Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils import _pytree as pytree
@@ -243,6 +244,16 @@ def band(
     cols = list(zip(*curves, strict=True))
     return [median(c) for c in cols], [min(c) for c in cols], [max(c) for c in cols]
 
+def log_axis(
+    ax, # Axis to change, already drawn on
+):
+    "A logarithmic vertical axis with plain numbers where it spans less than two decades"
+    ax.set_yscale('log')
+    lo,hi = ax.get_ylim()
+    if hi<100*lo:
+        ax.yaxis.set_major_formatter(ScalarFormatter())
+        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, .5)) if hi>10*lo else ScalarFormatter())
+
 def draw_curves(
     rows:list, # Rows of an experiment, each with "arm" and the columns below
     x:str, # Column of the horizontal axis, the same for all seeds of an arm; for seconds, the median is taken
@@ -259,6 +270,7 @@ def draw_curves(
                 name,colour,ls = LOOK[arm]
                 mid,lo,hi = band(r[y] for r in mine); at = band(r[x] for r in mine)[0]
                 ax.plot(at, mid, color=colour, ls=ls, label=name); ax.fill_between(at, lo, hi, color=colour, alpha=.12, lw=0)
-            ax.set(xlabel=x, ylabel=label, yscale='log' if y in log else 'linear')
-        axes[0][-1].legend(); fig.suptitle(title)
+            ax.set(xlabel=x, ylabel=label)
+            if y in log: log_axis(ax)
+        fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside lower center', ncols=6); fig.suptitle(title)
     return fig

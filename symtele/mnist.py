@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import datasets
 
-from .experiments import Experiment, Matched, gradient_equivalents, train
+from .experiments import STYLE, Experiment, Matched, gradient_equivalents, log_axis, train
 from .groups import GL, BatchGL, dot, run_model
 from .teleport import Ascent, Stay, Teleporter, at, keep, reset
 
@@ -117,7 +117,7 @@ def run_one(
     cost = gradient_equivalents(tele, data.x[:cfg['batch']], data.y[:cfg['batch']]) if tele else 0.
     record = train(model, F.cross_entropy, opt, epoch, cfg['epochs'], watch(data), tele, cfg['points'], cost)
     digits6 = lambda v: float(f'{v:.6g}') if isinstance(v, float) else v
-    moves = [{k: digits6(m[k]) for k in ('accepted','drift','loss_before','loss_after','objective_before','objective_after','probe_before','probe_after','seconds')} for m in record.pop('moves')]
+    moves = [{k: m[k] for k in ('accepted','drift','loss_before','loss_after','objective_before','objective_after','probe_before','probe_after','seconds')} for m in record.pop('moves')]
     return {k: list(map(digits6, v)) for k,v in record.items()} | dict(moves=moves)
 
 # %% ../nbs/08_mnist.ipynb #b3f0c7f6
@@ -163,7 +163,7 @@ def draw_rates(
     look:dict, # arm -> (label, colour, line style)
 )->plt.Figure: # One panel per optimizer
     "Final validation loss against the learning rate, median and range; runs that diverged are crosses at the top"
-    fig,axes = plt.subplots(1, len(cfg['rates']), figsize=(10,3.6), layout='constrained', sharey=True)
+    with plt.rc_context(STYLE): fig,axes = plt.subplots(1, len(cfg['rates']), figsize=(10,3.8), sharey=True)
     top = 1.3
     for ax,(o,rates) in zip(axes, cfg['rates'].items()):
         for i,arm in enumerate(dict.fromkeys(r['arm'] for r in rows)):
@@ -173,6 +173,7 @@ def draw_rates(
             ax.plot(at, [median(e) for e in ends], color=colour, ls=ls, marker='o', ms=4, label=name)
             ax.vlines(at, [min(e) for e in ends], [max(e) for e in ends], color=colour, lw=1)
             ax.plot([a for a,e in zip(at, ends) if max(e)==top], [top]*sum(max(e)==top for e in ends), 'x', color=colour, ms=8)
-        ax.set(xscale='log', yscale='log', xlabel='learning rate', title=o)
-    axes[0].set(ylabel=f'validation loss after {cfg["epochs"]} epochs'); axes[-1].legend(loc='upper left')
+        ax.set(xscale='log', xlabel='learning rate', title=o); log_axis(ax)
+    axes[0].set(ylabel=f'validation loss after {cfg["epochs"]} epochs')
+    fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=6)
     return fig
