@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOPS', 'LOOK', 'STYLE', 'distance', 'Matched', 'count_flops', 'gradient_equivalents', 'train', 'environment',
-           'save_run', 'load_run', 'Experiment', 'complete', 'run_jobs', 'differences', 'reproduce', 'main', 'band',
-           'log_axis', 'draw_curves']
+           'save_run', 'load_run', 'Experiment', 'differences', 'reproduce', 'band', 'log_axis', 'draw_curves']
 
 # %% ../nbs/04_experiments.ipynb #da4b9237
 import argparse, importlib, json, math, os, platform, time
@@ -158,22 +157,22 @@ class Experiment:
         done = [{k: r[k] for k in j} for r in rows for j in self.jobs(self.config)[:1]]
         todo = [j for j in self.jobs(self.config) if j not in done]
         bar = tqdm(total=len(done)+len(todo), initial=len(done), desc=self.name, leave=False, disable=bool(os.environ.get('TQDM_DISABLE')))
-        for job,row in run_jobs(self.run_one, self.config, todo, workers):
+        for job,row in _run_jobs(self.run_one, self.config, todo, workers):
             rows.append({**job, **row}); save_run(path, self.config, self.sort(rows)); bar.update()
         bar.close()
         return self.sort(rows)
-    def load(self, folder='results')->list: "The rows of the file, complete and made with these settings"; return complete(self, load_run(Path(folder)/f'{self.name}.json', self.config))
+    def load(self, folder='results')->list: "The rows of the file, complete and made with these settings"; return _complete(self, load_run(Path(folder)/f'{self.name}.json', self.config))
     def sort(self, rows): 
         order = [json.dumps(j, sort_keys=True) for j in self.jobs(self.config)]
         return sorted(rows, key=lambda r: order.index(json.dumps({k: r[k] for k in self.jobs(self.config)[0]}, sort_keys=True)))
 
-def complete(e, rows):
+def _complete(e, rows):
     "The rows of an experiment, or an error that counts what is missing"
     if len(rows)<(n := len(e.jobs(e.config))): raise ValueError(f"{e.name}.json has {len(rows)} of {n} jobs; run the experiment again, it goes on from there")
     return rows
 
 # %% ../nbs/04_experiments.ipynb #472b07b9
-def run_jobs(run_one, cfg, jobs, workers):
+def _run_jobs(run_one, cfg, jobs, workers):
     "Pairs of job and result, as they finish; `workers` processes of one thread each, or this one"
     if workers==0:
         for job in jobs: yield job, run_one(cfg, **job)
@@ -217,7 +216,7 @@ def reproduce(
             for i,k,far in diff[:10]: print(f"  {({n: rows[i][n] for n in e.jobs(e.config)[0]})} {k}: {far:.1%}")
     return worse
 
-def main(argv=None):
+def _main(argv=None):
     "Command line of `python -m symtele.experiments`"
     p = argparse.ArgumentParser(prog='python -m symtele.experiments', description=reproduce.__doc__)
     p.add_argument('names', nargs='+', help='modules with experiments, such as mnist')
@@ -226,7 +225,7 @@ def main(argv=None):
     a = p.parse_args(argv)
     print('They differ.' if reproduce(a.names, a.into, a.against) else 'They agree.')
 
-if __name__=='__main__' and '__file__' in globals(): main()
+if __name__=='__main__' and '__file__' in globals(): _main()
 
 # %% ../nbs/04_experiments.ipynb #7719a1c7
 LOOK = { # arm -> (label, colour, line style)

@@ -476,7 +476,9 @@ def read_batch(
         h[s.name],plus[s.name] = rows[reader(s)],p
     return h,plus
 
-def reader(space): 
+def reader(
+    space:Space, # A space of a model
+)->str|None: # Name of a module, None where nothing reads the space
     "The layer that reads a space: it owns the first dual slot"
     return next((t.param.rpartition('.')[0] for t in space.slots if t.dual), None)
 
@@ -617,8 +619,12 @@ def choose_rule(
 WORDS = dict(gl='any invertible matrix', batch='any invertible matrix', scale='positive diagonal', perm='permutation')
 
 # %% ../nbs/01_groups.ipynb #1352246e
-def nothing_to_move(name, report, wiring):
-    "The error text for a model that a group cannot move, with what would work"
+def nothing_to_move(
+    name:str, # Of the group
+    report:dict, # Space name -> `Rule`
+    wiring:Wiring, # The model's table
+)->str: # A sentence that says why, and what would work
+    "The error text for a model that a group cannot move"
     why = '; '.join(f"{k}: {r.why}" for k,r in report.items()) or 'the wiring has no spaces'
     works = [g for g,k in (('GL',{'gl','scale'}),('Scaling',{'scale'}),('Permutation',{'perm'})) if any(k&s.commutes for s in wiring.spaces)]
     works += ['BatchGL']*any(s.tap is not None for s in wiring.spaces)

@@ -121,7 +121,9 @@ def run_one(
     return {k: list(map(digits6, v)) for k,v in record.items()} | dict(moves=moves)
 
 # %% ../nbs/08_mnist.ipynb #b3f0c7f6
-def jobs(cfg): 
+def jobs(
+    cfg:dict, # Settings of the study
+)->list: # One dict of arguments for `run_one` per run
     "Every arm with every rate of every optimizer, seed by seed"
     return [dict(arm=a, optimizer=o, lr=lr, seed=s) for s in cfg['seeds'] for o in cfg['rates'] for lr in cfg['rates'][o] for a in ARMS]
 
@@ -129,8 +131,11 @@ study = Experiment('mnist', dict(data='MNIST', hidden=[16,10], batch=20, images=
 experiments = [study]
 
 # %% ../nbs/08_mnist.ipynb #bc33ea4e
-def last(rows, **where):
-    "Rows that match, each with the last point of its record"
+def last(
+    rows:list, # Rows of the study
+    **where, # Values that must match, such as arm="base"
+)->list: # Rows that match, each with the last point of its record
+    "The ends of some runs"
     return [{k: v[-1] if isinstance(v, list) and k!='moves' else v for k,v in r.items()} for r in rows if all(r[k]==v for k,v in where.items())]
 
 def best_rate(

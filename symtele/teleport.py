@@ -7,7 +7,7 @@ __all__ = ['tree_map', 'CLOSED', 'ROUNDING', 'OK', 'DRIFT', 'NONFINITE', 'MOMENT
            'loss_of', 'grad_norm', 'lookahead', 'Landscape', 'LinearNorm', 'landscape', 'Stay', 'Random', 'best_of',
            'Sample', 'Grid', 'Ascent', 'drift_bound', 'Teleported', 'readable', 'check_tol', 'check_input',
            'check_loss', 'teleport', 'travel', 'Schedule', 'at', 'every', 'first', 'as_schedule', 'keep', 'reset',
-           'Transport', 'Pull', 'fire', 'Resumable', 'Teleporter', 'check_teleporter']
+           'Transport', 'Pull', 'Resumable', 'Teleporter', 'check_teleporter']
 
 # %% ../nbs/03_teleport.ipynb #da4b9237
 import inspect, math, time
@@ -287,11 +287,16 @@ def readable(
     try: t.detach().reshape(-1)[:1].tolist(); return True
     except RuntimeError: return False
 
-def check_tol(tol):
+def check_tol(
+    tol, # Candidate tolerance
+):
     "Raise unless `tol` is None or a positive number"
     if tol is not None and not (isinstance(tol, int|float) and 0<tol<math.inf): raise ValueError(f"tol must be positive and finite, got {tol!r}")
 
-def check_input(w, x):
+def check_input(
+    w, # Candidate parameters
+    x, # Candidate batch
+):
     "Raise unless `w` and `x` are finite tensors that fit together"
     if not isinstance(w, Tensor|dict): raise TypeError(f"w must be a Tensor or a dict of Tensors by name, got {type(w).__name__}")
     named = {'w': w} if isinstance(w, Tensor) else {f'w[{k!r}]': t for k,t in w.items()}
@@ -347,8 +352,10 @@ def teleport(
     return travel(loss, w, group, x, objective, search, tol, rng)[0]
 
 # %% ../nbs/03_teleport.ipynb #98fbc42f
-def travel(loss, w, group, x, objective, search, tol, rng):
-    "`teleport`, and the orbit at its end, for those who must carry more than the parameters"
+def travel(
+    loss:Callable, w:Tensor|dict, group, x:Tensor|None, objective:Callable, search:Callable, tol:float|None, rng:Generator|None, # As in `teleport`
+)->tuple[Teleported,Orbit]: # What `teleport` returns, and the orbit at its end
+    "`teleport` for those who must carry more than the parameters: `orbit.carry` for covectors, `orbit.carry_data` for data"
     began = time.perf_counter()
     if isinstance(group, type) or not hasattr(group, 'orbit'): raise TypeError(f"group must be a group such as GL(wiring), got {group!r}")
     check_tol(tol)
@@ -483,7 +490,7 @@ class Pull:
     def __call__(self, c:dict, power:int=1)->dict: return self.orbit.carry(c, power)
 
 # %% ../nbs/03_teleport.ipynb #d54ad009
-def fire(tele, x, y, k):
+def _fire(tele, x, y, k):
     "One teleport of `tele`'s model, written in place if it is accepted"
     data = lambda x: x if tele.inputs is None else tele.inputs(x).detach()
     params = {n: p for n,p in tele.model.named_parameters() if p.requires_grad}
@@ -560,7 +567,7 @@ class Teleporter(Resumable):
         "Teleport if one is due"
         now = self.k if k is None else _step('k', k)
         fires = self.schedule(now) and now not in self.fired
-        out = fire(self, x, y, now) if fires or self.left else None
+        out = _fire(self, x, y, now) if fires or self.left else None
         if fires: self.fired.add(now); self.left = self.batches
         if out is not None: self.left -= 1
         if k is None: self.k += 1
