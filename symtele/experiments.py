@@ -19,7 +19,7 @@ from statistics import median
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Generator, Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils import _pytree as pytree
@@ -250,8 +250,8 @@ def log_axis(
     ax.set_yscale('log')
     lo,hi = ax.get_ylim()
     if hi<100*lo:
-        ax.yaxis.set_major_formatter(ScalarFormatter())
-        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, .5)) if hi>10*lo else ScalarFormatter())
+        ax.yaxis.set_major_locator(LogLocator(subs=(1,2,3,5)))
+        ax.yaxis.set_major_formatter(lambda v,_: f'{v:g}'); ax.yaxis.set_minor_formatter(NullFormatter())
 
 def draw_curves(
     rows:list, # Rows of an experiment, each with "arm" and the columns below
