@@ -6,9 +6,9 @@
 __all__ = ['rosenbrock', 'booth', 'KINDS', 'ELEMENTS', 'WORDS', 'check_close', 'dot', 'wide', 'Rule', 'Orbit', 'check_element',
            'Chart', 'ellipse', 'rotation_matrix', 'ChartOrbit', 'Rotation', 'check_symmetry', 'Orthogonal', 'Slot',
            'Tap', 'Space', 'Wiring', 'Matrices', 'Diagonals', 'Permutations', 'along', 'transform', 'left_inverse',
-           'run_model', 'layer_inputs', 'Blocks', 'read_batch', 'reader', 'move', 'move_data', 'gram_slope',
-           'WiredOrbit', 'hidden', 'pull_back', 'choose_rule', 'nothing_to_move', 'WiredGroup', 'GL', 'BatchGL',
-           'Scaling', 'Permutation', 'LeastSquares']
+           'run_model', 'layer_inputs', 'Blocks', 'read_batch', 'reader', 'preimage_change', 'move', 'move_data',
+           'gram_slope', 'WiredOrbit', 'hidden', 'pull_back', 'choose_rule', 'nothing_to_move', 'WiredGroup', 'GL',
+           'BatchGL', 'Scaling', 'Permutation', 'LeastSquares']
 
 # %% ../nbs/01_groups.ipynb #da4b9237
 import math
@@ -483,6 +483,19 @@ def reader(
     return next((t.param.rpartition('.')[0] for t in space.slots if t.dual), None)
 
 # %% ../nbs/01_groups.ipynb #1f1362ea
+def preimage_change(
+    tap:Tap, # Its inverse
+    h:Tensor, # Activations, any shape
+    gh:Tensor, # Activations wanted, same shape
+    w:dict, # Parameters, for activations that learn their shape
+)->Tensor: # σ⁻¹(gh) - σ⁻¹(h); zero where nothing changes, NaN where σ⁻¹ does not exist
+    "The change of the pre-activations in Z22 Prop. 4.3"
+    z = tap.inverse(h, w)
+    ok = z.isfinite()
+    dz = tap.inverse(torch.where(ok, gh, h), w) - z # infinite values never meet the slope of gh
+    return torch.where(ok, dz, torch.where(gh==h, 0., torch.nan))
+
+# %% ../nbs/01_groups.ipynb #d321d6f7
 def move(
     blocks:Blocks, # Which spaces move, and how
     w:dict, # Parameters; not modified
@@ -496,16 +509,16 @@ def move(
     for s,kind in blocks.spaces:
         if kind not in ('batch','lsq'): continue
         weight,bias,y = f'{s.tap.layer}.weight',f'{s.tap.layer}.bias',h[s.name]
-        z = s.tap.inverse(y + y@a[s.name].mT, out)
-        if kind=='batch': z = z - s.tap.inverse(y, out)
-        else: out[weight] = 0*out[weight]
-        d = (plus[s.name]@z).mT
+        if kind=='batch': z = preimage_change(s.tap, y, y + y@a[s.name].mT, out)
+        else: z,out[weight] = s.tap.inverse(y + y@a[s.name].mT, out),0*out[weight]
+        d = plus[s.name]@z
+        d = torch.where(plus[s.name].isfinite().all()|(z!=0).any(), d, 0).mT # the identity stays one where h⁺ does not exist
         n = out[weight].shape[1]
         out[weight] = out[weight] + d[:,:n]
         if bias in w: out[bias] = (out[bias] if kind=='batch' else 0) + d[:,n]
     return {k: v.to(w[k].dtype) for k,v in transform(out, moves).items()}
 
-# %% ../nbs/01_groups.ipynb #450ddec8
+# %% ../nbs/01_groups.ipynb #eb4ac303
 def move_data(
     blocks:Blocks, # Which spaces move, and how
     a:dict, # Element by blocks
@@ -516,7 +529,7 @@ def move_data(
         if s.data: x = transform({'x': wide(x)}, [(s, kind, a[s.name], [Slot('x', x.ndim-1)])])['x'].to(x.dtype)
     return x
 
-# %% ../nbs/01_groups.ipynb #d321d6f7
+# %% ../nbs/01_groups.ipynb #b888b298
 def gram_slope(
     blocks:Blocks, # Which spaces move, and how
     c:dict, # Covector, names and shapes of the parameters
@@ -531,7 +544,7 @@ def gram_slope(
         out[s.name] = 2*g
     return wide(blocks.join(out))
 
-# %% ../nbs/01_groups.ipynb #b74f5ee9
+# %% ../nbs/01_groups.ipynb #76546f9a
 @dataclass(frozen=True)
 class WiredOrbit(Orbit):
     "The orbit of a model's parameters under the symmetries in its wiring"
@@ -570,7 +583,7 @@ class WiredOrbit(Orbit):
     def data(self, xi, x): return move_data(self.blocks, self.split(xi), x)
     def carry_data(self, x): return move_data(self.blocks, self.at, x)
 
-# %% ../nbs/01_groups.ipynb #1d513c0b
+# %% ../nbs/01_groups.ipynb #be461a0c
 def hidden(
     orbit:WiredOrbit, # Its wiring must have a model, and the orbit a batch
 )->dict: # Space name -> activations on the batch, samples first, as the layer that reads them gets them
@@ -580,7 +593,7 @@ def hidden(
     seen = layer_inputs(orbit.wiring.model, orbit.w, orbit.x, {reader(s) for s in spaces})
     return {s.name: seen[reader(s)] for s in spaces}
 
-# %% ../nbs/01_groups.ipynb #76546f9a
+# %% ../nbs/01_groups.ipynb #1352246e
 def pull_back(
     orbit:WiredOrbit, # Where the covector goes; `orbit.at` is the whole way from the start
     a:dict, # The last move on that way, by blocks
@@ -588,13 +601,13 @@ def pull_back(
     power:int=1, # 2 for second moments, with diagonals and permutations only
 )->dict: # J⁻ᵀc, at `orbit.w`
     "Covector transport J⁻ᵀc (Z22 Prop. 5.1)"
-    b = orbit.blocks
+    b,c = orbit.blocks,{k: c[k] for k in orbit.w}
     if orbit.law=='linear': return transform(c, b.moves(a), dual=True, power=power)
     if orbit.law=='lsq': raise TypeError("LeastSquares is not invertible, so it has no pull")
     def undo(w): return move(b, w, b.inverse(a), *read_batch(orbit.wiring, b, w, orbit.x, orbit.at))
     return vjp(undo, orbit.w)[1](c)[0]
 
-# %% ../nbs/01_groups.ipynb #be461a0c
+# %% ../nbs/01_groups.ipynb #e62d7f1e
 def choose_rule(
     prefer:tuple, # Kinds in order of preference
     space:Space, # The space
@@ -618,7 +631,7 @@ def choose_rule(
 
 WORDS = dict(gl='any invertible matrix', batch='any invertible matrix', scale='positive diagonal', perm='permutation')
 
-# %% ../nbs/01_groups.ipynb #1352246e
+# %% ../nbs/01_groups.ipynb #b37f6ddc
 def nothing_to_move(
     name:str, # Of the group
     report:dict, # Space name -> `Rule`
@@ -627,11 +640,11 @@ def nothing_to_move(
     "The error text for a model that a group cannot move"
     why = '; '.join(f"{k}: {r.why}" for k,r in report.items()) or 'the wiring has no spaces'
     works = [g for g,k in (('GL',{'gl','scale'}),('Scaling',{'scale'}),('Permutation',{'perm'})) if any(k&s.commutes for s in wiring.spaces)]
-    works += ['BatchGL']*any(s.tap is not None for s in wiring.spaces)
+    works = [g for g in works+['BatchGL']*any(s.tap is not None for s in wiring.spaces) if g!=name]
     what = 'no layer for its batch action' if any(r.kind!='fixed' for r in report.values()) else 'nothing to move'
     return f"{name} finds {what} ({why}). {'These would move something: '+', '.join(works)+'.' if works else 'No group here moves this model.'}"
 
-# %% ../nbs/01_groups.ipynb #3c26dffc
+# %% ../nbs/01_groups.ipynb #16b06bd9
 @dataclass(frozen=True)
 class WiredGroup:
     "A symmetry group of a wired model; unbound until it has a wiring"
@@ -665,7 +678,7 @@ class WiredGroup:
     @property
     def exact(self): return 'lsq' not in self.prefer
 
-# %% ../nbs/01_groups.ipynb #b37f6ddc
+# %% ../nbs/01_groups.ipynb #4cd66dfa
 @dataclass(frozen=True)
 class GL(WiredGroup):
     "Invertible matrices where every op on the path is linear, positive diagonals elsewhere: exact on every input (Z22 Prop. 4.2); the default"
