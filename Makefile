@@ -37,7 +37,7 @@ test: .venv/.installed ## run every notebook as a test, then tests/
 	@echo "== tree"
 	$(BIN)/python -m pytest tests --durations 5
 
-reproduce: .venv/.installed ## recompute every experiment into _results and compare with nbs/results (hours; resumes)
+reproduce: .venv/.installed ## recompute every experiment into _results and compare with nbs/results (half an hour; resumes)
 	@set -e; for name in $(EXPERIMENTS); do $(BIN)/python -m symtele.experiments $$name --into _results; done
 
 # A real kernel, so that widgets are saved too. It knows no directives: slow cells run.

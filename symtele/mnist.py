@@ -7,7 +7,7 @@ __all__ = ['ARMS', 'OPTIMIZERS', 'RATES', 'study', 'experiments', 'Images', 'mni
            'run_one', 'jobs', 'last', 'best_rate', 'summary', 'draw_rates']
 
 # %% ../nbs/08_mnist.ipynb #da4b9237
-import os
+import math, os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -79,7 +79,7 @@ def net(
 # %% ../nbs/08_mnist.ipynb #0716d970
 ARMS = {'base': None, 'reset': (GL(), Stay(), reset), 'random': (GL(), Matched(Ascent(10)), keep), 'GL': (GL(), Ascent(10), keep), 'BatchGL': (BatchGL(), Ascent(10), keep)}
 OPTIMIZERS = {'SGD': torch.optim.SGD, 'Adam': torch.optim.Adam}
-RATES = {'SGD': [.002,.01,.05,.1,.2], 'Adam': [.0005,.002,.005,.01,.02]}
+RATES = {'SGD': [.002,.01,.02,.05,.1,.2], 'Adam': [.0005,.002,.005,.01,.02]}
 
 def watch(
     data:Images, # Where to look
@@ -177,7 +177,8 @@ def draw_rates(
             at = [lr*1.04**(i-2) for lr in rates] # side by side, not on top of each other
             ax.plot(at, [median(e) for e in ends], color=colour, ls=ls, marker='o', ms=4, label=name)
             ax.vlines(at, [min(e) for e in ends], [max(e) for e in ends], color=colour, lw=1)
-            ax.plot([a for a,e in zip(at, ends) if max(e)==top], [top]*sum(max(e)==top for e in ends), 'x', color=colour, ms=8)
+            gone = [a for a,lr in zip(at, rates) if any(math.isinf(r['valid_loss']) for r in last(rows, arm=arm, optimizer=o, lr=lr))]
+            ax.plot(gone, [top]*len(gone), 'x', color=colour, ms=8)
         ax.set(xscale='log', xlabel='learning rate', title=o); log_axis(ax)
     axes[0].set(ylabel=f'validation loss after {cfg["epochs"]} epochs')
     fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=6)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, fx, nn
 
-from .groups import KINDS, Slot, Space, Tap, Wiring, Rule
+from .groups import KINDS, Slot, Space, Tap, Wiring
 
 # %% ../nbs/02_wiring.ipynb #c1dfd96e
 HOMOGENEOUS = frozenset({'scale','perm'})
