@@ -151,7 +151,7 @@ def moves(seed):
             a,b = (forward(net, double(u), double(net.held))[1] for u in (net.w, v))
             row['held'] = abs(a[-1]-b[-1]).max()/(max(abs(z).max() for z in a) or 1) # against the largest number in the net
         else: row |= dict(bitwise=same(v, net.w), code=int(out.code), cause=cause(net, how, None if ascend else orbit().split(orbit().random(rng(), norm)), cond, norm))
-        if seed%11==0 and cond<1e12 and cause(net, how, None, 1, 0)!='saturated': # where h⁺ and σ⁻¹(h) exist
+        if seed%11==0: # even where h⁺ and σ⁻¹(h) do not exist
             stay = teleport(loss, w, group(wiring), x, search=Stay())
             row['identity'] = bool(stay.accepted) and all(same(arrays(u), net.w) for u in (stay.w, orbit().act(orbit().zero())))
         rows.append(row)
