@@ -138,10 +138,10 @@ def load_run(
     cfg:dict, # The settings it must have been made with
 )->list: # Its rows
     "Read a results file; raise if it was made with other settings"
-    found = json.loads(Path(path).read_text())['config']
+    file = json.loads(Path(path).read_text()); found = file['config']
     if found!=(cfg := json.loads(json.dumps(cfg))):
         raise ValueError(f"{path} was made with other settings: {[f'{k}: {found.get(k)} there, {cfg.get(k)} here' for k in sorted({*found,*cfg}) if found.get(k)!=cfg.get(k)]}")
-    return json.loads(Path(path).read_text())['rows']
+    return file['rows']
 
 # %% ../nbs/04_experiments.ipynb #12c6fc06
 @dataclass(frozen=True)
@@ -159,17 +159,17 @@ class Experiment:
         "Run the jobs that the file does not have yet"
         path = Path(folder)/f'{self.name}.json'
         rows = load_run(path, self.config) if path.exists() else []
-        done = [{k: r[k] for k in j} for r in rows for j in self.jobs(self.config)[:1]]
-        todo = [j for j in self.jobs(self.config) if j not in done]
-        bar = tqdm(total=len(done)+len(todo), initial=len(done), desc=self.name, leave=False, disable=bool(os.environ.get('TQDM_DISABLE')))
+        jobs = self.jobs(self.config); done = [{k: r[k] for k in jobs[0]} for r in rows]
+        todo = [j for j in jobs if j not in done]
+        bar = tqdm(total=len(jobs), initial=len(done), desc=self.name, leave=False, disable=bool(os.environ.get('TQDM_DISABLE')))
         for job,row in _run_jobs(self.run_one, self.config, todo, workers):
             rows.append({**job, **row}); save_run(path, self.config, self.sort(rows)); bar.update()
         bar.close()
         return self.sort(rows)
     def load(self, folder='results')->list: "The rows of the file, complete and made with these settings"; return _complete(self, load_run(Path(folder)/f'{self.name}.json', self.config))
-    def sort(self, rows): 
-        order = [json.dumps(j, sort_keys=True) for j in self.jobs(self.config)]
-        return sorted(rows, key=lambda r: order.index(json.dumps({k: r[k] for k in self.jobs(self.config)[0]}, sort_keys=True)))
+    def sort(self, rows):
+        jobs = self.jobs(self.config)
+        return sorted(rows, key=lambda r: jobs.index({k: r[k] for k in jobs[0]}))
 
 def _complete(e, rows):
     "The rows of an experiment, or an error that counts what is missing"
