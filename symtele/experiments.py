@@ -237,6 +237,7 @@ if __name__=='__main__' and '__file__' in globals(): _main()
 LOOK = { # arm -> (label, colour, line style)
     'base': ('base', '#444444', '-'), 'reset': ('reset only', '#b0843b', (0,(1,1))), 'random': ('random, same size', '#9467bd', (0,(4,2))),
     'GL': ('teleport, GL', '#1f77b4', '-'), 'BatchGL': ('teleport, BatchGL', '#d62728', (0,(6,1,1,1))), 'teleport': ('teleport', '#1f77b4', '-'),
+    'paper': ('teleport, one ascent', '#2ca02c', (0,(6,1,1,1,1,1))), 'lookahead': ('teleport, next step', '#e6550d', (0,(8,1))), 'every step': ('teleport, next step, at every step', '#8c2d04', (0,(3,1))),
 }
 STYLE = {'figure.constrained_layout.use': True, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.alpha': .25,
     'legend.frameon': False, 'lines.linewidth': 1.6, 'font.size': 10}

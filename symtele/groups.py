@@ -66,11 +66,12 @@ class Orbit:
     size:int # Coordinates of an element
     discrete:bool # True where an element is an int64 permutation
     report:dict # Name of each space -> `Rule`
+    period = None # Where a circle of elements closes: t·xi is the identity at t = `period`, for a unit xi along the slope of an objective
 
     def zero(self)->Tensor: "The identity, shape (size,)"; raise NotImplementedError
     def inverse(self, xi:Tensor)->Tensor: "The element that undoes `xi` (size,), shape (size,)"; raise NotImplementedError
     def to(self, xi:Tensor)->'Orbit': "The same orbit seen from `act(xi)`; no forward pass, no factorisation"; raise NotImplementedError
-    def onward(self, xi:Tensor): "What `act(xi)` gives, computed from the parameters here instead of the start: the same, to rounding"; raise NotImplementedError
+    def onward(self, xi:Tensor, w=None): "The action of `xi` on `w`, by default the parameters here: then `act(xi)`, to rounding; differentiable in both"; raise NotImplementedError
     def data(self, xi:Tensor, x:Tensor)->Tensor: "Data `x` seen from `act(xi)` (Z22 Alg. 3); the same `x` where the data do not move"; raise NotImplementedError
     def carry_data(self, x:Tensor)->Tensor: "Data at the start of the orbit, seen from here"; raise NotImplementedError
     def pull(self, xi:Tensor, c): "J⁻ᵀc: the covector `c` at `w`, seen from `act(xi)` (Z22 Prop. 5.1)"; raise NotImplementedError
@@ -167,7 +168,7 @@ class ChartOrbit(Orbit):
     start:Tensor # Parameters where the orbit began, shape (n,)
     at:Tensor # Rotation from there to here, shape (n, n)
     batch:Tensor|None=None # Not used by the action; handed on to the loss
-    discrete = False
+    discrete,period = False,2*math.pi
 
     @property
     def law(self): return 'linear' if self.chart.affine else 'chart'
@@ -175,8 +176,6 @@ class ChartOrbit(Orbit):
     def size(self): n = len(self.start); return n*(n-1)//2
     @property
     def report(self): return {'chart': Rule('chart', f'a rotation of {len(self.start)} coordinates, exact everywhere')}
-    @property
-    def period(self): return 2*math.pi if self.size==1 else None
     @property
     def hidden(self): return {}
     @property
@@ -189,7 +188,7 @@ class ChartOrbit(Orbit):
     def draw(self, rng): return torch.randn(self.size, generator=rng, dtype=torch.float64)
     def inverse(self, xi): check_element(self, xi); return -xi
     def to(self, xi): check_element(self, xi); return replace(self, at=rotation_matrix(wide(xi), len(self.start))@self.at)
-    def onward(self, xi): return self.chart.back(rotation_matrix(wide(xi), len(self.start))@self.chart.to(wide(self.w))).to(self.w.dtype)
+    def onward(self, xi, w=None): w = self.w if w is None else w; return self.chart.back(rotation_matrix(wide(xi), len(self.start))@self.chart.to(wide(w))).to(w.dtype)
     def pull(self, xi, c): return self._pull(rotation_matrix(wide(xi), len(self.start)), self.to(xi).w, c)
     def carry(self, c): return self._pull(self.at, self.w, c)
     def _pull(self, r, w, c):
@@ -580,7 +579,7 @@ class WiredOrbit(Orbit):
         return self.join({s.name: one(s) for s,_ in self.blocks.spaces})
     def inverse(self, xi): return self.join(self.blocks.inverse(self.split(xi)))
     def to(self, xi): return replace(self, at=self.blocks.then(self.at, self.split(xi)))
-    def onward(self, xi): return onward(self, self.split(xi), self.w)
+    def onward(self, xi, w=None): return onward(self, self.split(xi), self.w if w is None else w)
     def pull(self, xi, c, power=1): return pull_back(self.to(xi), self.split(xi), c, power)
     def carry(self, c, power=1): return pull_back(self, self.at, c, power)
     def slope_of_pull(self, c): return gram_slope(self.blocks, c)

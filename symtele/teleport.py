@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['tree_map', 'CLOSED', 'ROUNDING', 'LEVER', 'OK', 'DRIFT', 'NONFINITE', 'MOMENTS', 'transport', 'Measured', 'measure',
-           'unwrap', 'loss_of', 'grad_norm', 'lookahead', 'Landscape', 'LinearNorm', 'landscape', 'Stay', 'Random',
-           'best_of', 'Sample', 'Grid', 'Ascent', 'drift_bound', 'Teleported', 'readable', 'check_tol', 'check_input',
-           'check_loss', 'teleport', 'travel', 'Schedule', 'at', 'every', 'first', 'as_schedule', 'keep', 'reset',
-           'Transport', 'Pull', 'Resumable', 'Teleporter', 'check_teleporter']
+           'unwrap', 'loss_of', 'grad_norm', 'lookahead', 'Landscape', 'PulledNorm', 'PulledDecrease', 'landscape',
+           'Stay', 'Random', 'best_of', 'Sample', 'Grid', 'harmonics', 'highest', 'GreatCircle', 'Ascent',
+           'drift_bound', 'Teleported', 'reached', 'readable', 'check_tol', 'check_input', 'check_loss', 'teleport',
+           'travel', 'Schedule', 'at', 'every', 'first', 'as_schedule', 'keep', 'reset', 'Transport', 'Pull',
+           'Resumable', 'Teleporter', 'check_teleporter']
 
 # %% ../nbs/03_teleport.ipynb #da4b9237
 import inspect, math, time
@@ -17,7 +18,7 @@ from functools import cached_property
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.func import functional_call, grad, vjp, vmap
+from torch.func import functional_call, grad, grad_and_value, vjp, vmap
 from torch.utils import _pytree as pytree
 
 from .groups import GL, Orbit, WiredGroup, dot
@@ -82,16 +83,16 @@ def grad_norm(
     return dot(c, c)
 
 # %% ../nbs/03_teleport.ipynb #f1abd670
-def lookahead(
-    lr:float, # Learning rate η of the step looked ahead to, positive
-)->Callable: # Objective `(loss, w) -> ()`
-    "Objective: L(w) - L(w - η∇L(w)), the decrease over the next gradient step"
-    if not lr>0: raise ValueError(f"lookahead(lr=...) must be positive, got {lr}")
-    def decrease(loss, w):
-        f = lambda w: loss(w).sum()
-        c,L = torch.func.grad_and_value(f)(w)
-        return L - f(tree_map(lambda p,c: p-lr*c, w, c))
-    return decrease
+@dataclass(frozen=True)
+class lookahead:
+    "Objective: L(w) - L(w - η∇L(w)), the decrease over the next gradient step; summed over tasks"
+    lr:float # Learning rate η of the step looked ahead to, positive
+    def __post_init__(self):
+        if not 0<self.lr<math.inf: raise ValueError(f"lookahead(lr=...) must be positive and finite, got {self.lr}")
+    def __call__(self, loss:Callable, w:Tensor|dict)->Tensor:
+        c,L = grad_and_value(lambda w: loss(w).sum())(w)
+        return L - loss(self.step(w, c)).sum()
+    def step(self, w:Tensor|dict, c:Tensor|dict): "Where the gradient step along `c` leads"; return tree_map(lambda p,c: p-self.lr*c, w, c)
 
 # %% ../nbs/03_teleport.ipynb #9e6a55b6
 @dataclass(frozen=True)
@@ -100,25 +101,29 @@ class Landscape:
     orbit:Orbit # Where we are
     loss:Callable # `(w)`, or `(w, x)` where the orbit has a batch
     objective:Callable # `(loss, w) -> ()`
-    start_gradient:Tensor|dict # ∇L where the orbit began
+    start:Measured # The loss where the orbit began
     steps:Tensor|int=0 # Moves so far
     kind = 'autograd'
 
     def loss_from(self, x): return self.loss if x is None else lambda w: self.loss(w, x)
-    def __call__(self, xi:Tensor)->Tensor: 
-        "J at `act(xi)`, shape ()"
-        there = self.orbit.to(xi)
-        return self.objective(self.loss_from(there.x), there.w)
+    def __call__(self, xi:Tensor)->Tensor: "J at `act(xi)`, shape ()"; return self.move(xi).height
     @cached_property
-    def height(self)->Tensor: "J here, shape ()"; return self.objective(self.loss_from(self.orbit.x), self.orbit.w)
+    def height(self)->Tensor: "J here, shape ()"; return self.gsq if self.objective is grad_norm else self.objective(self.loss_from(self.orbit.x), self.orbit.w)
     @cached_property
     def gradient(self): 
-        "∇L here; under a linear law carried from the start, with no new derivative (Prop. 5.1)"
-        if self.orbit.law=='linear': return self.orbit.carry(self.start_gradient)
+        "∇L here; where the action does not look at the batch, carried from the start without the loss (Prop. 5.1)"
+        if self.orbit.law in ('linear','chart'): return self.orbit.carry(self.start.gradient)
         return grad(lambda w: self.loss_from(self.orbit.x)(w).sum())(self.orbit.w)
     @property
-    def gsq(self)->Tensor: "‖∇L‖² here, shape ()"; return self.height if self.objective is grad_norm else dot(self.gradient, self.gradient)
+    def gsq(self)->Tensor: "‖∇L‖² here, shape ()"; return dot(self.gradient, self.gradient)
     def slope(self)->Tensor: "dJ/dξ at the identity, shape (size,)"; return grad(self)(self.orbit.zero())
+    def along(self, d:Tensor, t:Tensor)->tuple: 
+        "J at the elements t·d, and its slope by t where that is closed (else None); shapes (len(t),), counted as len(t) calls of the loss"
+        def one(t): there = self.move(t*d); return (there.slope()@d, there.height) if self.kind=='closed' else (t, there.height) # the height comes with the slope
+        calls = getattr(self.loss, 'calls', 0)
+        slopes,heights = vmap(one)(t)
+        if calls: self.loss.calls = calls + len(t)*(self.loss.calls-calls)
+        return heights, slopes.to(d) if self.kind=='closed' else None
     def move(self, xi:Tensor)->'Landscape': "The landscape seen from `act(xi)`"; return replace(self, orbit=self.orbit.to(xi), steps=self.steps+1)
     def choose(self, ok:Tensor, other:'Landscape')->'Landscape':
         "`other` where `ok`, else this one; what both already know is kept"
@@ -131,34 +136,50 @@ class Landscape:
 
 # %% ../nbs/03_teleport.ipynb #91032ad7
 @dataclass(frozen=True)
-class LinearNorm(Landscape):
-    "‖g⁻ᵀ∇L‖² on the orbit of a linear action: Prop. 5.1 with no second derivative"
+class PulledNorm(Landscape):
+    "‖J⁻ᵀ∇L‖² along an orbit: Prop. 5.1, with no call of the loss and no second derivative of it"
     kind = 'closed'
-    def __call__(self, xi): c = self.orbit.to(xi).carry(self.start_gradient); return dot(c, c)
-    @cached_property
-    def height(self): return dot(self.gradient, self.gradient)
     def slope(self): return self.orbit.slope_of_pull(self.gradient)
 
-CLOSED = {(grad_norm,'linear'): LinearNorm}
+# %% ../nbs/03_teleport.ipynb #12c6fc06
+@dataclass(frozen=True)
+class PulledDecrease(Landscape):
+    "The decrease over the next gradient step along an orbit, with no second derivative of the loss"
+    kind = 'closed'
+    @cached_property
+    def ahead(self)->tuple: 
+        "Gradient and loss after the step"
+        return grad_and_value(lambda w: self.loss_from(self.orbit.x)(w).sum())(self.objective.step(self.orbit.w, self.gradient))
+    @cached_property
+    def height(self):
+        after = self.ahead[1] if 'ahead' in self.__dict__ else self.loss_from(self.orbit.x)(self.objective.step(self.orbit.w, self.gradient)).sum()
+        return self.start.loss.sum()-after
+    def slope(self):
+        def both(xi):
+            moved,back = vjp(lambda w: self.orbit.onward(xi, w), self.orbit.w)
+            return dot(moved, self.ahead[0]) + self.objective.lr*dot(back(self.gradient)[0], self.ahead[0])
+        return -grad(both)(self.orbit.zero())
+
+# %% ../nbs/03_teleport.ipynb #4d134bc0
+CLOSED = {(objective,law): land for law in ('linear','chart') for objective,land in ((grad_norm,PulledNorm), (lookahead,PulledDecrease))}
 
 def landscape(
     orbit:Orbit, # Where to begin
     loss:Callable, # `(w)`, or `(w, x)` where the orbit has a batch
     objective:Callable=grad_norm, # `(loss, w) -> ()`
-    gradient:Tensor|dict|None=None, # ∇L where the orbit began, if it is known already
+    start:Measured|None=None, # The loss where the orbit began, if it has been measured
 )->Landscape:
     "The landscape of an objective on an orbit, with a closed slope where the table has one"
-    land = CLOSED.get((objective, orbit.law), Landscape)(orbit, loss, objective, gradient)
-    if gradient is not None: return land
-    return replace(land, start_gradient=measure(land.loss_from(orbit.batch), orbit.start).gradient)
+    land = CLOSED.get((objective if objective is grad_norm else type(objective), orbit.law), Landscape)(orbit, loss, objective, start)
+    return land if start is not None else replace(land, start=measure(land.loss_from(orbit.batch), orbit.start))
 
-# %% ../nbs/03_teleport.ipynb #4d134bc0
+# %% ../nbs/03_teleport.ipynb #0a57cb53
 @dataclass(frozen=True)
 class Stay:
     "Search: the identity, the control that must change nothing"
     def __call__(self, land:Landscape, rng:Generator)->Landscape: return land
 
-# %% ../nbs/03_teleport.ipynb #f6e1126c
+# %% ../nbs/03_teleport.ipynb #7719a1c7
 @dataclass(frozen=True)
 class Random:
     "Search: one random element, the control that every other search is held against"
@@ -167,17 +188,14 @@ class Random:
         if not 0<=self.norm<math.inf: raise ValueError(f"Random(norm=...) must be finite and at least 0, got {self.norm}")
     def __call__(self, land:Landscape, rng:Generator)->Landscape: return land.move(land.orbit.random(rng, self.norm))
 
-# %% ../nbs/03_teleport.ipynb #bc33ea4e
+# %% ../nbs/03_teleport.ipynb #63266754
 def best_of(
     land:Landscape, # Where to begin
-    xis:Iterable, # Elements to try, each (size,); the identity is tried as well
-)->Landscape: # Moved to the best of them
-    "Try elements one by one and keep the best; those with a non-finite objective are passed over"
-    xis = [land.orbit.zero(), *xis]
-    J = torch.stack([land.height, *map(land, xis[1:])])
-    i = torch.where(J.isfinite(), J, -math.inf).argmax()
-    there = land.move(torch.stack(xis)[i]).knowing(height=J[i])
-    return land.choose(i>0, there)
+    others:Iterable, # Landscapes at other points of the same orbit
+)->Landscape: # The one with the largest objective
+    "Compare points one by one and keep the best; those with a non-finite objective are passed over"
+    for other in others: land = land.choose(other.height.isfinite() & ~(other.height<=land.height), other)
+    return land
 
 @dataclass(frozen=True)
 class Sample:
@@ -187,9 +205,9 @@ class Sample:
     def __post_init__(self):
         if self.n<1: raise ValueError(f"Sample(n=...) must be at least 1, got {self.n}")
         Random(self.norm)
-    def __call__(self, land:Landscape, rng:Generator)->Landscape: return best_of(land, [land.orbit.random(rng, self.norm) for _ in range(self.n)])
+    def __call__(self, land:Landscape, rng:Generator)->Landscape: return best_of(land, (land.move(land.orbit.random(rng, self.norm)) for _ in range(self.n)))
 
-# %% ../nbs/03_teleport.ipynb #0a57cb53
+# %% ../nbs/03_teleport.ipynb #cb4e5208
 @dataclass(frozen=True)
 class Grid:
     "Search: `n` angles around the circle, then `zoom` times `n//2` angles around the best"
@@ -198,17 +216,63 @@ class Grid:
     def __post_init__(self):
         if self.n<4 or self.zoom<0: raise ValueError(f"Grid(n, zoom) needs n of at least 4 and zoom of at least 0, got {self.n} and {self.zoom}")
     def __call__(self, land:Landscape, rng:Generator)->Landscape:
-        period = getattr(land.orbit, 'period', None)
-        if period is None: raise TypeError(f"Grid searches a circle of angles; this orbit has {land.orbit.size} coordinates")
-        step,start = period/self.n,land
-        land = best_of(land, [start.orbit.zero()+step*i for i in range(1, self.n)])
+        if land.orbit.size!=1 or land.orbit.period is None: raise TypeError(f"Grid searches a circle of angles; this orbit has {land.orbit.size} coordinates")
+        one,step,steps,m = land.orbit.zero()+1,land.orbit.period/self.n,land.steps,self.n//4
+        land = best_of(land, [land.move(one*step*i) for i in range(1, self.n)])
         for _ in range(self.zoom):
-            m = self.n//4
-            land = best_of(land, [start.orbit.zero()+step*i/(m+1) for i in range(-m, m+1) if i])
             step = step/(m+1)
-        return replace(land, steps=start.steps+1)
+            land = best_of(land, [land.move(one*step*i) for i in range(-m, m+1) if i])
+        return replace(land, steps=steps+1)
 
-# %% ../nbs/03_teleport.ipynb #22d200f8
+# %% ../nbs/03_teleport.ipynb #f1f836cb
+def harmonics(
+    t:Tensor, # Angles in radians, any shape
+    degree:int, # Largest frequency, at least 0
+    order:int=0, # Which derivative by `t`, at least 0
+)->Tensor: # Shape (..., 2·degree+1): 1, cos t, cos 2t, …, sin t, sin 2t, …
+    "The trigonometric polynomials up to a degree, or their derivatives"
+    k = torch.arange(degree+1, dtype=t.dtype, device=t.device)
+    angle = t[...,None]*k + order*math.pi/2
+    return torch.cat((k**order*angle.cos(), (k**order*angle.sin())[...,1:]), -1)
+
+def highest(
+    values:Tensor, # At the angles 2πi/n, shape (n,)
+    slopes:Tensor|None=None, # There, by the angle, shape (n,)
+)->Tensor: # The angle of the largest value, shape ()
+    "The top of the trigonometric polynomial through values, and slopes where they are known"
+    n = len(values)
+    t,degree = 2*math.pi*torch.arange(n, dtype=values.dtype, device=values.device)/n, (n-1)//2 if slopes is None else n-1
+    fit = torch.linalg.pinv(torch.cat([harmonics(t, degree, d) for d in range(1 if slopes is None else 2)]))
+    c = fit@(values if slopes is None else torch.cat((values, slopes)))
+    t = 2*math.pi*torch.arange(64*n, dtype=t.dtype, device=t.device)/(64*n)
+    t = t[(harmonics(t, degree)@c).nan_to_num(-math.inf).argmax()]
+    for _ in range(4): # Newton's method, from 1/64 of the distance between two angles
+        d1,d2 = harmonics(t, degree, 1)@c, harmonics(t, degree, 2)@c
+        t = torch.where(d2<0, t-(d1/d2).clamp(-.1/n, .1/n), t)
+    return t
+
+# %% ../nbs/03_teleport.ipynb #cb7a1d77
+@dataclass(frozen=True)
+class GreatCircle:
+    "Search: the top of a circle of rotations by trigonometric interpolation; in more than two dimensions, of `rounds` great circles along the slope"
+    n:int=9 # Angles looked at on each circle, the start among them, at least 3
+    rounds:int=1 # Circles, one after the other, at least 1; in two dimensions one is all there is
+    def __post_init__(self):
+        if self.n<3 or self.rounds<1: raise ValueError(f"GreatCircle(n, rounds) needs n of at least 3 and rounds of at least 1, got {self.n} and {self.rounds}")
+    def __call__(self, land:Landscape, rng:Generator)->Landscape:
+        if land.orbit.period is None: raise TypeError(f"GreatCircle searches rotations, of a chart or a quadratic; here the kinds are {sorted({r.kind for r in land.orbit.report.values()}-{'fixed'})}")
+        for _ in range(self.rounds): land = self.turn(land)
+        return land
+    def turn(self, land):
+        s = land.slope() if land.orbit.size>1 else land.orbit.zero()+1
+        d = s/s.norm().clamp_min(1e-300)
+        t = torch.arange(self.n, dtype=d.dtype, device=d.device)*(land.orbit.period/self.n)
+        heights,slopes = land.along(d, t)
+        i = heights.nan_to_num(-math.inf, -math.inf).argmax()
+        seen = land.move(d*t[i]).knowing(height=heights[i])
+        return replace(best_of(land.knowing(height=heights[0]), [seen, land.move(d*highest(heights.to(d), slopes))]), steps=land.steps+1)
+
+# %% ../nbs/03_teleport.ipynb #ca3512f4
 @dataclass(frozen=True)
 class Ascent:
     "Search: a trust region along the slope, or plain gradient ascent where `lr` is given"
@@ -234,7 +298,7 @@ class Ascent:
             land,radius = land.choose(ok, there), torch.where(ok, radius, radius/2)
         return land
 
-# %% ../nbs/03_teleport.ipynb #972a67c4
+# %% ../nbs/03_teleport.ipynb #98fbc42f
 ROUNDING = 8. # Multiples of the rounding term that a move may use
 LEVER = 100. # How much larger that term may be at the new parameters than at the old
 
@@ -248,7 +312,7 @@ def drift_bound(
     mass = torch.maximum(before.mass, after.mass.clamp(max=LEVER*before.mass))
     return (eps**(2/3) if tol is None else tol)*before.loss.abs() + ROUNDING*eps*mass
 
-# %% ../nbs/03_teleport.ipynb #cb7a1d77
+# %% ../nbs/03_teleport.ipynb #fe2ef495
 OK,DRIFT,NONFINITE = range(3)
 
 @dataclass(frozen=True)
@@ -282,7 +346,19 @@ def _flatten(t):
 def _unflatten(values, context): return Teleported(**{'x': None, **dict(zip(context[0], values)), **context[1]})
 pytree.register_pytree_node(Teleported, _flatten, _unflatten)
 
-# %% ../nbs/03_teleport.ipynb #ca3512f4
+# %% ../nbs/03_teleport.ipynb #64e095fe
+def reached(
+    objective:Callable, # `(loss, w) -> ()`
+    loss:Callable, # `(w) -> ()` or `(T,)`
+    w:Tensor|dict, # Parameters
+    m:Measured, # The loss there
+)->Tensor: # The objective, shape ()
+    "An objective where the loss has been measured: no gradient is taken twice"
+    if objective is grad_norm: return dot(m.gradient, m.gradient)
+    if isinstance(objective, lookahead): return m.loss.sum()-loss(objective.step(w, m.gradient)).sum()
+    return objective(loss, w)
+
+# %% ../nbs/03_teleport.ipynb #2e01e174
 def readable(
     t:Tensor, # Any tensor
 )->bool: # False inside `torch.func.vmap`
@@ -315,7 +391,7 @@ def check_input(
         if t.device!=x.device: raise ValueError(f"x is on {x.device}, {k} on {t.device}")
         if x.is_floating_point() and t.dtype!=x.dtype: raise ValueError(f"x has dtype {x.dtype}, {k} has {t.dtype}")
 
-# %% ../nbs/03_teleport.ipynb #af3e1334
+# %% ../nbs/03_teleport.ipynb #e1822db4
 class _Counted:
     "A loss that counts its calls and insists on returning () or (T,)"
     def __init__(self, loss): self.loss,self.calls = loss,0
@@ -326,7 +402,7 @@ class _Counted:
         if L.ndim>1 or not L.numel() or not L.is_floating_point(): raise ValueError(f"loss must return a floating Tensor of shape () or (T,), got {L.dtype} of shape {tuple(L.shape)}")
         return L
 
-# %% ../nbs/03_teleport.ipynb #761f22b2
+# %% ../nbs/03_teleport.ipynb #b7eb6c68
 def check_loss(
     loss:Callable, # `(w) -> ()` or `(T,)`
     w:Tensor|dict, # Parameters
@@ -339,7 +415,7 @@ def check_loss(
     with torch.enable_grad(): L = loss(tree_map(lambda t: t.detach().requires_grad_(), w))
     if not L.requires_grad: raise ValueError("loss does not depend on w, so every move would keep it")
 
-# %% ../nbs/03_teleport.ipynb #0286dd55
+# %% ../nbs/03_teleport.ipynb #c5b76da3
 def teleport(
     loss:Callable, # `loss(w)` if `x` is None, else `loss(w, x)`; returns () or (T,); pure
     w:Tensor|dict, # Parameters, finite; not modified
@@ -354,7 +430,7 @@ def teleport(
     "Move `w` along its orbit to where `objective` is larger, if the loss holds (Z22 §3)"
     return travel(loss, w, group, x, objective, search, tol, rng)[0]
 
-# %% ../nbs/03_teleport.ipynb #98fbc42f
+# %% ../nbs/03_teleport.ipynb #80e28a51
 def travel(
     loss:Callable, w:Tensor|dict, group, x:Tensor|None, objective:Callable, search:Callable, tol:float|None, rng:Generator|None, # As in `teleport`
 )->tuple[Teleported,Orbit]: # What `teleport` returns, and the orbit at its end
@@ -370,7 +446,7 @@ def travel(
         orbit = group.orbit(w, x)
         before = measure(here(x), w)
         check_loss(here(x), w, before)
-        start = landscape(orbit, f, objective, before.gradient)
+        start = landscape(orbit, f, objective, before).knowing(gradient=before.gradient)
         end = search(start, rng or Generator().manual_seed(0))
         if not isinstance(end, Landscape): raise TypeError(f"search must return a landscape, as land.move(xi) does; got {type(end).__name__}")
         fine = torch.stack([t.isfinite().all() for t in pytree.tree_leaves((end.orbit.w, end.orbit.x)) if t is not None]).all()
@@ -378,8 +454,7 @@ def travel(
         v,there = tree_map(usable, end.orbit.w, w),here(None if x is None else usable(end.orbit.x, x))
         after = measure(there, v)
         after = replace(after, loss=usable(after.loss, math.nan))
-        J = [dot(m.gradient, m.gradient) if objective is grad_norm else objective(h, p) for m,h,p in ((before,here(x),w),(after,there,v))]
-        J[1] = usable(J[1], math.nan)
+        J = [start.height, usable(reached(objective, there, v, after), math.nan)]
         held,fine = (after.loss-before.loss).abs()<=drift_bound(before, after, tol), fine & after.loss.isfinite().all()
         ok = fine & held.all()
         if not readable(ok): seconds = None
@@ -394,7 +469,7 @@ def travel(
             drift, ok, torch.where(ok, OK, torch.where(fine, DRIFT, NONFINITE)), number(end.steps), number(f.calls), orbit.report, start.kind, seconds)
     return out, end.orbit
 
-# %% ../nbs/03_teleport.ipynb #e6c3dd63
+# %% ../nbs/03_teleport.ipynb #b7103ca2
 @dataclass(frozen=True)
 class Schedule:
     "At which steps k (zero-based) a teleport is due"
@@ -407,7 +482,7 @@ class Schedule:
     __ror__,__rand__ = __or__,__and__
     def __repr__(self): return self.text
 
-# %% ../nbs/03_teleport.ipynb #6c1e671f
+# %% ../nbs/03_teleport.ipynb #d02560dd
 def _step(name, k, least=0):
     if isinstance(k, bool) or not isinstance(k, int): raise TypeError(f"{name} must be a whole number, got {k!r}")
     if k<least: raise ValueError(f"{name} must be at least {least}, got {k}")
@@ -436,7 +511,7 @@ def first(
     _step('first(n)', n, 1)
     return Schedule(lambda k: k<n, f'first({n})')
 
-# %% ../nbs/03_teleport.ipynb #511a418e
+# %% ../nbs/03_teleport.ipynb #c097638f
 def as_schedule(
     s, # A `Schedule`, a set of steps, or a function of k
 )->Schedule:
@@ -446,7 +521,7 @@ def as_schedule(
     if callable(s): return Schedule(s, getattr(s, '__name__', repr(s)))
     raise TypeError(f"schedule must be at(...), every(...), first(...), a set of steps, or a function of k; got {s!r}")
 
-# %% ../nbs/03_teleport.ipynb #d54ad009
+# %% ../nbs/03_teleport.ipynb #3c26dffc
 def keep(optimizer, out:Teleported, pull:Callable):
     "State policy: leave the optimizer's state as it is"
 
@@ -457,7 +532,7 @@ def reset(optimizer, out:Teleported, pull:Callable):
     fresh = type(optimizer)(groups, **{k: v for k,v in optimizer.defaults.items() if k in known})
     optimizer.state.clear(); optimizer.state.update(fresh.state)
 
-# %% ../nbs/03_teleport.ipynb #d321d6f7
+# %% ../nbs/03_teleport.ipynb #e62d7f1e
 _ADAM = ({'exp_avg'}, {'exp_avg_sq','max_exp_avg_sq'})
 MOMENTS = { # optimizer -> names of its first and second moments
     torch.optim.SGD: ({'momentum_buffer'}, set()), torch.optim.Adagrad: (set(), {'sum'}), torch.optim.RMSprop: ({'grad_avg'}, {'square_avg'}),
@@ -485,7 +560,7 @@ class Transport:
 
 transport = Transport()
 
-# %% ../nbs/03_teleport.ipynb #eb4ac303
+# %% ../nbs/03_teleport.ipynb #b37f6ddc
 @dataclass(frozen=True)
 class Pull:
     "How a covector by parameter name moved with a teleport: `pull(c)`, and `pull(v, 2)` for second moments"
@@ -493,7 +568,7 @@ class Pull:
     params:dict # Name -> the module's parameter
     def __call__(self, c:dict, power:int=1)->dict: return self.orbit.carry(c, power)
 
-# %% ../nbs/03_teleport.ipynb #b888b298
+# %% ../nbs/03_teleport.ipynb #2d0c8af8
 def _fire(tele, x, y, k):
     "One teleport of `tele`'s model, written in place if it is accepted"
     data = lambda x: x if tele.inputs is None else tele.inputs(x).detach()
@@ -526,7 +601,7 @@ def _fire(tele, x, y, k):
     tele.history.append(row)
     return out
 
-# %% ../nbs/03_teleport.ipynb #76546f9a
+# %% ../nbs/03_teleport.ipynb #8ee51caa
 class Resumable:
     "The saved state of a `Teleporter`"
     def state_dict(self)->dict:
@@ -539,7 +614,7 @@ class Resumable:
         k,left,fired,history = _step('k', state['k']),_step('left', state['left']),set(state['fired']),[dict(r) for r in state['history']]
         self.k,self.left,self.fired,self.history,self.rng = k,left,fired,history,rng
 
-# %% ../nbs/03_teleport.ipynb #be461a0c
+# %% ../nbs/03_teleport.ipynb #215bb47d
 class Teleporter(Resumable):
     "Teleports in an ordinary training loop: call `step(x, y)` before the forward pass"
     def __init__(self,
@@ -578,7 +653,7 @@ class Teleporter(Resumable):
         if k is None: self.k += 1
         return out
 
-# %% ../nbs/03_teleport.ipynb #1352246e
+# %% ../nbs/03_teleport.ipynb #8e63fd3e
 def check_teleporter(
     t:Teleporter, # One that has just been made
 ):
