@@ -285,6 +285,8 @@ class Tap:
     layer:str # Module name of an affine layer, with `weight` (out, in) and perhaps `bias` (out,)
     sigma:Callable # (z, w) -> h, elementwise, shape kept
     inverse:Callable # (h, w) -> z, NaN outside the range of sigma
+    slopes:Callable|None=None # z -> (σ'(z), σ''(z)), the second None where it is 0 everywhere; None: take them by autograd
+    below:frozenset|None=None # Names of all the parameters that h depends on; None: not known
 
 # %% ../nbs/01_groups.ipynb #64e095fe
 @dataclass(frozen=True)
@@ -462,11 +464,12 @@ def read_batch(
     w:dict, # Parameters here
     x:Tensor, # The batch as seen from here
     at:dict|None=None, # Element from the start to here, None at the start
-)->tuple[dict,dict]: # `h`: space -> (n, size); `plus`: space -> (features (+1), n); both float64
+    seen:dict|None=None, # `layer_inputs` here, if the model has been run
+)->tuple[dict,dict,dict]: # `h`: space -> (n, size); `plus`: space -> (features (+1), n); both float64; `seen`: layer -> its input
     "Activations and left inverses for the batch action"
     tapped = [(s,kind) for s,kind in blocks.spaces if kind in ('batch','lsq')]
-    seen = layer_inputs(wiring.model, w, x, {s.tap.layer for s,_ in tapped}|{reader(s) for s,_ in tapped})
-    rows = {k: wide(v).reshape(-1, v.shape[-1]) for k,v in seen.items()}
+    if seen is None: seen = layer_inputs(wiring.model, w, x, {s.tap.layer for s,_ in tapped}|{reader(s) for s,_ in tapped})
+    rows = {k: wide(seen[k]).reshape(-1, seen[k].shape[-1]) for k in {s.tap.layer for s,_ in tapped}|{reader(s) for s,_ in tapped}}
     h,plus = {},{}
     for s,kind in tapped:
         src = next(((t,k) for t,k in blocks.spaces if reader(t)==s.tap.layer), None) if at else None
@@ -476,7 +479,7 @@ def read_batch(
         p = torch.linalg.pinv(z) if kind=='lsq' else left_inverse(z)
         if src: p = transform({'h': p}, [(*src, at[src[0].name], [Slot('h',0,dual=True)])])['h']
         h[s.name],plus[s.name] = rows[reader(s)],p
-    return h,plus
+    return h,plus,seen
 
 def reader(
     space:Space, # A space of a model
@@ -565,7 +568,7 @@ class WiredOrbit(Orbit):
     @property
     def discrete(self): return self.blocks.discrete
     @cached_property
-    def w(self): return move(self.blocks, self.start, self.at, *self.reading)
+    def w(self): return move(self.blocks, self.start, self.at, *self.reading[:2])
     @cached_property
     def x(self): return self.carry_data(self.batch)
     @cached_property
@@ -594,7 +597,7 @@ def onward(
 )->dict: # New parameters
     "The action on `w` itself, through h(w) and the carried left inverse (g⁻¹h)⁺g⁻¹"
     read = read_batch(orbit.wiring, orbit.blocks, w, orbit.x, orbit.at) if orbit.law!='linear' else ({},{})
-    return move(orbit.blocks, w, a, *read)
+    return move(orbit.blocks, w, a, *read[:2])
 
 # %% ../nbs/01_groups.ipynb #3c26dffc
 def hidden(
@@ -676,12 +679,13 @@ class WiredGroup:
         taps = {s.tap.layer for s in self.wiring.spaces if s.tap and self.taps and not ('gl' in self.prefer and 'gl' in s.commutes)}
         if taps and (x is None or self.wiring.model is None): 
             raise ValueError(f"{name} reads activations: it needs the batch x and a wiring with its model, got x = {x if x is None else tuple(x.shape)} and model = {self.wiring.model}")
-        rows = layer_inputs(self.wiring.model, w, x, taps) if taps else {}
+        tapped = [s for s in self.wiring.spaces if s.tap]
+        rows = layer_inputs(self.wiring.model, w, x, {s.tap.layer for s in tapped}|{reader(s) for s in tapped}) if taps else {}
         report = {s.name: choose_rule(self.prefer, s, rows, w) for s in self.wiring.spaces}
         blocks = Blocks(tuple((s, report[s.name].kind) for s in self.wiring.spaces if report[s.name].kind!='fixed'))
         if not blocks.spaces or self.taps and not any(kind in ('gl',self.taps) for _,kind in blocks.spaces) and not taps:
             raise ValueError(nothing_to_move(name, report, self.wiring))
-        reading = read_batch(self.wiring, blocks, w, x) if taps else ({},{})
+        reading = read_batch(self.wiring, blocks, w, x, seen=rows) if taps else ({},{},{})
         device = next(iter(w.values())).device
         return WiredOrbit(self.wiring, blocks, report, w, x, reading, tree_map(lambda t: t.to(device), blocks.zero()))
 

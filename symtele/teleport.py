@@ -4,24 +4,26 @@
 
 # %% auto #0
 __all__ = ['tree_map', 'CLOSED', 'ROUNDING', 'LEVER', 'OK', 'DRIFT', 'NONFINITE', 'MOMENTS', 'transport', 'Measured', 'measure',
-           'unwrap', 'loss_of', 'grad_norm', 'lookahead', 'Landscape', 'PulledNorm', 'PulledDecrease', 'landscape',
+           'unwrap', 'loss_of', 'grad_norm', 'lookahead', 'Landscape', 'PulledNorm', 'PulledDecrease', 'chain', 'Link',
+           'Chain', 'Carried', 'readable', 'onto', 'bends', 'read_chain', 'forth', 'undone', 'ChainNorm', 'landscape',
            'Stay', 'Random', 'best_of', 'Sample', 'Grid', 'harmonics', 'highest', 'GreatCircle', 'Ascent',
-           'drift_bound', 'Teleported', 'reached', 'readable', 'check_tol', 'check_input', 'check_loss', 'teleport',
-           'travel', 'Schedule', 'at', 'every', 'first', 'as_schedule', 'keep', 'reset', 'Transport', 'Pull',
-           'Resumable', 'Teleporter', 'check_teleporter']
+           'drift_bound', 'Teleported', 'reached', 'check_tol', 'check_input', 'check_loss', 'teleport', 'travel',
+           'Schedule', 'at', 'every', 'first', 'as_schedule', 'keep', 'reset', 'Transport', 'Pull', 'Resumable',
+           'Teleporter', 'check_teleporter']
 
 # %% ../nbs/03_teleport.ipynb #da4b9237
 import inspect, math, time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vjp, vmap
 from torch.utils import _pytree as pytree
 
-from .groups import GL, Orbit, WiredGroup, dot
+from .groups import GL, Blocks, Orbit, Slot, Space, Tap, WiredGroup, dot, gram_slope, transform, wide
 from .wiring import wire
 
 tree_map = pytree.tree_map
@@ -103,7 +105,8 @@ class Landscape:
     objective:Callable # `(loss, w) -> ()`
     start:Measured # The loss where the orbit began
     steps:Tensor|int=0 # Moves so far
-    kind = 'autograd'
+    kind,keeps = 'autograd',('height','gradient') # how slopes are found; what `choose` need not compute again
+    applies = staticmethod(lambda orbit: True) # whether this form understands the orbit
 
     def loss_from(self, x): return self.loss if x is None else lambda w: self.loss(w, x)
     def __call__(self, xi:Tensor)->Tensor: "J at `act(xi)`, shape ()"; return self.move(xi).height
@@ -128,7 +131,7 @@ class Landscape:
     def choose(self, ok:Tensor, other:'Landscape')->'Landscape':
         "`other` where `ok`, else this one; what both already know is kept"
         mine,theirs = self.__dict__,other.__dict__
-        known = {k: tree_map(lambda a,b: torch.where(ok, b, a), mine[k], theirs[k]) for k in ('height','gradient') if k in mine and k in theirs}
+        known = {k: tree_map(lambda a,b: torch.where(ok, b, a), mine[k], theirs[k]) for k in self.keeps if k in mine and k in theirs}
         return replace(self, orbit=self.orbit.choose(ok, other.orbit), steps=torch.where(ok, other.steps, self.steps)).knowing(**known)
     def knowing(self, **known)->'Landscape': 
         "The same landscape, with values that need not be computed again"
@@ -160,8 +163,187 @@ class PulledDecrease(Landscape):
             return dot(moved, self.ahead[0]) + self.objective.lr*dot(back(self.gradient)[0], self.ahead[0])
         return -grad(both)(self.orbit.zero())
 
-# %% ../nbs/03_teleport.ipynb #4d134bc0
-CLOSED = {(objective,law): land for law in ('linear','chart') for objective,land in ((grad_norm,PulledNorm), (lookahead,PulledDecrease))}
+# %% ../nbs/03_teleport.ipynb #f6e1126c
+def chain(
+    orbit:Orbit, # Of the batch law
+)->tuple|None: # Pairs (`Space`, kind) from the data up to the highest space that moves on the batch; None where the model below is no plain chain
+    "The part of a model whose gradient the batch law bends"
+    moving,w = dict((s.name, kind) for s,kind in orbit.blocks.spaces), orbit.start
+    batch = [s for s,kind in orbit.blocks.spaces if kind=='batch']
+    if any(s.tap.below is None for s in batch) or any(s.data for s,_ in orbit.blocks.spaces): return None
+    path,readers = [max(batch, key=lambda s: len(s.tap.below))],None
+    while True:
+        s,layer = path[0],path[0].tap.layer
+        own = {Slot(f'{layer}.{p}', 0) for p in ('weight','bias') if f'{layer}.{p}' in w}
+        read = {Slot(t.param, 1, dual=True) for t in s.slots if t.dual}
+        if s.copies>1 or set(s.slots)!=own|read or readers not in (None, {t.param for t in read}): return None
+        readers = {f'{layer}.weight'}
+        below = [t for t in orbit.wiring.spaces if readers & {u.param for u in t.slots if u.dual}]
+        if not below: break
+        if len(below)>1 or below[0].tap is None: return None
+        path.insert(0, below[0])
+    names = {f'{s.tap.layer}.{p}' for s in path for p in ('weight','bias')} & w.keys()
+    if names!=path[-1].tap.below or any(f'{s.tap.layer}.weight' not in w for s in path) or any(s not in path for s in batch): return None
+    return tuple((s, moving.get(s.name, 'fixed')) for s in path)
+
+# %% ../nbs/03_teleport.ipynb #bc33ea4e
+@dataclass(frozen=True)
+class Link:
+    "One layer of a chain at the start of its orbit; n samples are rows"
+    space:Space # What the layer makes
+    kind:str # How it moves
+    weight:Tensor # Shape (size, p)
+    bias:bool # Whether it has one
+    z:Tensor # Pre-activations, shape (n, size)
+    h:Tensor # Activations, shape (n, size)
+    plus:Tensor|None # Left inverse of the layer's input, with a row for the bias, shape (p (+1), n); None unless kind is "batch"
+    bent:tuple # σ'(z) and σ''(z), shapes (n, size), the second None where it is 0 everywhere
+
+@dataclass(frozen=True)
+class Chain:
+    "The start of an orbit as the closed form needs it, in the precision of the parameters"
+    links:tuple # From the data up
+    x:Tensor # Input of the first layer, shape (n, p)
+    gram:Tensor # Products of samples in it, plus 1 with a bias, shape (n, n)
+    b:Tensor # ∂L/∂h of the highest space, shape (n, size)
+    above:dict # Gradient of the parameters above
+
+class Carried(NamedTuple):
+    "A `Link` further along the orbit"
+    h:Tensor # Activations, shape (n, size)
+    z:Tensor # Pre-activations, shape (n, size)
+    weight:Tensor # Before the inverse of the element below, shape (size, p)
+    undo:Tensor|None # g⁻¹, shape (size, size), or (size,) for a diagonal; None where the space is fixed
+
+def readable(
+    t:Tensor, # Any tensor
+)->bool: # False inside `torch.func.vmap`
+    "Whether a value can be looked at"
+    try: t.detach().reshape(-1)[:1].tolist(); return True
+    except RuntimeError: return False
+
+def onto(
+    undo:Tensor, # g⁻¹, shape (d, d)
+    t:Tensor, # Next step T, shape (d, d)
+)->Tensor: # g⁻¹(I+T)⁻¹
+    "Append a step to an inverse: by products where the step is small, by a factorisation where it is not or cannot be looked at"
+    size = t.norm().item() if readable(t) else math.inf
+    if not size<.5: return torch.linalg.solve_ex(torch.eye(len(t), dtype=t.dtype, device=t.device)+t, undo, left=False)[0]
+    undo = undo - undo@t
+    while (size := size*size)>torch.finfo(t.dtype).eps: t = t@t; undo = undo + undo@t
+    return undo
+
+# %% ../nbs/03_teleport.ipynb #0a57cb53
+def bends(
+    tap:Tap, # Of the layer
+    z:Tensor, # Pre-activations, any shape
+    w:dict, # Parameters, for constants of the activation
+)->tuple: # σ'(z) and σ''(z), the second None where it is 0 everywhere
+    "The derivatives of an activation, from the table or by autograd"
+    if tap.slopes: return tap.slopes(z)
+    one = torch.ones_like(z)
+    first,back = vjp(lambda z: vjp(lambda z: tap.sigma(z, w), z)[1](one)[0], z)
+    return first, back(one)[0]
+
+def read_chain(
+    orbit:Orbit, # With a chain
+    path:tuple, # Its spaces and their kinds
+    c:dict, # Gradient at the start of the orbit
+)->Chain:
+    "A chain where its orbit began, from its gradient; activations are computed only where the batch law has not read them"
+    (h,plus,seen),w,out = orbit.reading,orbit.start,[]
+    x = first = wide(seen[path[0][0].tap.layer]).flatten(0, -2)
+    for s,kind in path:
+        weight,bias = wide(w[f'{s.tap.layer}.weight']),w.get(f'{s.tap.layer}.bias')
+        z = s.tap.inverse(h[s.name], w) if kind=='batch' else x@weight.mT if bias is None else x@weight.mT + bias
+        x = h[s.name] if kind=='batch' else s.tap.sigma(z, w)
+        out.append(Link(s, kind, weight, bias is not None, z, x, plus.get(s.name), bends(s.tap, z, w)))
+    rows,names = wide(c[f'{s.tap.layer}.weight']),s.tap.below
+    if bias is not None: rows = torch.cat((rows, wide(c[f'{s.tap.layer}.bias'])[:,None]), 1)
+    b,to = (rows@plus[s.name]).mT/out[-1].bent[0], lambda t: None if t is None else t.to(c[f'{s.tap.layer}.weight'].dtype)
+    out = [replace(l, weight=to(l.weight), z=to(l.z), h=to(l.h), plus=to(l.plus), bent=tuple(map(to, l.bent))) for l in out]
+    return Chain(tuple(out), to(first), to(first@first.mT+out[0].bias), to(b), {k: t for k,t in c.items() if k not in names})
+
+# %% ../nbs/03_teleport.ipynb #7719a1c7
+def forth(
+    link:Link, # A layer where the orbit began
+    c:Carried|None, # How far it has come, None for nowhere
+    t:Tensor|None, # The step: a matrix, the logarithm of a diagonal, or None where the space is fixed
+    w:dict, # Parameters at the start
+)->Carried: # After the step
+    "One layer further along the orbit"
+    if c is None: 
+        undo = None if t is None else torch.ones_like(t) if t.ndim<2 else torch.eye(len(t), dtype=t.dtype, device=t.device)
+        c = Carried(link.h, link.z, link.weight, undo)
+    if t is None: return c
+    if link.kind=='scale': f = t.exp(); return Carried(c.h*f, c.z*f, c.weight*f[:,None], c.undo/f)
+    h,undo = c.h+c.h@t.mT, onto(c.undo, t)
+    if link.kind=='gl': return Carried(h, c.z+c.z@t.mT, c.weight+t@c.weight, undo)
+    z = link.space.tap.inverse(h, w)
+    return Carried(h, z, link.weight + (link.plus[:link.weight.shape[1]]@(z-link.z)).mT, undo)
+
+def undone(
+    undo:Tensor|None, # g⁻¹ as `Carried` has it
+    t:Tensor, # Rows, shape (n, size)
+    dual:bool=False, # True for covectors
+)->Tensor: # g⁻¹ of each row, g⁻ᵀ of a covector
+    "Rows of a space before its element"
+    return t if undo is None else t*undo if undo.ndim<2 else t@(undo if dual else undo.mT)
+
+# %% ../nbs/03_teleport.ipynb #22d200f8
+@dataclass(frozen=True)
+class ChainNorm(Landscape):
+    "‖∇L‖² along an orbit of the batch law, for a chain of layers: no call of the loss, no second derivative of it"
+    kind,keeps = 'closed',('height','gradient','carried')
+    applies = staticmethod(lambda orbit: chain(orbit) is not None)
+    @cached_property
+    def chain(self)->Chain: "The start of the orbit"; return read_chain(self.orbit, chain(self.orbit), self.start.gradient)
+    @cached_property
+    def carried(self)->tuple: "The links here"; return self.step(self.orbit.at, (None,)*len(self.chain.links))
+    def step(self, a, carried):
+        blocks = {l.space.name: a[l.space.name].to(l.h.dtype) for l in self.chain.links if l.kind!='fixed'}
+        return tuple(forth(l, c, blocks.get(l.space.name), self.orbit.start) for l,c in zip(self.chain.links, carried))
+    def move(self, xi): 
+        return Landscape.move(self, xi).knowing(chain=self.chain, carried=self.step(self.orbit.split(xi), self.carried))
+    @cached_property
+    def errors(self)->list:
+        "From the data up: σ', σ'', ∂L/∂h and ∂L/∂z of each link here, shapes (n, size)"
+        b,out = undone(self.carried[-1].undo, self.chain.b, dual=True),[]
+        for i in reversed(range(len(self.carried))):
+            l,c = self.chain.links[i],self.carried[i]
+            s,ss = bends(l.space.tap, c.z, self.orbit.start) if l.kind=='batch' else l.bent
+            out.insert(0, (s, ss, b, s*b))
+            if i: b = undone(self.carried[i-1].undo, (s*b)@c.weight, dual=True)
+        return out
+    @cached_property
+    def gradient(self):
+        x,c = self.chain.x,dict(self.chain.above)
+        moves = [(s, kind, e, own) for s,kind,e,slots in self.orbit.blocks.moves(self.orbit.at) if (own := [t for t in slots if t.param in c])]
+        c = transform(c, moves, dual=True)
+        for l,here,(*_,d) in zip(self.chain.links, self.carried, self.errors):
+            c[f'{l.space.tap.layer}.weight'] = d.mT@x
+            if l.bias: c[f'{l.space.tap.layer}.bias'] = d.sum(0)
+            x = here.h
+        return {k: c[k] for k in self.orbit.start}
+    def slope(self):
+        c,out,zd = self.gradient,{},0
+        for i,(l,here,(s,ss,b,d)) in enumerate(zip(self.chain.links, self.carried, self.errors)):
+            if not i: zd,q = self.chain.gram@d,0
+            else:
+                below = self.carried[i-1]; u = undone(below.undo, hd)
+                zd = below.h@c[f'{l.space.tap.layer}.weight'].mT + u@here.weight.mT
+                if l.bias: zd = zd + d.sum(0)
+                q = (u@l.plus[:u.shape[1]]).mT@d if l.kind=='batch' else 0
+            hd = s*zd
+            if l.kind!='batch': continue
+            out[l.space.name] = sum(c[t.param].mT@c[t.param] for t in l.space.slots if t.dual) - b.mT@hd
+            if ss is not None: q = q + ss*zd*b
+            if isinstance(q, Tensor): out[l.space.name] = out[l.space.name] + (q/s).mT@here.h
+        rest = Blocks(tuple((s,kind) for s,kind in self.orbit.blocks.spaces if kind!='batch'))
+        return 2*wide(self.orbit.join(out)) if not rest.spaces else wide(self.orbit.join({k: 2*v for k,v in out.items()} | rest.split(gram_slope(rest, c))))
+
+# %% ../nbs/03_teleport.ipynb #cb4e5208
+CLOSED = {(objective,law): land for law in ('linear','chart') for objective,land in ((grad_norm,PulledNorm), (lookahead,PulledDecrease))} | {(grad_norm,'batch'): ChainNorm}
 
 def landscape(
     orbit:Orbit, # Where to begin
@@ -170,16 +352,17 @@ def landscape(
     start:Measured|None=None, # The loss where the orbit began, if it has been measured
 )->Landscape:
     "The landscape of an objective on an orbit, with a closed slope where the table has one"
-    land = CLOSED.get((objective if objective is grad_norm else type(objective), orbit.law), Landscape)(orbit, loss, objective, start)
+    form = CLOSED.get((objective if objective is grad_norm else type(objective), orbit.law), Landscape)
+    land = (form if form.applies(orbit) else Landscape)(orbit, loss, objective, start)
     return land if start is not None else replace(land, start=measure(land.loss_from(orbit.batch), orbit.start))
 
-# %% ../nbs/03_teleport.ipynb #0a57cb53
+# %% ../nbs/03_teleport.ipynb #ca3512f4
 @dataclass(frozen=True)
 class Stay:
     "Search: the identity, the control that must change nothing"
     def __call__(self, land:Landscape, rng:Generator)->Landscape: return land
 
-# %% ../nbs/03_teleport.ipynb #7719a1c7
+# %% ../nbs/03_teleport.ipynb #af3e1334
 @dataclass(frozen=True)
 class Random:
     "Search: one random element, the control that every other search is held against"
@@ -188,7 +371,7 @@ class Random:
         if not 0<=self.norm<math.inf: raise ValueError(f"Random(norm=...) must be finite and at least 0, got {self.norm}")
     def __call__(self, land:Landscape, rng:Generator)->Landscape: return land.move(land.orbit.random(rng, self.norm))
 
-# %% ../nbs/03_teleport.ipynb #63266754
+# %% ../nbs/03_teleport.ipynb #92cfceb3
 def best_of(
     land:Landscape, # Where to begin
     others:Iterable, # Landscapes at other points of the same orbit
@@ -207,7 +390,7 @@ class Sample:
         Random(self.norm)
     def __call__(self, land:Landscape, rng:Generator)->Landscape: return best_of(land, (land.move(land.orbit.random(rng, self.norm)) for _ in range(self.n)))
 
-# %% ../nbs/03_teleport.ipynb #cb4e5208
+# %% ../nbs/03_teleport.ipynb #0286dd55
 @dataclass(frozen=True)
 class Grid:
     "Search: `n` angles around the circle, then `zoom` times `n//2` angles around the best"
@@ -224,7 +407,7 @@ class Grid:
             land = best_of(land, [land.move(one*step*i) for i in range(-m, m+1) if i])
         return replace(land, steps=steps+1)
 
-# %% ../nbs/03_teleport.ipynb #f1f836cb
+# %% ../nbs/03_teleport.ipynb #fb644351
 def harmonics(
     t:Tensor, # Angles in radians, any shape
     degree:int, # Largest frequency, at least 0
@@ -251,7 +434,7 @@ def highest(
         t = torch.where(d2<0, t-(d1/d2).clamp(-.1/n, .1/n), t)
     return t
 
-# %% ../nbs/03_teleport.ipynb #cb7a1d77
+# %% ../nbs/03_teleport.ipynb #64e095fe
 @dataclass(frozen=True)
 class GreatCircle:
     "Search: the top of a circle of rotations by trigonometric interpolation; in more than two dimensions, of `rounds` great circles along the slope"
@@ -272,7 +455,7 @@ class GreatCircle:
         seen = land.move(d*t[i]).knowing(height=heights[i])
         return replace(best_of(land.knowing(height=heights[0]), [seen, land.move(d*highest(heights.to(d), slopes))]), steps=land.steps+1)
 
-# %% ../nbs/03_teleport.ipynb #ca3512f4
+# %% ../nbs/03_teleport.ipynb #e1822db4
 @dataclass(frozen=True)
 class Ascent:
     "Search: a trust region along the slope, or plain gradient ascent where `lr` is given"
@@ -298,7 +481,7 @@ class Ascent:
             land,radius = land.choose(ok, there), torch.where(ok, radius, radius/2)
         return land
 
-# %% ../nbs/03_teleport.ipynb #98fbc42f
+# %% ../nbs/03_teleport.ipynb #8effee40
 ROUNDING = 8. # Multiples of the rounding term that a move may use
 LEVER = 100. # How much larger that term may be at the new parameters than at the old
 
@@ -312,7 +495,7 @@ def drift_bound(
     mass = torch.maximum(before.mass, after.mass.clamp(max=LEVER*before.mass))
     return (eps**(2/3) if tol is None else tol)*before.loss.abs() + ROUNDING*eps*mass
 
-# %% ../nbs/03_teleport.ipynb #fe2ef495
+# %% ../nbs/03_teleport.ipynb #9109c85a
 OK,DRIFT,NONFINITE = range(3)
 
 @dataclass(frozen=True)
@@ -346,7 +529,7 @@ def _flatten(t):
 def _unflatten(values, context): return Teleported(**{'x': None, **dict(zip(context[0], values)), **context[1]})
 pytree.register_pytree_node(Teleported, _flatten, _unflatten)
 
-# %% ../nbs/03_teleport.ipynb #64e095fe
+# %% ../nbs/03_teleport.ipynb #5a5b0f9b
 def reached(
     objective:Callable, # `(loss, w) -> ()`
     loss:Callable, # `(w) -> ()` or `(T,)`
@@ -358,14 +541,7 @@ def reached(
     if isinstance(objective, lookahead): return m.loss.sum()-loss(objective.step(w, m.gradient)).sum()
     return objective(loss, w)
 
-# %% ../nbs/03_teleport.ipynb #2e01e174
-def readable(
-    t:Tensor, # Any tensor
-)->bool: # False inside `torch.func.vmap`
-    "Whether a value can be looked at"
-    try: t.detach().reshape(-1)[:1].tolist(); return True
-    except RuntimeError: return False
-
+# %% ../nbs/03_teleport.ipynb #e6c3dd63
 def check_tol(
     tol, # Candidate tolerance
 ):
@@ -391,7 +567,7 @@ def check_input(
         if t.device!=x.device: raise ValueError(f"x is on {x.device}, {k} on {t.device}")
         if x.is_floating_point() and t.dtype!=x.dtype: raise ValueError(f"x has dtype {x.dtype}, {k} has {t.dtype}")
 
-# %% ../nbs/03_teleport.ipynb #e1822db4
+# %% ../nbs/03_teleport.ipynb #6c1e671f
 class _Counted:
     "A loss that counts its calls and insists on returning () or (T,)"
     def __init__(self, loss): self.loss,self.calls = loss,0
@@ -402,7 +578,7 @@ class _Counted:
         if L.ndim>1 or not L.numel() or not L.is_floating_point(): raise ValueError(f"loss must return a floating Tensor of shape () or (T,), got {L.dtype} of shape {tuple(L.shape)}")
         return L
 
-# %% ../nbs/03_teleport.ipynb #b7eb6c68
+# %% ../nbs/03_teleport.ipynb #511a418e
 def check_loss(
     loss:Callable, # `(w) -> ()` or `(T,)`
     w:Tensor|dict, # Parameters
@@ -415,7 +591,7 @@ def check_loss(
     with torch.enable_grad(): L = loss(tree_map(lambda t: t.detach().requires_grad_(), w))
     if not L.requires_grad: raise ValueError("loss does not depend on w, so every move would keep it")
 
-# %% ../nbs/03_teleport.ipynb #c5b76da3
+# %% ../nbs/03_teleport.ipynb #c66c6517
 def teleport(
     loss:Callable, # `loss(w)` if `x` is None, else `loss(w, x)`; returns () or (T,); pure
     w:Tensor|dict, # Parameters, finite; not modified
@@ -430,7 +606,7 @@ def teleport(
     "Move `w` along its orbit to where `objective` is larger, if the loss holds (Z22 §3)"
     return travel(loss, w, group, x, objective, search, tol, rng)[0]
 
-# %% ../nbs/03_teleport.ipynb #80e28a51
+# %% ../nbs/03_teleport.ipynb #2a459380
 def travel(
     loss:Callable, w:Tensor|dict, group, x:Tensor|None, objective:Callable, search:Callable, tol:float|None, rng:Generator|None, # As in `teleport`
 )->tuple[Teleported,Orbit]: # What `teleport` returns, and the orbit at its end
@@ -469,7 +645,7 @@ def travel(
             drift, ok, torch.where(ok, OK, torch.where(fine, DRIFT, NONFINITE)), number(end.steps), number(f.calls), orbit.report, start.kind, seconds)
     return out, end.orbit
 
-# %% ../nbs/03_teleport.ipynb #b7103ca2
+# %% ../nbs/03_teleport.ipynb #1d513c0b
 @dataclass(frozen=True)
 class Schedule:
     "At which steps k (zero-based) a teleport is due"
@@ -482,7 +658,7 @@ class Schedule:
     __ror__,__rand__ = __or__,__and__
     def __repr__(self): return self.text
 
-# %% ../nbs/03_teleport.ipynb #d02560dd
+# %% ../nbs/03_teleport.ipynb #76546f9a
 def _step(name, k, least=0):
     if isinstance(k, bool) or not isinstance(k, int): raise TypeError(f"{name} must be a whole number, got {k!r}")
     if k<least: raise ValueError(f"{name} must be at least {least}, got {k}")
@@ -511,7 +687,7 @@ def first(
     _step('first(n)', n, 1)
     return Schedule(lambda k: k<n, f'first({n})')
 
-# %% ../nbs/03_teleport.ipynb #c097638f
+# %% ../nbs/03_teleport.ipynb #7d7116e2
 def as_schedule(
     s, # A `Schedule`, a set of steps, or a function of k
 )->Schedule:
@@ -521,7 +697,7 @@ def as_schedule(
     if callable(s): return Schedule(s, getattr(s, '__name__', repr(s)))
     raise TypeError(f"schedule must be at(...), every(...), first(...), a set of steps, or a function of k; got {s!r}")
 
-# %% ../nbs/03_teleport.ipynb #3c26dffc
+# %% ../nbs/03_teleport.ipynb #812ed456
 def keep(optimizer, out:Teleported, pull:Callable):
     "State policy: leave the optimizer's state as it is"
 
@@ -532,7 +708,7 @@ def reset(optimizer, out:Teleported, pull:Callable):
     fresh = type(optimizer)(groups, **{k: v for k,v in optimizer.defaults.items() if k in known})
     optimizer.state.clear(); optimizer.state.update(fresh.state)
 
-# %% ../nbs/03_teleport.ipynb #e62d7f1e
+# %% ../nbs/03_teleport.ipynb #31bd9b9f
 _ADAM = ({'exp_avg'}, {'exp_avg_sq','max_exp_avg_sq'})
 MOMENTS = { # optimizer -> names of its first and second moments
     torch.optim.SGD: ({'momentum_buffer'}, set()), torch.optim.Adagrad: (set(), {'sum'}), torch.optim.RMSprop: ({'grad_avg'}, {'square_avg'}),
@@ -560,7 +736,7 @@ class Transport:
 
 transport = Transport()
 
-# %% ../nbs/03_teleport.ipynb #b37f6ddc
+# %% ../nbs/03_teleport.ipynb #9a79be61
 @dataclass(frozen=True)
 class Pull:
     "How a covector by parameter name moved with a teleport: `pull(c)`, and `pull(v, 2)` for second moments"
@@ -568,7 +744,7 @@ class Pull:
     params:dict # Name -> the module's parameter
     def __call__(self, c:dict, power:int=1)->dict: return self.orbit.carry(c, power)
 
-# %% ../nbs/03_teleport.ipynb #2d0c8af8
+# %% ../nbs/03_teleport.ipynb #dbc0f004
 def _fire(tele, x, y, k):
     "One teleport of `tele`'s model, written in place if it is accepted"
     data = lambda x: x if tele.inputs is None else tele.inputs(x).detach()
@@ -601,7 +777,7 @@ def _fire(tele, x, y, k):
     tele.history.append(row)
     return out
 
-# %% ../nbs/03_teleport.ipynb #8ee51caa
+# %% ../nbs/03_teleport.ipynb #934385f5
 class Resumable:
     "The saved state of a `Teleporter`"
     def state_dict(self)->dict:
@@ -614,7 +790,7 @@ class Resumable:
         k,left,fired,history = _step('k', state['k']),_step('left', state['left']),set(state['fired']),[dict(r) for r in state['history']]
         self.k,self.left,self.fired,self.history,self.rng = k,left,fired,history,rng
 
-# %% ../nbs/03_teleport.ipynb #215bb47d
+# %% ../nbs/03_teleport.ipynb #e114c448
 class Teleporter(Resumable):
     "Teleports in an ordinary training loop: call `step(x, y)` before the forward pass"
     def __init__(self,
@@ -653,7 +829,7 @@ class Teleporter(Resumable):
         if k is None: self.k += 1
         return out
 
-# %% ../nbs/03_teleport.ipynb #8e63fd3e
+# %% ../nbs/03_teleport.ipynb #7224f997
 def check_teleporter(
     t:Teleporter, # One that has just been made
 ):
