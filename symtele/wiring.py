@@ -230,7 +230,7 @@ def _settle(d, blocked):
     d.slots = [Slot(blocked[s.param][0], s.axis, s.dual, kinds=s.kinds) for s in d.slots]
     d.below = frozenset(blocked[k][0] for k in d.below if k in blocked) # buffers are not in it
 
-# %% ../nbs/02_wiring.ipynb #98fbc42f
+# %% ../nbs/02_wiring.ipynb #fe2ef495
 def draw_wiring(
     wiring:Wiring, # The table to draw
     w:dict, # Parameters by name, for their shapes

@@ -41,8 +41,8 @@ def check(seed):
             v,s = J(land.orbit.zero()),grad(J)(land.orbit.zero())
             row = dict(seed=seed, k=k, kind=land.kind, cond=cond, kinds=tuple({k for _,k in orbit.blocks.spaces}), finite=bool(v.isfinite() and s.isfinite().all()),
                 value=((land.height-v)/v).abs().item(), slope=((land.slope()-s).norm()/s.norm()).item())
-            if any(ss is not None and ss.abs().max()>.01 for l,(_,ss,*_) in zip(land.chain.links, land.errors) if l.kind=='batch'):
-                flat = land.knowing(errors=[(s,None,b,d) for s,_,b,d in land.errors]); row['flat'] = ((flat.slope()-s).norm()/s.norm()).item()
+            if any(l.kind=='batch' and l.bent[1] is not None and l.bent[1].abs().max()>.01 for l in land.chain.links):
+                flat = land.knowing(chain=land.chain._replace(links=tuple(l._replace(bent=(l.bent[0],None)) for l in land.chain.links))); row['flat'] = ((flat.slope()-s).norm()/s.norm()).item()
             out.append(row)
         land = land.move(land.orbit.random(Generator().manual_seed(k), .03))
     return out
