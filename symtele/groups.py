@@ -424,8 +424,7 @@ def run_model(
     "The model as a pure function of its parameters"
     buffers = {k: b.clone() for k,b in model.named_buffers()}
     devices = {p.device.index for p in w.values() if p.device.type=='cuda'}
-    tied = len([*model.named_parameters()])<len([*model.named_parameters(remove_duplicate=False)])
-    with torch.random.fork_rng(devices): return functional_call(model, {**buffers, **w}, (x,), tie_weights=tied)
+    with torch.random.fork_rng(devices): return functional_call(model, {**buffers, **w}, (x,))
 
 # %% ../nbs/01_groups.ipynb #b4c96d80
 def layer_inputs(
@@ -450,13 +449,14 @@ class Blocks:
 
     @property
     def discrete(self): return any(kind=='perm' for _,kind in self.spaces)
-    @property
+    @cached_property
     def shapes(self): return {s.name: ELEMENTS[kind].shape(s) for s,kind in self.spaces}
     @cached_property
-    def size(self): return sum(map(math.prod, self.shapes.values()))
+    def sizes(self): return [math.prod(d) for d in self.shapes.values()]
+    @property
+    def size(self): return sum(self.sizes)
     def split(self, xi): 
-        parts = xi.split([math.prod(d) for d in self.shapes.values()])
-        return {k: p.reshape(d) for p,(k,d) in zip(parts, self.shapes.items())}
+        return {k: p.reshape(d) for p,(k,d) in zip(xi.split(self.sizes), self.shapes.items())}
     def join(self, blocks): return torch.cat([blocks[k].flatten() for k in self.shapes])
     def zero(self): return {s.name: ELEMENTS[kind].zero(s) for s,kind in self.spaces}
     def inverse(self, a): return {s.name: ELEMENTS[kind].inverse(a[s.name]) for s,kind in self.spaces}
@@ -592,7 +592,7 @@ class WiredOrbit(Orbit):
         one = lambda s: torch.stack([torch.randperm(s.size, generator=rng) for _ in range(s.copies)])
         return self.join({s.name: one(s) for s,_ in self.blocks.spaces})
     def inverse(self, xi): return self.join(self.blocks.inverse(self.split(xi)))
-    def to(self, xi): return replace(self, at=self.blocks.then(self.at, self.split(xi)))
+    def to(self, xi): return WiredOrbit(self.wiring, self.blocks, self.report, self.start, self.batch, self.reading, self.blocks.then(self.at, self.split(xi)))
     def onward(self, xi, w=None): return onward(self, self.split(xi), self.w if w is None else w)
     def pull(self, xi, c, power=1): return pull_back(self.to(xi), self.split(xi), c, power)
     def carry(self, c, power=1): return pull_back(self, self.at, c, power)

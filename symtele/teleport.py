@@ -80,14 +80,13 @@ def loss_of(
     "A module's loss as a pure function of its trainable parameters and a batch"
     model = unwrap(model)
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type=='cuda'})
-    tied = len([*model.named_parameters()])<len([*model.named_parameters(remove_duplicate=False)])
     cpu_state,cuda_states = torch.get_rng_state(),[torch.cuda.get_rng_state(i) for i in cuda]
     def loss(w, x):
         with torch.random.fork_rng(cuda):
             torch.set_rng_state(cpu_state)
             for i,s in zip(cuda, cuda_states): torch.cuda.set_rng_state(s, i)
             buffers = {k: b.clone() for k,b in model.named_buffers()}
-            return loss_fn(functional_call(model, {**buffers, **w}, (x,), tie_weights=tied), y)
+            return loss_fn(functional_call(model, {**buffers, **w}, (x,)), y)
     return loss, {k: p.detach().clone() for k,p in model.named_parameters() if p.requires_grad}
 
 # %% ../nbs/03_teleport.ipynb #fa35e192
@@ -308,7 +307,7 @@ class ChainNorm(Landscape):
         new,at = read_chain(self.orbit, chain(self.orbit), self.start.gradient),self.orbit.at
         if all(readable(t) and not t.any() for t in at.values()): return new # we are there
         return new.to({k: t.to(new.b.dtype) for k,t in at.items()}, self.orbit.start)
-    def move(self, xi): return Landscape.move(self, xi).knowing(last=(self, xi))
+    def move(self, xi): there = Landscape.move(self, xi); there.__dict__['last'] = self,xi; return there
     @cached_property
     def errors(self)->list:
         "From the data up: ∂L/∂h and ∂L/∂z of each link, shapes (n, size)"
@@ -559,10 +558,11 @@ def check_tol(
     if tol is not None and not (isinstance(tol, int|float) and 0<tol<math.inf): raise ValueError(f"tol must be positive and finite, got {tol!r}")
 
 def finite(
-    t:Tensor, # Any tensor
-)->bool: # True also where it cannot be looked at
+    *tensors:Tensor, # Any tensors
+)->bool|None: # None where they cannot be looked at
     "Whether no value is nan or infinite"
-    return not readable(t) or math.isfinite(t.sum().item()) or t.isfinite().all().item() # a sum costs less, but may overflow
+    try: return all(math.isfinite(t.sum().item()) or t.isfinite().all().item() for t in tensors) # a sum costs less, but may overflow
+    except RuntimeError: return None
 
 def check_input(
     w, # Candidate parameters
@@ -574,11 +574,11 @@ def check_input(
     if not named: raise ValueError("w has no parameters")
     for k,t in named.items():
         if not isinstance(t, Tensor) or not t.is_floating_point(): raise TypeError(f"{k} must be a floating Tensor, got {t.dtype if isinstance(t, Tensor) else type(t).__name__}")
-        if not finite(t): raise ValueError(f"{k} holds {(~t.isfinite()).sum().item()} values that are nan or infinite")
+        if finite(t) is False: raise ValueError(f"{k} holds {(~t.isfinite()).sum().item()} values that are nan or infinite")
     if x is None: return
     if not isinstance(x, Tensor): raise TypeError(f"x must be a Tensor or None, got {type(x).__name__}")
     if not x.numel(): raise ValueError(f"x must hold at least one sample, got shape {tuple(x.shape)}")
-    if not finite(x): raise ValueError(f"x holds {(~x.isfinite()).sum().item()} values that are nan or infinite")
+    if finite(x) is False: raise ValueError(f"x holds {(~x.isfinite()).sum().item()} values that are nan or infinite")
     for k,t in named.items():
         if t.device!=x.device: raise ValueError(f"x is on {x.device}, {k} on {t.device}")
         if x.is_floating_point() and t.dtype!=x.dtype: raise ValueError(f"x has dtype {x.dtype}, {k} has {t.dtype}")
@@ -603,7 +603,7 @@ def check_loss(
     "Raise where the loss is not finite at the start, or does not depend on the parameters"
     if not readable(m.loss): return
     if not m.loss.isfinite().all(): raise ValueError(f"loss is {m.loss.tolist()} at the parameters given; it must be finite")
-    if dot(m.gradient, m.gradient)!=0: return
+    if any(t.any() for t in pytree.tree_leaves(m.gradient)): return
     with torch.enable_grad(): L = loss(tree_map(lambda t: t.detach().requires_grad_(), w))
     if not L.requires_grad: raise ValueError("loss does not depend on w, so every move would keep it")
 
@@ -627,8 +627,8 @@ def all_finite(
     *tensors:Tensor, # At least one
 )->Tensor: # Whether no value is nan or infinite, bool, shape ()
     "One answer for several tensors"
-    if all(readable(t) for t in tensors): return tensors[0].new_tensor(all(finite(t) for t in tensors), dtype=torch.bool)
-    return torch.stack([t.isfinite().all() for t in tensors]).all()
+    known = finite(*tensors)
+    return torch.tensor(known, device=tensors[0].device) if known is not None else torch.stack([t.isfinite().all() for t in tensors]).all()
 
 def pick(
     ok:Tensor, # bool, shape ()
