@@ -481,7 +481,7 @@ def read_batch(
     rows = {k: wide(seen[k]).reshape(-1, seen[k].shape[-1]) for k in {s.tap.layer for s,_ in tapped}|{reader(s) for s,_ in tapped}}
     h,plus = {},{}
     for s,kind in tapped:
-        src = next(((t,k) for t,k in blocks.spaces if reader(t)==s.tap.layer), None) if at else None
+        src = next(((t,k) for t,k in blocks.spaces if any(u.dual and u.param==f'{s.tap.layer}.weight' for u in t.slots)), None) if at else None
         z = rows[s.tap.layer]
         if src: z = transform({'h': z}, [(*src, blocks.inverse(at)[src[0].name], [Slot('h',1)])])['h']
         if f'{s.tap.layer}.bias' in w: z = torch.cat((z, torch.ones_like(z[:,:1])), 1)
