@@ -72,7 +72,8 @@ def ledger_html(
 )->str: # A table, no colours of its own, so that it reads on light and dark pages
     "Checks beside controls, one group of rows per statement"
     number = lambda e: f'{e:.1e}' if 0<abs(e)<.1 else f'{e:.3g}'
-    cell = lambda r: f'<td>{html.escape(r.what)}</td><td>{r.instances}</td><td>{number(r.error)}</td>' if r else '<td></td><td></td><td></td>'
+    tight = '<td style="white-space:nowrap">' # a number is not broken at its minus sign
+    cell = lambda r: f'<td>{html.escape(r.what)}</td><td>{r.instances}</td>{tight}{number(r.error)}</td>' if r else '<td></td>'*3
     rows = []
     for s in ledger.statements():
         mine = [r for r in ledger.rows if r.statement==s]
