@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FLOPS', 'LOOK', 'STYLE', 'distance', 'Matched', 'count_flops', 'gradient_equivalents', 'train', 'environment',
-           'save_run', 'load_run', 'Experiment', 'differences', 'reproduce', 'band', 'log_axis', 'draw_curves']
+           'save_run', 'load_run', 'Experiment', 'differences', 'reproduce', 'band', 'log_axis', 'draw_curves',
+           'picture', 'show']
 
 # %% ../nbs/04_experiments.ipynb #da4b9237
-import argparse, importlib, json, math, os, platform, time
+import argparse, importlib, io, json, math, os, platform, time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from copy import deepcopy
@@ -17,9 +18,13 @@ from pathlib import Path
 from statistics import median
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
+from IPython.display import Image as DisplayImage, display
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from PIL import Image
 from torch import Generator, Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils import _pytree as pytree
@@ -280,3 +285,19 @@ def draw_curves(
             if y in log: log_axis(ax)
         fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside lower center', ncols=6); fig.suptitle(title)
     return fig
+
+# %% ../nbs/04_experiments.ipynb #972a67c4
+def picture(
+    fig:Figure, # Closed afterwards
+    dpi:int=100, # Pixels per inch
+)->bytes: # A PNG file
+    "A figure as a PNG with a palette of 256 colours"
+    plt.close(fig); canvas = FigureCanvasAgg(fig); fig.set_dpi(dpi); canvas.draw()
+    out = io.BytesIO(); Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB').quantize(256, Image.Quantize.FASTOCTREE).save(out, 'PNG')
+    return out.getvalue()
+
+def show(
+    fig:Figure, # Closed afterwards
+):
+    "Display a figure in a notebook as a small PNG"
+    display(DisplayImage(picture(fig)))

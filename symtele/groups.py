@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['rosenbrock', 'booth', 'KINDS', 'ELEMENTS', 'WORDS', 'check_close', 'dot', 'readable', 'wide', 'Rule', 'Orbit',
-           'check_element', 'Chart', 'ellipse', 'rotation_matrix', 'ChartOrbit', 'Rotation', 'check_symmetry',
-           'Orthogonal', 'Slot', 'Tap', 'Space', 'Wiring', 'Matrices', 'Diagonals', 'Permutations', 'along',
-           'transform', 'left_inverse', 'run_model', 'layer_inputs', 'Blocks', 'read_batch', 'reader',
+           'check_element', 'Chart', 'ellipse', 'skew_matrix', 'rotation_matrix', 'ChartOrbit', 'Rotation',
+           'check_symmetry', 'Orthogonal', 'Slot', 'Tap', 'Space', 'Wiring', 'Matrices', 'Diagonals', 'Permutations',
+           'along', 'transform', 'left_inverse', 'run_model', 'layer_inputs', 'Blocks', 'read_batch', 'reader',
            'preimage_change', 'move', 'move_data', 'gram_slope', 'WiredOrbit', 'onward', 'hidden', 'pull_back',
            'choose_rule', 'nothing_to_move', 'WiredGroup', 'GL', 'BatchGL', 'Scaling', 'Permutation', 'LeastSquares']
 
@@ -80,6 +80,7 @@ class Orbit:
     def inverse(self, xi:Tensor)->Tensor: "The element that undoes `xi` (size,), shape (size,)"; raise NotImplementedError
     def to(self, xi:Tensor)->'Orbit': "The same orbit seen from `act(xi)`; no forward pass, no factorisation"; raise NotImplementedError
     def onward(self, xi:Tensor, w=None): "The action of `xi` on `w`, by default the parameters here: then `act(xi)`, to rounding; differentiable in both"; raise NotImplementedError
+    def nudge(self, xi:Tensor, w): "`onward` to first order in `xi`: at the identity it has the same value and slope, and no exponential"; return self.onward(xi, w)
     def data(self, xi:Tensor, x:Tensor)->Tensor: "Data `x` seen from `act(xi)` (Z22 Alg. 3); the same `x` where the data do not move"; raise NotImplementedError
     def carry_data(self, x:Tensor)->Tensor: "Data at the start of the orbit, seen from here"; raise NotImplementedError
     def pull(self, xi:Tensor, c): "J⁻ᵀc: the covector `c` at `w`, seen from `act(xi)` (Z22 Prop. 5.1)"; raise NotImplementedError
@@ -156,17 +157,23 @@ def ellipse(
     return Chart(lambda w: w*s(w), lambda y: y/s(y), affine=True)
 
 # %% ../nbs/01_groups.ipynb #22d200f8
+def skew_matrix(
+    xi:Tensor, # Upper triangle, row by row and with its sign changed, shape (n(n-1)/2,)
+    n:int, # Dimensions
+)->Tensor: # Shape (n, n), equal to minus its transpose
+    "An infinitesimal rotation; in two dimensions its angle is `xi`"
+    i,j = torch.triu_indices(n, n, 1, device=xi.device)
+    upper = xi.new_zeros(n, n).index_put((i,j), -xi)
+    return upper-upper.T
+
 def rotation_matrix(
     xi:Tensor, # Angle (1,) in radians when n = 2, else the n(n-1)/2 entries of a skew matrix
     n:int, # Dimensions
 )->Tensor: # Rotation, shape (n, n)
-    "The matrix exponential of the skew matrix with upper triangle -`xi`"
-    if n==2:
-        c,s = xi.cos(),xi.sin()
-        return torch.stack((torch.cat((c,-s)), torch.cat((s,c))))
-    i,j = torch.triu_indices(n, n, 1, device=xi.device)
-    upper = xi.new_zeros(n, n).index_put((i,j), -xi)
-    return torch.linalg.matrix_exp(upper-upper.T)
+    "The matrix exponential of `skew_matrix`"
+    if n>2: return torch.linalg.matrix_exp(skew_matrix(xi, n))
+    c,s = xi.cos(),xi.sin()
+    return torch.stack((torch.cat((c,-s)), torch.cat((s,c))))
 
 # %% ../nbs/01_groups.ipynb #63266754
 @dataclass(frozen=True)
@@ -197,12 +204,15 @@ class ChartOrbit(Orbit):
     def inverse(self, xi): check_element(self, xi); return -xi
     def to(self, xi): check_element(self, xi); return replace(self, at=rotation_matrix(wide(xi), len(self.start))@self.at)
     def onward(self, xi, w=None): w = self.w if w is None else w; return self.chart.back(rotation_matrix(wide(xi), len(self.start))@self.chart.to(wide(w))).to(w.dtype)
+    def nudge(self, xi, w): y = self.chart.to(wide(w)); return self.chart.back(y+skew_matrix(wide(xi), len(y))@y).to(w.dtype)
     def pull(self, xi, c): return self._pull(rotation_matrix(wide(xi), len(self.start)), self.to(xi).w, c)
     def carry(self, c): return self._pull(self.at, self.w, c)
     def _pull(self, r, w, c):
         undo = lambda w: self.chart.back(r.T@self.chart.to(wide(w))).to(w.dtype)
         return vjp(undo, w)[1](c)[0]
-    def slope_of_pull(self, c): return grad(lambda xi: self.pull(xi, c).square().sum())(self.zero())
+    def slope_of_pull(self, c):
+        near = lambda xi: torch.eye(len(self.start), dtype=xi.dtype, device=xi.device)+skew_matrix(xi, len(self.start)) # a rotation to first order
+        return grad(lambda xi: self._pull(near(xi), self.nudge(xi, self.w), c).square().sum())(self.zero())
     def data(self, xi, x): return x
     def carry_data(self, x): return x
 
