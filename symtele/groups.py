@@ -479,7 +479,7 @@ def read_batch(
     rows = {k: wide(v).reshape(-1, v.shape[-1]) for k,v in seen.items()}
     h,plus = {},{}
     for s,kind in tapped:
-        src = next(((t,k) for t,k in blocks.spaces if reader(t)==s.tap.layer), None) if at else None
+        src = next(((t,k) for t,k in blocks.spaces if any(u.dual and u.param==f'{s.tap.layer}.weight' for u in t.slots)), None) if at else None
         z = rows[s.tap.layer]
         if src: z = transform({'h': z}, [(*src, blocks.inverse(at)[src[0].name], [Slot('h',1)])])['h']
         if f'{s.tap.layer}.bias' in w: z = torch.cat((z, torch.ones_like(z[:,:1])), 1)
