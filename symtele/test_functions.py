@@ -226,16 +226,18 @@ def draw_descent(
     with plt.rc_context(STYLE|{'figure.constrained_layout.use': False, 'axes.titlesize': 10}):
         fig = plt.figure(figsize=(13, 4.6))
         place = lambda x,w,y=.27,h=.62: fig.add_axes((x, y, w, h))
-        path,moves,loss = run.path[:,row],[m for m in run.moves if m['row']==row],run.loss[:,row]
+        path,loss = run.path[:,row],run.loss[:,row]
         fine = loss.isfinite()&(loss<1e12)&path.isfinite().all(1)
         path,loss = path[:len(fine) if fine.all() else max(fine.int().argmin(), 1)],loss[fine] # what has diverged is not drawn
+        moves = [m for m in run.moves if m['row']==row and m['k']<len(path)]
         floor = floor or max(loss[loss>0].min().item() if (loss>0).any() else 0., 1e-20)
-        _draw_path(place(.05, .29), place(.08, .23, .125, .022), problem, path, [m for m in moves if m['k']<len(path)], box)
-        _draw_chart(place(.375, .27), place(.425, .17, .125, .022), problem, path, [m for m in moves if m['k']<len(path)], floor)
-        _draw_record(place(.715, .275, .14, .75), run, row, moves)
+        _draw_path(place(.05, .29), place(.08, .23, .125, .022), problem, path, moves, box)
+        _draw_chart(place(.375, .27), place(.425, .17, .125, .022), problem, path, moves, floor)
+        _draw_record(place(.715, .275, .14, .75), run, row, [m for m in run.moves if m['row']==row])
         fig.suptitle(title, y=.985)
     return fig
 
+# %% ../nbs/06_test_functions.ipynb #91032ad7
 def _bar(image, cax, label):
     "A colour bar under an axis"
     bar = cax.figure.colorbar(image, cax=cax, orientation='horizontal', label=label); lo,hi = image.norm.vmin,image.norm.vmax
@@ -252,6 +254,7 @@ def _legs(path, moves):
     cut = sorted({0, *[m['k'] for m in moves], len(path)})
     return [torch.cat([path[a:b], *[m['from'][None] for m in moves if m['k']==b]]) for a,b in zip(cut, cut[1:])]
 
+# %% ../nbs/06_test_functions.ipynb #12c6fc06
 def _draw_path(ax, cax, problem, path, moves, box):
     goal,rings = torch.tensor(problem.target, dtype=path.dtype),[ring(problem, m['from']) for m in moves[:4]]
     _level_sets(ax, problem, box or _around(torch.cat([path[:200], goal[None], *[p for p,_ in rings]])))
@@ -276,6 +279,7 @@ def _mark(ax, froms, tos, first, goal):
     dot(froms, marker='o', color=START, ms=6, label='jumps from'); dot(tos, marker='D', color=LAND, ms=5.5, label='lands')
     if goal is not None: dot([goal], marker='*', color=GOAL, ms=13, label='minimum')
 
+# %% ../nbs/06_test_functions.ipynb #4d134bc0
 def _draw_chart(ax, cax, problem, path, moves, floor):
     decades = _polar(problem, torch.cat([path, *[m['from'][None] for m in moves]]), floor)[1].max().item()*1.04+.3
     _bar(_disc(ax, problem, floor, decades), cax, '‖∇L‖²/L')
@@ -304,7 +308,7 @@ def _draw_record(ax, run, row, moves):
     _plain(ax.yaxis); ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel='step', title='loss and squared gradient norm'); ax.legend(loc='best', fontsize=8)
 
-# %% ../nbs/06_test_functions.ipynb #63266754
+# %% ../nbs/06_test_functions.ipynb #fc074d50
 PROBLEMS = {'rosenbrock': rosenbrock_problem, 'booth': booth_problem,
     'rosenbrock10': lambda: rosenbrock_problem(10), 'rosenbrock100': lambda: rosenbrock_problem(100),
     'quadratic2': lambda: quadratic(2), 'quadratic10': lambda: quadratic(10), 'quadratic100': lambda: quadratic(100)}
@@ -320,9 +324,10 @@ def arm_settings(
     rounds:int=1, # Great circles per teleport
 )->dict: # `search`, `objective` and `state` for `descend`
     "What distinguishes the arms of the studies"
-    search = {'base': None, 'reset': None, 'random': FromAngle(), 'paper': FromAngle(problem.ascent),
-        'teleport': GreatCircle(5, rounds)}.get(arm, GreatCircle(9, rounds))
-    objective = lookahead(lr) if arm in ('lookahead','every step','fresh') else grad_norm
+    if arm not in ARMS: raise ValueError(f"arm must be one of {list(ARMS)}, got {arm!r}")
+    ahead = arm in ('lookahead','every step','fresh')
+    search = {'base': None, 'reset': None, 'random': FromAngle(), 'paper': FromAngle(problem.ascent)}.get(arm, GreatCircle(9 if ahead else 5, rounds))
+    objective = lookahead(lr) if ahead else grad_norm
     return dict(search=search, objective=objective, state=reset if arm in ('reset','fresh') else keep)
 
 def random_starts(
@@ -335,7 +340,7 @@ def random_starts(
     lo,hi = (torch.tensor(problem.box[i::2], dtype=torch.float64).repeat((problem.n+1)//2)[:problem.n] for i in (0,1))
     return lo+(hi-lo)*torch.rand(m, problem.n, dtype=torch.float64, generator=Generator().manual_seed(seed))
 
-# %% ../nbs/06_test_functions.ipynb #cb4e5208
+# %% ../nbs/06_test_functions.ipynb #cb7a1d77
 def _six(t): return [float(f'{v:.6g}') for v in t]
 def _moves(run):
     held = [m['drift'] for m in run.moves if m['accepted']]
@@ -354,8 +359,10 @@ def run_paper(
     go = lambda w: descend(p, w, p.steps, gd(p.lr), schedule, **arm_settings(arm, p, p.lr))
     run = go(start); last = len(run.loss)-1; kept = sorted({*range(0, last+1, every), last})
     rows = lambda t: [_six(c) for c in t[kept].T]
-    return dict(step=kept, loss=rows(run.loss), gsq=rows(run.gsq), end=_six(run.end), evals=run.evals[-1].tolist(), seconds=go(start[:1]).seconds, **_moves(run))
+    return dict(step=kept, loss=rows(run.loss), gsq=rows(run.gsq), end=_six(run.end), evals=run.evals[-1].tolist(),
+        seconds=(run if seeds==1 else go(start[:1])).seconds, **_moves(run))
 
+# %% ../nbs/06_test_functions.ipynb #ca3512f4
 def run_start(
     cfg:dict, # Settings of the study
     problem:str, # A key of `PROBLEMS`
@@ -377,7 +384,7 @@ def run_start(
 def paper_jobs(cfg): return [dict(arm=a, problem=p) for p in cfg['thin'] for a in ('base','random','paper','teleport','lookahead')]
 def start_jobs(cfg): return [dict(arm=a, problem=p, optimizer=o, lr=lr) for p,o,arms,rates in cfg['runs'] for lr in rates for a in arms]
 
-# %% ../nbs/06_test_functions.ipynb #b6692ea5
+# %% ../nbs/06_test_functions.ipynb #af3e1334
 ALL,RATES = ['base','random','teleport','lookahead'],[5e-5,2e-4,5e-4,1e-3,1.5e-3,2e-3]
 paper = Experiment('test_functions_paper', dict(seeds=50, thin=dict(rosenbrock=20, booth=1)), paper_jobs, run_paper)
 starts = Experiment('test_functions_starts', dict(starts=50, target=1e-8, steps=20000, teleports=60, interval=10, rounds=1, runs=[
@@ -388,7 +395,7 @@ sizes = Experiment('test_functions_sizes', dict(starts=10, target=1e-8, steps=20
     *[[p, 'GD', ALL, [.005,.01,.0198]] for p in ('quadratic2','quadratic10','quadratic100')]]), start_jobs, run_start)
 experiments = [paper, starts, sizes]
 
-# %% ../nbs/06_test_functions.ipynb #5b384ce3
+# %% ../nbs/06_test_functions.ipynb #fb644351
 def _legend(fig, axes):
     "One legend for panels that show different arms"
     known = {label: line for ax in axes for line,label in zip(*ax.get_legend_handles_labels())}
@@ -403,10 +410,10 @@ def draw_paper(
         fig,axes = plt.subplots(len(names), 3, figsize=(12.5, 3.1*len(names)), squeeze=False)
         for panels,name in zip(axes, names):
             for r in (r for r in rows if r['problem']==name):
-                label,colour,ls = ARMS[r['arm']]; steps = r['step'][:len(r['loss'][0])]
+                label,colour,ls = ARMS[r['arm']]
                 (L,*l),(G,*g) = (band([[max(v, 1e-33) for v in c] for c in r[k]]) for k in ('loss','gsq'))
                 for ax,mid,edge in zip(panels, (L,G), (l,g)):
-                    ax.plot(steps, mid, color=colour, ls=ls, label=label); ax.fill_between(steps, *edge, color=colour, alpha=.1, lw=0)
+                    ax.plot(r['step'], mid, color=colour, ls=ls, label=label); ax.fill_between(r['step'], *edge, color=colour, alpha=.1, lw=0)
                 panels[2].plot(L, G, color=colour, ls=ls, lw=1.2)
             for ax,x,y in zip(panels, ('step','step','loss'), ('loss','‖∇L‖²','‖∇L‖²')):
                 ax.set(xlabel=x, ylabel=y, yscale='log', title=PROBLEMS[name]().name)
@@ -422,7 +429,7 @@ def table(
     cells = [list(lines[0])]+[[show(v) for v in l.values()] for l in lines]; wide = [max(map(len, c)) for c in zip(*cells)]
     for row in cells: print('  '.join(c.rjust(n) if i else c.ljust(n) for i,(c,n) in enumerate(zip(row, wide))).rstrip())
 
-# %% ../nbs/06_test_functions.ipynb #fb644351
+# %% ../nbs/06_test_functions.ipynb #a9334987
 def best_rate(
     rows:list, # Rows of one arm, a learning rate each
 )->dict: # One of them
@@ -438,6 +445,7 @@ def group_rows(
     for r in rows: out.setdefault(tuple(r[k] for k in keys), []).append(r)
     return out
 
+# %% ../nbs/06_test_functions.ipynb #80e28a51
 def draw_starts(
     rows:list, # Rows of the study `starts`
 )->plt.Figure: # One column of panels per problem and optimizer
@@ -460,7 +468,7 @@ def draw_starts(
         _legend(fig, axes[0])
     return fig
 
-# %% ../nbs/06_test_functions.ipynb #6c1e671f
+# %% ../nbs/06_test_functions.ipynb #b7103ca2
 def draw_sizes(
     rows:list, # Rows of the study `sizes`
 )->plt.Figure: # Rosenbrock and quadratics: steps, and evaluations
@@ -484,7 +492,7 @@ def draw_sizes(
         _legend(fig, axes[:1])
     return fig
 
-# %% ../nbs/06_test_functions.ipynb #59129aac
+# %% ../nbs/06_test_functions.ipynb #450ddec8
 EXPLORED = {'Rosenbrock': rosenbrock_problem, 'Booth': booth_problem, 'ellipse': ellipse_problem}
 SEARCHES = {'next step, whole orbit': 'lookahead', 'largest gradient, whole orbit': 'teleport',
     "the paper's single ascent": 'paper', 'random angle': 'random', 'no teleports': 'base'}
@@ -513,6 +521,7 @@ def explore(
     else: said = f'loss {run.end[0]:.2g} after {done} steps' if math.isfinite(run.end[0]) else f'diverged within {done} steps'
     return draw_descent(p, run, title=f'{p.name}, learning rate {lr:.2g}: {said}')
 
+# %% ../nbs/06_test_functions.ipynb #d54ad009
 def controls():
     "Sliders around `explore`, for Jupyter"
     import ipywidgets as W
