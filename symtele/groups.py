@@ -594,7 +594,7 @@ class WiredOrbit(Orbit):
     def x(self): return self.carry_data(self.batch)
     @cached_property
     def hidden(self): return hidden(self)
-    def split(self, xi): check_element(self, xi); return self.blocks.split(xi)
+    def split(self, xi): check_element(self, xi); return self.blocks.split(xi if self.discrete else wide(xi))
     def join(self, blocks): return self.blocks.join(blocks)
     def zero(self): return self.join(self.blocks.zero()).to(self.join(self.at).device)
     def draw(self, rng):

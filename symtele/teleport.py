@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['tree_map', 'CLOSED', 'ROUNDING', 'LEVER', 'HELD', 'OK', 'DRIFT', 'NONFINITE', 'MOMENTS', 'transport', 'Measured',
            'eager', 'measure', 'unwrap', 'loss_of', 'grad_norm', 'lookahead', 'Landscape', 'PulledNorm',
-           'PulledDecrease', 'chain', 'undone', 'Link', 'bends', 'Chain', 'read_chain', 'ChainNorm', 'landscape',
-           'Stay', 'Random', 'best_of', 'Sample', 'Grid', 'harmonics', 'highest', 'GreatCircle', 'Ascent',
+           'PulledDecrease', 'chain', 'onto', 'undone', 'Link', 'bends', 'Chain', 'read_chain', 'ChainNorm',
+           'landscape', 'Stay', 'Random', 'best_of', 'Sample', 'Grid', 'harmonics', 'highest', 'GreatCircle', 'Ascent',
            'drift_bound', 'Teleported', 'reached', 'check_tol', 'finite', 'check_input', 'check_loss', 'teleport',
            'all_finite', 'pick', 'travel', 'Schedule', 'at', 'every', 'first', 'as_schedule', 'keep', 'reset',
            'Transport', 'Pull', 'Resumable', 'Teleporter', 'check_teleporter']
@@ -23,7 +23,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vjp, vmap
 from torch.utils import _pytree as pytree
 
-from .groups import GL, Blocks, Orbit, Slot, Space, Tap, WiredGroup, dot, gram_slope, readable, transform, wide
+from .groups import ELEMENTS, GL, Blocks, Orbit, Slot, Space, Tap, WiredGroup, dot, gram_slope, readable, transform, wide
 from .wiring import wire
 
 tree_map = pytree.tree_map
@@ -203,44 +203,51 @@ def chain(
     return tuple((s, moving.get(s.name, 'fixed')) for s in path)
 
 # %% ../nbs/03_teleport.ipynb #bc33ea4e
-def undone(
+def onto(
     t:Tensor|None, # A step T, shape (d, d); the logarithm of a diagonal, shape (d,); or None for no step
-    *rows:Tensor, # Shapes (n, d)
-)->tuple: # Each times (I+T)⁻¹
+    rows:Tensor, # Shape (n, d)
+)->Tensor: # Each times (I+T)ᵀ
+    "Rows after a step that moves them"
+    if t is None: return rows
+    return rows*t.exp() if t.ndim<2 else torch.addmm(rows, rows, t.mT)
+
+def undone(
+    t:Tensor|None, # As in `onto`
+    rows:Tensor, # Shape (n, d)
+)->Tensor: # Each times (I+T)⁻¹
     "Rows after a step has moved the space they are dual to"
     if t is None: return rows
-    if t.ndim<2: f = t.exp(); return tuple(r/f for r in rows)
-    try: size,eps = t.norm().item(),torch.finfo(t.dtype).eps
+    if t.ndim<2: return rows/t.exp()
+    try: size,small = t.norm().item(),16*torch.finfo(t.dtype).eps # the norm is that of all singular values together
     except RuntimeError: size = math.inf # cannot be looked at under vmap
-    if not size<.5: 
-        one = torch.eye(len(t), dtype=t.dtype, device=t.device); inverse,_ = torch.linalg.solve_ex(one+t, one)
-        return tuple(r@inverse for r in rows)
-    rows = [r - r@t for r in rows]
-    while (size := size*size)>16*eps: t = t@t; rows = [r + r@t for r in rows] # the norm is that of all singular values together
-    return tuple(rows)
+    if not size<.5: return torch.linalg.solve_ex(torch.eye(len(t), dtype=t.dtype, device=t.device)+t, rows, left=False)[0]
+    sign = -1
+    while size**4>small: rows,t,size,sign = torch.addmm(rows, rows, t, alpha=sign),t@t,size*size,1
+    y,error = rows,size
+    while error>small: y,error = torch.addmm(rows, y, t, alpha=sign),error*size
+    return y
 
 # %% ../nbs/03_teleport.ipynb #7719a1c7
 class Link(NamedTuple):
-    "One layer of a chain; n samples are rows"
+    "One layer of a chain, and the rows that move with its space; n samples are rows"
     space:Space # What the layer makes
     kind:str # How it moves
     bias:bool # Whether the layer has one
-    h:Tensor # Activations, shape (n, size)
+    fore:Tensor # Activations and, where the space moves by a matrix g, the rows of gᵀ, shape (n, size) or (n + size, size)
+    back:Tensor # Of the layer that reads the space: its weights or, where that moves on the batch, its left inverse and W - zh⁺; at the top ∂L/∂h; shape (rows, size)
     z:Tensor # Pre-activations, shape (n, size)
-    weight:Tensor # Shape (size, p)
-    plus:Tensor|None # Left inverse of the layer's input, without the column for the bias, shape (n, p); None unless kind is "batch"
     bent:tuple # σ'(z) and σ''(z), shapes (n, size), the second None where it is 0 everywhere
 
-    def to(self, t:Tensor|None, below:Tensor|None, first:bool, w:dict)->'Link':
-        "The link after a step `t` of its own space and one of the space below; the first needs no weights"
-        h,z,weight,plus,bent = self.h,self.z,self.weight,self.plus,self.bent
-        if self.kind=='batch':
-            h = h + h@t.mT; z = self.space.tap.inverse(h, w); bent = bends(self.space.tap, z, w)
-            if not first: weight = weight + (z-self.z).mT@plus
-        elif self.kind=='gl': h,z,weight = h + h@t.mT, z + z@t.mT, weight + t@weight
-        elif self.kind=='scale': f = t.exp(); h,z,weight = h*f,z*f,weight*f[:,None]
-        if not first and below is not None: weight,*rest = undone(below, weight, *[plus]*(plus is not None)); plus = rest[0] if rest else None
-        return Link(self.space, self.kind, self.bias, h, z, weight, plus, bent)
+    @property
+    def h(self)->Tensor: "Activations, shape (n, size)"; return self.fore[:len(self.z)]
+    @property
+    def element(self)->Tensor: "From the start to here, shape (size, size)"; g = wide(self.fore[len(self.z):].mT); return g - torch.eye(len(g), dtype=g.dtype, device=g.device)
+    def to(self, t:Tensor|None, above:Tensor|None, w:dict)->'Link':
+        "The link after a step `t` of its space and, where that does not move on the batch, a step `above` of the one its readers make"
+        fore,back,z,bent = onto(t, self.fore),undone(t, self.back),self.z,self.bent
+        if above is not None: back = onto(above, back.mT).mT
+        if self.kind=='batch': z = self.space.tap.inverse(fore[:len(z)], w); bent = bends(self.space.tap, z, w)
+        return Link(*self[:3], fore, back, z if self.kind=='batch' else onto(t, z), bent)
 
 def bends(
     tap:Tap, # Of the layer
@@ -257,42 +264,50 @@ def bends(
 class Chain(NamedTuple):
     "What the closed form knows at one point of an orbit, in the precision of the parameters"
     links:tuple # From the data up
-    b:Tensor # ∂L/∂h of the highest space, shape (n, size)
     above:dict # Gradient of the parameters above
+    rest:dict # Space -> element from the start to here, where it is no matrix of a link
     x:Tensor # Input of the first layer, shape (n, p)
     gram:Tensor # Products of samples in it, plus 1 with a bias, shape (n, n)
     reads:tuple # Names of the weights that read the highest space
     moves:tuple # (`Space`, kind, slots) of what else moves above
+    begin:Orbit # Where the links began
 
-    def to(self, a:dict, w:dict)->'Chain':
-        "The chain after a step `a`, by blocks, from the parameters `w` at the start"
-        steps = [a.get(l.space.name) for l in self.links]
-        links = tuple(l.to(t, below, not i, w) for i,(l,t,below) in enumerate(zip(self.links, steps, [None]+steps)))
-        above = {k: c + c@steps[-1].mT if k in self.reads else c for k,c in self.above.items()}
+    def to(self, a:dict)->'Chain':
+        "The chain after a step `a`, by blocks"
+        steps,w = [a.get(l.space.name) for l in self.links],self.begin.start
+        own = [None if l.kind=='batch' else t for l,t in zip(self.links[1:], steps[1:])]+[None]
+        links = tuple([l.to(t, above, w) for l,t,above in zip(self.links, steps, own)])
+        above = {k: onto(steps[-1], c) if k in self.reads else c for k,c in self.above.items()}
         if self.moves: above = transform(above, [(s, kind, a[s.name], slots) for s,kind,slots in self.moves], dual=True)
-        return Chain(links, undone(steps[-1], self.b)[0], above, *self[3:])
+        rest = {s.name: ELEMENTS[kind].then(self.rest[s.name], a[s.name]) for s,kind in self.begin.blocks.spaces if s.name in self.rest} if self.rest else {}
+        return Chain(links, above, rest, *self[3:])
+    @property
+    def orbit(self)->Orbit: "Seen from here"; return replace(self.begin, at={k: wide(t) for k,t in self.rest.items()} | {l.space.name: l.element for l in self.links if l.kind in ('batch','gl')})
 
 def read_chain(
-    orbit:Orbit, # With a chain
+    orbit:Orbit, # With a chain, at its start
     path:tuple, # Its spaces and their kinds
-    c:dict, # Gradient at the start of the orbit
+    c:dict, # Gradient there
 )->Chain: # There
     "A chain where its orbit began, from its gradient; activations are computed only where the batch law has not read them"
     (h,plus,seen),w,links = orbit.reading,orbit.start,[]
     x = first = wide(seen[path[0][0].tap.layer]).flatten(0, -2)
+    to = lambda t: t if t is None else t.to(c[f'{path[0][0].tap.layer}.weight'].dtype)
     for s,kind in path:
-        weight,bias = wide(w[f'{s.tap.layer}.weight']),w.get(f'{s.tap.layer}.bias')
-        z = s.tap.inverse(h[s.name], w) if kind=='batch' else x@weight.mT if bias is None else x@weight.mT + bias
+        weight,bias = w[f'{s.tap.layer}.weight'],w.get(f'{s.tap.layer}.bias')
+        z = s.tap.inverse(h[s.name], w) if kind=='batch' else x@wide(weight).mT if bias is None else x@wide(weight).mT + bias
         x = h[s.name] if kind=='batch' else s.tap.sigma(z, w)
-        links.append(Link(s, kind, bias is not None, x, z, weight, plus[s.name][:weight.shape[1]].mT if kind=='batch' else None, bends(s.tap, z, w)))
+        rows = [weight] if kind!='batch' else [to(p := plus[s.name][:weight.shape[1]].mT)] + [to(wide(weight)-z.mT@p)]*(len(x)<weight.shape[1]+(bias is not None))
+        if links: links[-1] = links[-1]._replace(back=torch.cat(rows))
+        fore = torch.cat((to(x), torch.eye(s.size, dtype=weight.dtype, device=x.device))) if kind in ('batch','gl') else to(x)
+        links.append(Link(s, kind, bias is not None, fore, None, to(z), tuple(map(to, bends(s.tap, z, w)))))
     names,rows = s.tap.below,c[f'{s.tap.layer}.weight']
-    to = lambda t: t if t is None else t.to(rows.dtype)
     if bias is not None: rows = torch.cat((rows, c[f'{s.tap.layer}.bias'][:,None]), 1)
-    b = (wide(rows)@plus[s.name]).mT/links[-1].bent[0]
-    links = tuple(l._replace(h=to(l.h), z=to(l.z), weight=to(l.weight), plus=to(l.plus), bent=tuple(map(to, l.bent))) for l in links)
+    links[-1] = links[-1]._replace(back=(rows@to(plus[s.name])).mT/links[-1].bent[0])
     above,reads = {k: t for k,t in c.items() if k not in names},tuple(t.param for t in s.slots if t.dual)
     moves = tuple((t,kind,u) for t,kind,_,slots in orbit.blocks.moves(orbit.at) if t is not s and (u := [v for v in slots if v.param in above]))
-    return Chain(links, to(b), above, to(first), to(first)@to(first).mT+links[0].bias, reads, moves)
+    rest = {k: t for k,t in orbit.blocks.zero().items() if k not in {l.space.name for l in links if l.kind in ('batch','gl')}}
+    return Chain(tuple(links), above, rest, to(first), to(first)@to(first).mT+links[0].bias, reads, moves, orbit)
 
 # %% ../nbs/03_teleport.ipynb #63266754
 @dataclass(frozen=True)
@@ -303,17 +318,25 @@ class ChainNorm(Landscape):
     @cached_property
     def chain(self)->Chain:
         "What is known here: from the last point, or from the start of the orbit"
-        if 'last' in self.__dict__: land,xi = self.__dict__.pop('last'); return land.chain.to(self.orbit.blocks.split(xi.to(land.chain.b.dtype)), self.orbit.start)
+        if 'last' in self.__dict__: last,xi = self.__dict__.pop('last'); return last.to(last.begin.blocks.split(xi.to(last.x.dtype)))
         new,at = read_chain(self.orbit, chain(self.orbit), self.start.gradient),self.orbit.at
         if all(readable(t) and not t.any() for t in at.values()): return new # we are there
-        return new.to({k: t.to(new.b.dtype) for k,t in at.items()}, self.orbit.start)
-    def move(self, xi): there = Landscape.move(self, xi); there.__dict__['last'] = self,xi; return there
+        return new.to({k: t.to(new.x.dtype) for k,t in at.items()})
+    def move(self, xi): 
+        there = object.__new__(ChainNorm) # its orbit is found when it is asked for
+        there.__dict__.update(loss=self.loss, objective=self.objective, start=self.start, steps=self.steps+1, last=(self.chain,xi)); return there
+    @cached_property
+    def orbit(self)->Orbit: chain,xi = self.__dict__.get('last') or (self.chain,None); return chain.orbit if xi is None else chain.orbit.to(xi)
     @cached_property
     def errors(self)->list:
         "From the data up: ∂L/∂h and ∂L/∂z of each link, shapes (n, size)"
-        b,out = self.chain.b,[]
-        for l in reversed(self.chain.links): out.insert(0, (b, l.bent[0]*b)); b = out[0][1]@l.weight if l is not self.chain.links[0] else None
-        return out
+        links,out = self.chain.links,[]
+        b = links[-1].back
+        for l,below in zip(links[::-1], links[-2::-1]+(None,)):
+            d = l.bent[0]*b; out.insert(0, (b, d))
+            if below is None: return out
+            r = d if l.kind!='batch' else d@l.z.mT if len(below.back)==len(d) else torch.cat((d@l.z.mT, d), 1)
+            b = r@below.back
     @cached_property
     def weights(self)->list:
         "Gradients of the weights that read each link, a list for each"
@@ -332,24 +355,26 @@ class ChainNorm(Landscape):
         for l,(_,d),g in zip(self.chain.links, self.errors, [self.errors[0][1].mT@self.chain.x]+[g for g, in self.weights[:-1]]):
             c[f'{l.space.tap.layer}.weight'] = g
             if l.bias: c[f'{l.space.tap.layer}.bias'] = d.sum(0)
-        return {k: c[k] for k in self.orbit.start}
+        return {k: c[k] for k in self.start.gradient}
     def slope(self):
-        out,below,zd = {},None,self.first
+        out,below,blocks = {},None,self.chain.begin.blocks
         for l,(b,d),reads in zip(self.chain.links, self.errors, self.weights):
-            if below is not None:
-                zd = below.h@g.mT + hd@l.weight.mT
+            q = None
+            if below is None: zd = self.first
+            else:
+                zd = hd@below.back.mT
+                if l.kind=='batch': c,zd = zd[:,:len(d)],zd[:,len(d):]; q = c.mT@d; zd = torch.addmm(zd, c, l.z) if zd.shape[1] else c@l.z
+                zd = torch.addmm(zd, below.h, g.mT)
                 if l.bias: zd = zd + d.sum(0)
-            if l.kind=='batch':
-                q = None if below is None else (hd@l.plus.mT).mT@d
-            (s,ss),hd,below,g = l.bent,l.bent[0]*zd,l,reads[0]
+            (s,ss),below,g = l.bent,l,reads[0]
+            hd = s*zd
             if l.kind!='batch': continue
-            grams = [g.mT@g for g in reads]
-            t = (grams[0] if len(grams)==1 else sum(grams)) - b.mT@hd
             if ss is not None: q = ss*zd*b if q is None else q + ss*zd*b
-            out[l.space.name] = 2*(t if q is None else t + (q/s).mT@l.h)
-        if len(out)==len(self.orbit.blocks.spaces): return wide(self.orbit.join(out))
-        rest = Blocks(tuple((s,kind) for s,kind in self.orbit.blocks.spaces if kind!='batch'))
-        return wide(self.orbit.join(out | rest.split(gram_slope(rest, self.gradient))))
+            t = torch.addmm(sum((r.mT@r for r in reads[1:]), g.mT@g), b.mT, hd, beta=2, alpha=-2)
+            out[l.space.name] = t if q is None else torch.addmm(t, (q/s).mT, l.h, alpha=2)
+        if len(out)==len(blocks.spaces): return blocks.join(out)
+        rest = Blocks(tuple((s,kind) for s,kind in blocks.spaces if kind!='batch'))
+        return blocks.join(out | rest.split(gram_slope(rest, self.gradient)))
 
 # %% ../nbs/03_teleport.ipynb #b6692ea5
 CLOSED = {(objective,law): land for law in ('linear','chart') for objective,land in ((grad_norm,PulledNorm), (lookahead,PulledDecrease))} | {(grad_norm,'batch'): ChainNorm}
