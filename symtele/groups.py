@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['rosenbrock', 'booth', 'KINDS', 'ELEMENTS', 'WORDS', 'check_close', 'dot', 'readable', 'wide', 'Rule', 'Orbit',
            'check_element', 'Chart', 'ellipse', 'skew_matrix', 'rotation_matrix', 'ChartOrbit', 'Rotation',
-           'check_symmetry', 'Orthogonal', 'Slot', 'Tap', 'Space', 'Wiring', 'Matrices', 'Diagonals', 'Permutations',
-           'along', 'transform', 'left_inverse', 'run_model', 'layer_inputs', 'Blocks', 'read_batch', 'reader',
-           'preimage_change', 'move', 'move_data', 'gram_slope', 'WiredOrbit', 'onward', 'hidden', 'pull_back',
-           'choose_rule', 'nothing_to_move', 'WiredGroup', 'GL', 'BatchGL', 'Scaling', 'Permutation', 'LeastSquares']
+           'check_symmetry', 'Orthogonal', 'Slot', 'Tap', 'Space', 'Wiring', 'undone', 'Matrices', 'Diagonals',
+           'Permutations', 'along', 'transform', 'left_inverse', 'run_model', 'layer_inputs', 'Blocks', 'read_batch',
+           'reader', 'preimage_change', 'near', 'move', 'move_data', 'gram_slope', 'WiredOrbit', 'onward', 'hidden',
+           'pull_back', 'choose_rule', 'nothing_to_move', 'WiredGroup', 'GL', 'BatchGL', 'Scaling', 'Permutation',
+           'LeastSquares']
 
 # %% ../nbs/01_groups.ipynb #da4b9237
 import math
@@ -45,7 +46,7 @@ def readable(
     t:Tensor, # Any tensor
 )->bool: # False inside `torch.func.vmap`
     "Whether a value can be looked at"
-    try: t.detach().reshape(-1)[:1].tolist(); return True
+    try: t.item() if t.numel()==1 else t.reshape(-1)[:1].tolist(); return True
     except RuntimeError: return False
 
 # %% ../nbs/01_groups.ipynb #fa35e192
@@ -336,6 +337,8 @@ class Wiring:
         object.__setattr__(self, 'spaces', tuple(self.spaces))
         names = [s.name for s in self.spaces]
         if twice := {n for n in names if names.count(n)>1}: raise ValueError(f"Wiring has two spaces named {sorted(twice)}")
+    @cached_property
+    def plans(self)->dict: "What a group has decided about parameters and activations of some shapes, so that it need not decide again"; return {}
     def __getitem__(self, name:str)->Space: "The space called `name`"; return {s.name: s for s in self.spaces}[name]
     def check(self, w:dict):
         "Raise unless every slot that can move fits the parameters `w`"
@@ -347,20 +350,40 @@ class Wiring:
                     raise ValueError(f"space {s.name!r} needs {need} entries on axis {t.axis} of {t.param!r}, which has shape {tuple(p.shape)}")
 
 # %% ../nbs/01_groups.ipynb #8effee40
+def undone(
+    t:Tensor|None, # T, shape (d, d); the logarithm of a diagonal, shape (d,); or None for no step
+    rows:Tensor, # Shape (n, d)
+)->Tensor: # Each times (I+T)⁻¹
+    "Rows after a step has moved the space they are dual to"
+    if t is None: return rows
+    if t.ndim<2: return rows/t.exp()
+    try: size,small = t.norm().item(),16*torch.finfo(t.dtype).eps # the norm is that of all singular values together
+    except RuntimeError: size = math.inf # cannot be looked at under vmap
+    if not size<.5: return torch.linalg.solve_ex(torch.eye(len(t), dtype=t.dtype, device=t.device)+t, rows, left=False)[0]
+    sign = -1
+    while size**4>small: rows,t,size,sign = torch.addmm(rows, rows, t, alpha=sign),t@t,size*size,1
+    y,error = rows,size
+    while error>small: y,error = torch.addmm(rows, y, t, alpha=sign),error*size
+    return y
+
+# %% ../nbs/01_groups.ipynb #667be543
 class Matrices:
     "g = I + T, coordinates T of shape (d, d)"
     def shape(self, space): return space.shape(space.size, space.size)
     def zero(self, space): return torch.zeros(self.shape(space), dtype=torch.float64)
     def then(self, a, b): return a + b + b@a
     def inverse(self, a): return -self.solve(a, a)
-    def move(self, e, t): return t + e@t
-    def dual(self, e, t): return self.solve(e.mT, t)
+    def move(self, e, t): return t + e@t.to(e.dtype)
+    def dual(self, e, t): 
+        if e.dtype==t.dtype or len(e)>1: return self.solve(e.mT.to(t.dtype), t)
+        rows = t.mT.to(e.dtype)@e
+        return t - undone(e[0,0], rows.flatten(0, -2)).reshape(rows.shape).mT
     def solve(self, e, t): 
         # solve_ex does not raise: a singular g gives inf or nan, and the move is refused where it is measured
         return torch.linalg.solve_ex(e + torch.eye(e.shape[-1], dtype=e.dtype, device=e.device), t)[0]
     def gram(self, m): return m@m.mT
 
-# %% ../nbs/01_groups.ipynb #54ceb912
+# %% ../nbs/01_groups.ipynb #5a5b0f9b
 class Diagonals:
     "g = diag(exp s), coordinates s of shape (d,)"
     def shape(self, space): return space.shape(space.size)
@@ -371,7 +394,7 @@ class Diagonals:
     def dual(self, e, t): return t*(-e).exp()
     def gram(self, m): return m.square().sum(-1, keepdim=True)
 
-# %% ../nbs/01_groups.ipynb #9109c85a
+# %% ../nbs/01_groups.ipynb #e6c3dd63
 class Permutations:
     "(g h)_i = h_{p(i)}, coordinates p of shape (d,), int64"
     def shape(self, space): return space.shape(space.size)
@@ -383,7 +406,7 @@ class Permutations:
 
 ELEMENTS = dict(gl=Matrices(), batch=Matrices(), lsq=Matrices(), scale=Diagonals(), perm=Permutations())
 
-# %% ../nbs/01_groups.ipynb #5a5b0f9b
+# %% ../nbs/01_groups.ipynb #511a418e
 def along(
     t:Tensor, # Any array; not modified
     slot:Slot, # Which axis, and where on it the space lies
@@ -398,7 +421,7 @@ def along(
     if n<len(m): new = torch.cat((m[:slot.start], new, m[slot.start+n:]))
     return new.movedim(0, slot.axis)
 
-# %% ../nbs/01_groups.ipynb #e6c3dd63
+# %% ../nbs/01_groups.ipynb #a17554a0
 def transform(
     w:dict, # Parameters by name; not modified
     moves:list, # (space, kind, element, slots) to apply, in order
@@ -409,23 +432,28 @@ def transform(
     w = dict(w)
     for space,kind,e,slots in moves:
         el = ELEMENTS[kind]
-        if not e.dtype==torch.int64: e = e*power
+        if power!=1 and e.is_floating_point(): e = e*power
         for s in slots:
             t = w[s.param]
             b = e.reshape(space.copies, 1, space.size, -1)
-            if b.is_floating_point(): b = b.to(t.dtype)
+            if b.is_floating_point() and torch.promote_types(b.dtype, t.dtype)!=t.dtype: b = b.to(t.dtype)
             w[s.param] = along(t, s, space, lambda m: (el.dual if s.dual!=dual else el.move)(b, m))
     return w
 
-# %% ../nbs/01_groups.ipynb #c66c6517
+# %% ../nbs/01_groups.ipynb #4d89d294
 def left_inverse(
     h:Tensor, # Activations, shape (n, p), n at most p, full row rank
-)->Tensor: # P of shape (p, n) with h P = I
+)->Tensor: # P of shape (p, n) with h P = I, in float64
     "The left inverse h⁺ of Z22 Prop. 4.3, in PyTorch's layout; not finite where rows of `h` are dependent"
+    narrow,(n,p),h = h.dtype!=wide(h[:0]).dtype,h.shape,wide(h)
+    if n==p: return torch.linalg.inv_ex(h)[0]
+    if narrow and n>64: # below, one call of LAPACK is as good as the other
+        l,_ = torch.linalg.cholesky_ex(h@h.mT); d = l.diagonal()
+        if readable(d) and d.min()>1e-4*d.max(): return torch.cholesky_solve(h, l).mT
     q,r = torch.linalg.qr(h.mT)
     return torch.linalg.solve_triangular(r.mT, q, upper=False, left=False)
 
-# %% ../nbs/01_groups.ipynb #4d89d294
+# %% ../nbs/01_groups.ipynb #b7103ca2
 def run_model(
     model:nn.Module, # Not modified, nor are its buffers, its mode or the global random state
     w:dict, # Parameters by name; others, and buffers, are taken from the model
@@ -436,7 +464,7 @@ def run_model(
     devices = {p.device.index for p in w.values() if p.device.type=='cuda'}
     with torch.random.fork_rng(devices): return functional_call(model, {**buffers, **w}, (x,))
 
-# %% ../nbs/01_groups.ipynb #b4c96d80
+# %% ../nbs/01_groups.ipynb #d02560dd
 def layer_inputs(
     model:nn.Module, # Not modified
     w:dict, # Parameters by name
@@ -451,12 +479,14 @@ def layer_inputs(
         for h in hooks: h.remove()
     return seen
 
-# %% ../nbs/01_groups.ipynb #b7103ca2
+# %% ../nbs/01_groups.ipynb #35e995c1
 @dataclass(frozen=True)
 class Blocks:
     "Elements of a product of groups, one block per moving space"
     spaces:tuple # Pairs (`Space`, kind)
 
+    @cached_property
+    def memo(self)->dict: "What follows from the spaces alone, for those who work it out"; return {}
     @property
     def discrete(self): return any(kind=='perm' for _,kind in self.spaces)
     @cached_property
@@ -468,7 +498,7 @@ class Blocks:
     def split(self, xi): 
         return {k: p.reshape(d) for p,(k,d) in zip(xi.split(self.sizes), self.shapes.items())}
     def join(self, blocks): return torch.cat([blocks[k].flatten() for k in self.shapes])
-    def zero(self): return {s.name: ELEMENTS[kind].zero(s) for s,kind in self.spaces}
+    def zero(self, device=None): return {s.name: ELEMENTS[kind].zero(s).to(device) for s,kind in self.spaces}
     def inverse(self, a): return {s.name: ELEMENTS[kind].inverse(a[s.name]) for s,kind in self.spaces}
     def then(self, a, b): return {s.name: ELEMENTS[kind].then(a[s.name], b[s.name]) for s,kind in self.spaces}
     def moves(self, a, tapped=True):
@@ -476,7 +506,7 @@ class Blocks:
         slots = lambda s,kind: [t for t in s.slots if (t.dual or not (tapped and kind in ('batch','lsq'))) and (kind in t.kinds or kind not in KINDS)]
         return [(s, kind, a[s.name], slots(s, kind)) for s,kind in self.spaces]
 
-# %% ../nbs/01_groups.ipynb #35e995c1
+# %% ../nbs/01_groups.ipynb #d54ad009
 def read_batch(
     wiring:Wiring, # Its model is run once
     blocks:Blocks, # Which spaces move, and how
@@ -484,18 +514,18 @@ def read_batch(
     x:Tensor, # The batch as seen from here
     at:dict|None=None, # Element from the start to here, None at the start
     seen:dict|None=None, # `layer_inputs` here, if the model has been run
-)->tuple[dict,dict,dict]: # `h`: space -> (n, size); `plus`: space -> (features (+1), n); both float64; `seen`: layer -> its input
+)->tuple[dict,dict,dict]: # `h`: space -> (n, size); `plus`: space -> (features (+1), n), float64; `seen`: layer -> its input
     "Activations and left inverses for the batch action"
     tapped = [(s,kind) for s,kind in blocks.spaces if kind in ('batch','lsq')]
     if seen is None: seen = layer_inputs(wiring.model, w, x, {s.tap.layer for s,_ in tapped}|{reader(s) for s,_ in tapped})
-    rows = {k: wide(seen[k]).reshape(-1, seen[k].shape[-1]) for k in {s.tap.layer for s,_ in tapped}|{reader(s) for s,_ in tapped}}
+    rows = {k: seen[k].flatten(0, -2) for k in {s.tap.layer for s,_ in tapped}|{reader(s) for s,_ in tapped}}
     h,plus = {},{}
     for s,kind in tapped:
         src = next(((t,k) for t,k in blocks.spaces if any(u.dual and u.param==f'{s.tap.layer}.weight' for u in t.slots)), None) if at else None
         z = rows[s.tap.layer]
-        if src: z = transform({'h': z}, [(*src, blocks.inverse(at)[src[0].name], [Slot('h',1)])])['h']
+        if src: z = transform({'h': wide(z)}, [(*src, blocks.inverse(at)[src[0].name], [Slot('h',1)])])['h']
         if f'{s.tap.layer}.bias' in w: z = torch.cat((z, torch.ones_like(z[:,:1])), 1)
-        p = torch.linalg.pinv(z) if kind=='lsq' else left_inverse(z)
+        p = torch.linalg.pinv(wide(z)) if kind=='lsq' else left_inverse(z)
         if src: p = transform({'h': p}, [(*src, at[src[0].name], [Slot('h',0,dual=True)])])['h']
         h[s.name],plus[s.name] = rows[reader(s)],p
     return h,plus,seen
@@ -506,7 +536,7 @@ def reader(
     "The layer that reads a space: it owns the first dual slot"
     return next((t.param.rpartition('.')[0] for t in space.slots if t.dual), None)
 
-# %% ../nbs/01_groups.ipynb #450ddec8
+# %% ../nbs/01_groups.ipynb #eb4ac303
 def preimage_change(
     tap:Tap, # Its inverse
     h:Tensor, # Activations, any shape
@@ -515,12 +545,22 @@ def preimage_change(
 )->Tensor: # σ⁻¹(gh) - σ⁻¹(h); zero where nothing changes, NaN where σ⁻¹ does not exist
     "The change of the pre-activations in Z22 Prop. 4.3"
     z = tap.inverse(h, w)
+    dz = tap.inverse(gh, w) - z
+    if readable(dz) and math.isfinite(dz.sum().item()): return dz
     ok = z.isfinite()
-    if readable(ok) and ok.all(): return tap.inverse(gh, w) - z
     dz = tap.inverse(torch.where(ok, gh, h), w) - z # infinite values never meet the slope of gh
     return torch.where(ok, dz, torch.where(gh==h, 0., torch.nan))
 
-# %% ../nbs/01_groups.ipynb #eb4ac303
+# %% ../nbs/01_groups.ipynb #1d513c0b
+def near(
+    e:Tensor, # Element of one space
+    kind:str, # How it moves
+    dtype:torch.dtype, # Of the parameters it moves
+)->Tensor: # The element
+    "An element in the precision of the parameters where it is a matrix close to the identity, else as it is"
+    return e.to(dtype) if kind in ('gl','batch') and readable(e) and e.norm().item()<.1 else e
+
+#| export
 def move(
     blocks:Blocks, # Which spaces move, and how
     w:dict, # Parameters; not modified
@@ -529,22 +569,23 @@ def move(
     plus:dict, # Left inverses from `read_batch`
 )->dict: # New parameters, in the dtype of `w`; computed in float64 and rounded once
     "The action of one element: Z22 Prop. 4.2 and, through taps, Prop. 4.3"
-    moves = blocks.moves(a)
     out = {**w, **{t.param: wide(w[t.param]) for s,_ in blocks.spaces for t in s.slots}}
+    a = {s.name: near(a[s.name], kind, w[s.slots[0].param].dtype) for s,kind in blocks.spaces}
     for s,kind in blocks.spaces:
         if kind not in ('batch','lsq'): continue
-        weight,bias,y = f'{s.tap.layer}.weight',f'{s.tap.layer}.bias',h[s.name]
-        if kind=='batch': z = preimage_change(s.tap, y, y + y@a[s.name].mT, out)
-        else: z,out[weight] = s.tap.inverse(y + y@a[s.name].mT, out),0*out[weight]
-        d = plus[s.name]@z
-        if not (readable(d) and d.isfinite().all()): d = torch.where(plus[s.name].isfinite().all()|(z!=0).any(), d, 0) # the identity stays one where h⁺ does not exist
-        d = d.mT
-        n = out[weight].shape[1]
-        out[weight] = out[weight] + d[:,:n]
-        if bias in w: out[bias] = (out[bias] if kind=='batch' else 0) + d[:,n]
-    return {k: v.to(w[k].dtype) for k,v in transform(out, moves).items()}
+        weight,bias,e,y = f'{s.tap.layer}.weight',f'{s.tap.layer}.bias',a[s.name],wide(h[s.name])
+        gy = y + h[s.name].to(e.dtype)@e.mT
+        if kind=='batch': z = preimage_change(s.tap, y, gy, out)
+        else: z,out[weight] = s.tap.inverse(gy, out),0*out[weight]
+        d,n = plus[s.name],out[weight].shape[1]
+        new = torch.addmm(out[weight], z.mT, d[:n].mT)
+        if not (readable(new) and math.isfinite(new.sum().item())): # the identity stays one where h⁺ does not exist
+            d = torch.where(d.isfinite().all()|(z!=0).any(), d, 0); new = torch.addmm(out[weight], z.mT, d[:n].mT)
+        out[weight] = new
+        if bias in w: out[bias] = (out[bias] if kind=='batch' else 0) + z.mT@d[n]
+    return {k: v.to(w[k].dtype) for k,v in transform(out, blocks.moves(a)).items()}
 
-# %% ../nbs/01_groups.ipynb #b74f5ee9
+# %% ../nbs/01_groups.ipynb #76546f9a
 def move_data(
     blocks:Blocks, # Which spaces move, and how
     a:dict, # Element by blocks
@@ -555,7 +596,7 @@ def move_data(
         if s.data: x = transform({'x': wide(x)}, [(s, kind, a[s.name], [Slot('x', x.ndim-1)])])['x'].to(x.dtype)
     return x
 
-# %% ../nbs/01_groups.ipynb #1d513c0b
+# %% ../nbs/01_groups.ipynb #be461a0c
 def gram_slope(
     blocks:Blocks, # Which spaces move, and how
     c:dict, # Covector, names and shapes of the parameters
@@ -570,7 +611,7 @@ def gram_slope(
         out[s.name] = 2*g
     return wide(blocks.join(out))
 
-# %% ../nbs/01_groups.ipynb #7d7116e2
+# %% ../nbs/01_groups.ipynb #3c26dffc
 @dataclass(frozen=True)
 class WiredOrbit(Orbit):
     "The orbit of a model's parameters under the symmetries in its wiring"
@@ -596,7 +637,7 @@ class WiredOrbit(Orbit):
     def hidden(self): return hidden(self)
     def split(self, xi): check_element(self, xi); return self.blocks.split(xi if self.discrete else wide(xi))
     def join(self, blocks): return self.blocks.join(blocks)
-    def zero(self): return self.join(self.blocks.zero()).to(self.join(self.at).device)
+    def zero(self): return self.join(self.blocks.zero(next(iter(self.at.values())).device))
     def draw(self, rng):
         if not self.discrete: return torch.randn(self.size, generator=rng, dtype=torch.float64)
         one = lambda s: torch.stack([torch.randperm(s.size, generator=rng) for _ in range(s.copies)])
@@ -610,7 +651,7 @@ class WiredOrbit(Orbit):
     def data(self, xi, x): return move_data(self.blocks, self.split(xi), x)
     def carry_data(self, x): return move_data(self.blocks, self.at, x)
 
-# %% ../nbs/01_groups.ipynb #1352246e
+# %% ../nbs/01_groups.ipynb #b37f6ddc
 def onward(
     orbit:WiredOrbit, # Where we are
     a:dict, # Element to act by, by blocks
@@ -620,7 +661,7 @@ def onward(
     read = read_batch(orbit.wiring, orbit.blocks, w, orbit.x, orbit.at) if orbit.law!='linear' else ({},{})
     return move(orbit.blocks, w, a, *read[:2])
 
-# %% ../nbs/01_groups.ipynb #e62d7f1e
+# %% ../nbs/01_groups.ipynb #2d0c8af8
 def hidden(
     orbit:WiredOrbit, # Its wiring must have a model, and the orbit a batch
 )->dict: # Space name -> activations on the batch, samples first, as the layer that reads them gets them
@@ -630,7 +671,7 @@ def hidden(
     seen = layer_inputs(orbit.wiring.model, orbit.w, orbit.x, {reader(s) for s in spaces})
     return {s.name: seen[reader(s)] for s in spaces}
 
-# %% ../nbs/01_groups.ipynb #b37f6ddc
+# %% ../nbs/01_groups.ipynb #4cd66dfa
 def pull_back(
     orbit:WiredOrbit, # Where the covector goes; `orbit.at` is the whole way from the start
     a:dict, # The last move on that way, by blocks
@@ -643,7 +684,7 @@ def pull_back(
     if orbit.law=='lsq': raise TypeError("LeastSquares is not invertible, so it has no pull")
     return vjp(lambda w: onward(orbit, b.inverse(a), w), orbit.w)[1](c)[0]
 
-# %% ../nbs/01_groups.ipynb #2d0c8af8
+# %% ../nbs/01_groups.ipynb #08a35293
 def choose_rule(
     prefer:tuple, # Kinds in order of preference
     space:Space, # The space
@@ -667,7 +708,7 @@ def choose_rule(
 
 WORDS = dict(gl='any invertible matrix', batch='any invertible matrix', scale='positive diagonal', perm='permutation')
 
-# %% ../nbs/01_groups.ipynb #4cd66dfa
+# %% ../nbs/01_groups.ipynb #215bb47d
 def nothing_to_move(
     name:str, # Of the group
     report:dict, # Space name -> `Rule`
@@ -680,7 +721,7 @@ def nothing_to_move(
     what = 'no layer for its batch action' if any(r.kind!='fixed' for r in report.values()) else 'nothing to move'
     return f"{name} finds {what} ({why}). {'These would move something: '+', '.join(works)+'.' if works else 'No group here moves this model.'}"
 
-# %% ../nbs/01_groups.ipynb #8ee51caa
+# %% ../nbs/01_groups.ipynb #8e63fd3e
 @dataclass(frozen=True)
 class WiredGroup:
     "A symmetry group of a wired model; unbound until it has a wiring"
@@ -696,26 +737,33 @@ class WiredGroup:
         name = type(self).__name__
         if self.wiring is None: raise ValueError(f"{name}() has no wiring yet: use {name}(wire(model, x)), or {name}().on(wiring)")
         if not isinstance(w, dict): raise TypeError(f"{name} moves a dict of parameters by name, got {type(w).__name__}")
-        self.wiring.check(w)
-        taps = {s.tap.layer for s in self.wiring.spaces if s.tap and self.taps and not ('gl' in self.prefer and 'gl' in s.commutes)}
-        if taps and (x is None or self.wiring.model is None): 
+        plans,key = self.wiring.plans,(self.prefer, *((k, t.shape) for k,t in w.items()))
+        if key not in plans:
+            self.wiring.check(w)
+            tapped = [s for s in self.wiring.spaces if s.tap]
+            reads = self.taps and any(not ('gl' in self.prefer and 'gl' in s.commutes) for s in tapped)
+            plans[key] = {s.tap.layer for s in tapped}|{reader(s) for s in tapped} if reads else set()
+        layers = plans[key]
+        if layers and (x is None or self.wiring.model is None): 
             raise ValueError(f"{name} reads activations: it needs the batch x and a wiring with its model, got x = {x if x is None else tuple(x.shape)} and model = {self.wiring.model}")
-        tapped = [s for s in self.wiring.spaces if s.tap]
-        rows = layer_inputs(self.wiring.model, w, x, {s.tap.layer for s in tapped}|{reader(s) for s in tapped}) if taps else {}
-        report = {s.name: choose_rule(self.prefer, s, rows, w) for s in self.wiring.spaces}
-        blocks = Blocks(tuple((s, report[s.name].kind) for s in self.wiring.spaces if report[s.name].kind!='fixed'))
-        if not blocks.spaces or self.taps and not any(kind in ('gl',self.taps) for _,kind in blocks.spaces) and not taps:
-            raise ValueError(nothing_to_move(name, report, self.wiring))
-        reading = read_batch(self.wiring, blocks, w, x, seen=rows) if taps else ({},{},{})
-        device = next(iter(w.values())).device
-        return WiredOrbit(self.wiring, blocks, report, w, x, reading, tree_map(lambda t: t.to(device), blocks.zero()))
+        rows = layer_inputs(self.wiring.model, w, x, layers) if layers else {}
+        key += tuple((k, rows[k].shape) for k in rows)+(bool(layers),)
+        if key not in plans:
+            report = {s.name: choose_rule(self.prefer, s, rows, w) for s in self.wiring.spaces}
+            blocks = Blocks(tuple((s, report[s.name].kind) for s in self.wiring.spaces if report[s.name].kind!='fixed'))
+            if not blocks.spaces or self.taps and not layers and not any(kind in ('gl',self.taps) for _,kind in blocks.spaces):
+                raise ValueError(nothing_to_move(name, report, self.wiring))
+            plans[key] = report,blocks
+        report,blocks = plans[key]
+        reading = read_batch(self.wiring, blocks, w, x, seen=rows) if layers else ({},{},{})
+        return WiredOrbit(self.wiring, blocks, dict(report), w, x, reading, blocks.zero(next(iter(w.values())).device))
 
     @property
     def taps(self): return next((k for k in self.prefer if k in ('batch','lsq')), None)
     @property
     def exact(self): return 'lsq' not in self.prefer
 
-# %% ../nbs/01_groups.ipynb #215bb47d
+# %% ../nbs/01_groups.ipynb #812ed456
 @dataclass(frozen=True)
 class GL(WiredGroup):
     "Invertible matrices where every op on the path is linear, positive diagonals elsewhere: exact on every input (Z22 Prop. 4.2); the default"

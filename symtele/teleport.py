@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['tree_map', 'CLOSED', 'ROUNDING', 'LEVER', 'HELD', 'OK', 'DRIFT', 'NONFINITE', 'MOMENTS', 'transport', 'Measured',
            'eager', 'measure', 'unwrap', 'loss_of', 'grad_norm', 'lookahead', 'Landscape', 'PulledNorm',
-           'PulledDecrease', 'chain', 'onto', 'undone', 'Link', 'bends', 'Chain', 'read_chain', 'ChainNorm',
-           'landscape', 'Stay', 'Random', 'best_of', 'Sample', 'Grid', 'harmonics', 'highest', 'GreatCircle', 'Ascent',
-           'drift_bound', 'Teleported', 'reached', 'check_tol', 'finite', 'check_input', 'check_loss', 'teleport',
-           'all_finite', 'pick', 'travel', 'Schedule', 'at', 'every', 'first', 'as_schedule', 'keep', 'reset',
-           'Transport', 'Pull', 'Resumable', 'Teleporter', 'check_teleporter']
+           'PulledDecrease', 'chain', 'onto', 'Link', 'bends', 'Chain', 'read_chain', 'ChainNorm', 'landscape', 'Stay',
+           'Random', 'best_of', 'Sample', 'Grid', 'harmonics', 'highest', 'GreatCircle', 'Ascent', 'drift_bound',
+           'Teleported', 'reached', 'check_tol', 'finite', 'check_input', 'check_loss', 'teleport', 'all_finite',
+           'pick', 'travel', 'Schedule', 'at', 'every', 'first', 'as_schedule', 'keep', 'reset', 'Transport', 'Pull',
+           'Resumable', 'Teleporter', 'check_teleporter']
 
 # %% ../nbs/03_teleport.ipynb #da4b9237
 import inspect, math, time
@@ -23,7 +23,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vjp, vmap
 from torch.utils import _pytree as pytree
 
-from .groups import ELEMENTS, GL, Blocks, Orbit, Slot, Space, Tap, WiredGroup, dot, gram_slope, readable, transform, wide
+from .groups import ELEMENTS, GL, Blocks, Orbit, Slot, Space, Tap, WiredGroup, dot, gram_slope, readable, transform, undone, wide
 from .wiring import wire
 
 tree_map = pytree.tree_map
@@ -51,7 +51,7 @@ def measure(
 )->Measured:
     "The loss, its gradient, and what one rounding of every parameter could do to it"
     leaves,tree = pytree.tree_flatten(w)
-    each = lambda c: sum((p*g).abs().sum() for p,g in zip(leaves, pytree.tree_leaves(c)))
+    each = lambda c: sum(torch.linalg.vector_norm(p*g, 1) for p,g in zip(leaves, pytree.tree_leaves(c)))
     if eager(*leaves):
         with torch.enable_grad(): own = [t.detach().requires_grad_() for t in leaves]; L = loss(pytree.tree_unflatten(own, tree))
         if not L.ndim and L.requires_grad:
@@ -184,6 +184,10 @@ def chain(
     orbit:Orbit, # Of the batch law
 )->tuple|None: # Pairs (`Space`, kind) from the data up to the highest space that moves on the batch; None where the model below is no plain chain
     "The part of a model whose gradient the batch law bends"
+    if 'chain' not in orbit.blocks.memo: orbit.blocks.memo['chain'] = _chain(orbit)
+    return orbit.blocks.memo['chain']
+
+def _chain(orbit):
     moving,w = dict((s.name, kind) for s,kind in orbit.blocks.spaces), orbit.start
     batch = [s for s,kind in orbit.blocks.spaces if kind=='batch']
     if any(s.tap.below is None for s in batch) or any(s.data for s,_ in orbit.blocks.spaces): return None
@@ -211,22 +215,6 @@ def onto(
     if t is None: return rows
     return rows*t.exp() if t.ndim<2 else torch.addmm(rows, rows, t.mT)
 
-def undone(
-    t:Tensor|None, # As in `onto`
-    rows:Tensor, # Shape (n, d)
-)->Tensor: # Each times (I+T)⁻¹
-    "Rows after a step has moved the space they are dual to"
-    if t is None: return rows
-    if t.ndim<2: return rows/t.exp()
-    try: size,small = t.norm().item(),16*torch.finfo(t.dtype).eps # the norm is that of all singular values together
-    except RuntimeError: size = math.inf # cannot be looked at under vmap
-    if not size<.5: return torch.linalg.solve_ex(torch.eye(len(t), dtype=t.dtype, device=t.device)+t, rows, left=False)[0]
-    sign = -1
-    while size**4>small: rows,t,size,sign = torch.addmm(rows, rows, t, alpha=sign),t@t,size*size,1
-    y,error = rows,size
-    while error>small: y,error = torch.addmm(rows, y, t, alpha=sign),error*size
-    return y
-
 # %% ../nbs/03_teleport.ipynb #7719a1c7
 class Link(NamedTuple):
     "One layer of a chain, and the rows that move with its space; n samples are rows"
@@ -240,8 +228,9 @@ class Link(NamedTuple):
 
     @property
     def h(self)->Tensor: "Activations, shape (n, size)"; return self.fore[:len(self.z)]
-    @property
-    def element(self)->Tensor: "From the start to here, shape (size, size)"; g = wide(self.fore[len(self.z):].mT); return g - torch.eye(len(g), dtype=g.dtype, device=g.device)
+    def element(self, t:Tensor|None)->Tensor: 
+        "From the start to a step `t` beyond here, shape (size, size)"
+        g = wide(onto(t, self.fore[len(self.z):]).mT); return g - torch.eye(len(g), dtype=g.dtype, device=g.device)
     def to(self, t:Tensor|None, above:Tensor|None, w:dict)->'Link':
         "The link after a step `t` of its space and, where that does not move on the batch, a step `above` of the one its readers make"
         fore,back,z,bent = onto(t, self.fore),undone(t, self.back),self.z,self.bent
@@ -279,10 +268,12 @@ class Chain(NamedTuple):
         links = tuple([l.to(t, above, w) for l,t,above in zip(self.links, steps, own)])
         above = {k: onto(steps[-1], c) if k in self.reads else c for k,c in self.above.items()}
         if self.moves: above = transform(above, [(s, kind, a[s.name], slots) for s,kind,slots in self.moves], dual=True)
-        rest = {s.name: ELEMENTS[kind].then(self.rest[s.name], a[s.name]) for s,kind in self.begin.blocks.spaces if s.name in self.rest} if self.rest else {}
-        return Chain(links, above, rest, *self[3:])
-    @property
-    def orbit(self)->Orbit: "Seen from here"; return replace(self.begin, at={k: wide(t) for k,t in self.rest.items()} | {l.space.name: l.element for l in self.links if l.kind in ('batch','gl')})
+        return Chain(links, above, self.others(a), *self[3:])
+    def others(self, a:dict)->dict: "`rest` after a step"; return {s.name: ELEMENTS[kind].then(self.rest[s.name], a[s.name]) for s,kind in self.begin.blocks.spaces if s.name in self.rest}
+    def orbit(self, a:dict)->Orbit: 
+        "Seen from a step `a` beyond here, {} for none"
+        rest = self.others(a) if a else self.rest
+        return replace(self.begin, at={k: wide(t) for k,t in rest.items()} | {l.space.name: l.element(a.get(l.space.name)) for l in self.links if l.kind in ('batch','gl')})
 
 def read_chain(
     orbit:Orbit, # With a chain, at its start
@@ -291,23 +282,25 @@ def read_chain(
 )->Chain: # There
     "A chain where its orbit began, from its gradient; activations are computed only where the batch law has not read them"
     (h,plus,seen),w,links = orbit.reading,orbit.start,[]
-    x = first = wide(seen[path[0][0].tap.layer]).flatten(0, -2)
-    to = lambda t: t if t is None else t.to(c[f'{path[0][0].tap.layer}.weight'].dtype)
+    x = first = seen[path[0][0].tap.layer].flatten(0, -2)
     for s,kind in path:
         weight,bias = w[f'{s.tap.layer}.weight'],w.get(f'{s.tap.layer}.bias')
-        z = s.tap.inverse(h[s.name], w) if kind=='batch' else x@wide(weight).mT if bias is None else x@wide(weight).mT + bias
+        z = s.tap.inverse(h[s.name], w) if kind=='batch' else nn.functional.linear(x, weight, bias)
+        if links: 
+            rows = [plus[s.name][:weight.shape[1]].mT.to(z.dtype)] if kind=='batch' else [weight]
+            if kind=='batch' and len(x)<weight.shape[1]+(bias is not None): rows.append(torch.addmm(weight, z.mT, rows[0], alpha=-1))
+            links[-1] = links[-1]._replace(back=torch.cat(rows))
         x = h[s.name] if kind=='batch' else s.tap.sigma(z, w)
-        rows = [weight] if kind!='batch' else [to(p := plus[s.name][:weight.shape[1]].mT)] + [to(wide(weight)-z.mT@p)]*(len(x)<weight.shape[1]+(bias is not None))
-        if links: links[-1] = links[-1]._replace(back=torch.cat(rows))
-        fore = torch.cat((to(x), torch.eye(s.size, dtype=weight.dtype, device=x.device))) if kind in ('batch','gl') else to(x)
-        links.append(Link(s, kind, bias is not None, fore, None, to(z), tuple(map(to, bends(s.tap, z, w)))))
+        fore = torch.cat((x, torch.eye(s.size, dtype=z.dtype, device=z.device))) if kind in ('batch','gl') else x
+        links.append(Link(s, kind, bias is not None, fore, None, z, bends(s.tap, z, w)))
     names,rows = s.tap.below,c[f'{s.tap.layer}.weight']
     if bias is not None: rows = torch.cat((rows, c[f'{s.tap.layer}.bias'][:,None]), 1)
-    links[-1] = links[-1]._replace(back=(rows@to(plus[s.name])).mT/links[-1].bent[0])
+    links[-1] = links[-1]._replace(back=(rows@plus[s.name].to(rows.dtype)).mT/links[-1].bent[0])
     above,reads = {k: t for k,t in c.items() if k not in names},tuple(t.param for t in s.slots if t.dual)
     moves = tuple((t,kind,u) for t,kind,_,slots in orbit.blocks.moves(orbit.at) if t is not s and (u := [v for v in slots if v.param in above]))
-    rest = {k: t for k,t in orbit.blocks.zero().items() if k not in {l.space.name for l in links if l.kind in ('batch','gl')}}
-    return Chain(tuple(links), above, rest, to(first), to(first)@to(first).mT+links[0].bias, reads, moves, orbit)
+    own = {l.space.name for l in links if l.kind in ('batch','gl')}
+    rest = {t.name: ELEMENTS[kind].zero(t).to(first) for t,kind in orbit.blocks.spaces if t.name not in own}
+    return Chain(tuple(links), above, rest, first, first@first.mT+links[0].bias, reads, moves, orbit)
 
 # %% ../nbs/03_teleport.ipynb #63266754
 @dataclass(frozen=True)
@@ -323,10 +316,12 @@ class ChainNorm(Landscape):
         if all(readable(t) and not t.any() for t in at.values()): return new # we are there
         return new.to({k: t.to(new.x.dtype) for k,t in at.items()})
     def move(self, xi): 
-        there = object.__new__(ChainNorm) # its orbit is found when it is asked for
+        there = object.__new__(ChainNorm)
         there.__dict__.update(loss=self.loss, objective=self.objective, start=self.start, steps=self.steps+1, last=(self.chain,xi)); return there
     @cached_property
-    def orbit(self)->Orbit: chain,xi = self.__dict__.get('last') or (self.chain,None); return chain.orbit if xi is None else chain.orbit.to(xi)
+    def orbit(self)->Orbit: 
+        "Found when it is asked for"
+        c,xi = self.__dict__.get('last') or (self.chain,None); return c.orbit({} if xi is None else c.begin.blocks.split(xi.to(c.x.dtype)))
     @cached_property
     def errors(self)->list:
         "From the data up: ∂L/∂h and ∂L/∂z of each link, shapes (n, size)"
@@ -629,8 +624,8 @@ def check_loss(
     m:Measured, # The loss there
 ):
     "Raise where the loss is not finite at the start, or does not depend on the parameters"
-    if not readable(m.loss): return
-    if not m.loss.isfinite().all(): raise ValueError(f"loss is {m.loss.tolist()} at the parameters given; it must be finite")
+    if (known := finite(m.loss)) is None: return
+    if not known: raise ValueError(f"loss is {m.loss.tolist()} at the parameters given; it must be finite")
     if any(t.any() for t in pytree.tree_leaves(m.gradient)): return
     with torch.enable_grad(): L = loss(tree_map(lambda t: t.detach().requires_grad_(), w))
     if not L.requires_grad: raise ValueError("loss does not depend on w, so every move would keep it")
@@ -688,17 +683,19 @@ def travel(
         usable = lambda new,old: pick(fine, new, old) # some losses raise on nan, so none is shown to them
         v,there = tree_map(usable, end.orbit.w, w),here(None if x is None else usable(end.orbit.x, x))
         after = measure(there, v)
-        after = replace(after, loss=torch.where(fine, after.loss, math.nan))
-        J = [start.height, torch.where(fine, reached(objective, there, v, after), math.nan)]
-        held,fine = (after.loss-before.loss).abs()<=drift_bound(before, after, tol), fine & after.loss.isfinite().all()
+        lost = lambda t: pick(fine, t, t*math.nan)
+        after = replace(after, loss=lost(after.loss))
+        J = [start.height, lost(reached(objective, there, v, after))]
+        change = (after.loss-before.loss).abs()
+        held,fine = change<=drift_bound(before, after, tol), fine & all_finite(after.loss)
         ok = fine & held.all()
         if not readable(ok): seconds = None
         else:
             if not ok and not torch.equal(here(x)(w), before.loss): raise ValueError("loss gave two values for the same parameters: it must be pure. Use loss_of(model, ...), or model.eval(), or fix its random numbers")
             seconds = time.perf_counter()-began
         tiny = torch.finfo(before.loss.dtype).tiny
-        drift = ((after.loss-before.loss).abs()/before.loss.abs().clamp_min(tiny)).max()
-        keep = lambda new,old: pick(ok, new, old).clone()
+        drift = (change/before.loss.abs().clamp_min(tiny)).max()
+        def keep(new, old): t = pick(ok, new, old); return t.clone() if t is old else t # what is returned shares no memory with what was given
         number = lambda n: torch.as_tensor(n, device=drift.device)
         out = Teleported(tree_map(keep, v, w), None if x is None else keep(end.orbit.x, x), torch.stack((before.loss, after.loss)), torch.stack(J),
             drift, ok, torch.where(ok, OK, torch.where(fine, DRIFT, NONFINITE)), number(end.steps), number(f.calls), orbit.report, start.kind, seconds)
