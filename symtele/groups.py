@@ -6,19 +6,21 @@
 __all__ = ['rosenbrock', 'booth', 'KINDS', 'ELEMENTS', 'WORDS', 'check_close', 'dot', 'readable', 'wide', 'Rule', 'Orbit',
            'check_element', 'Chart', 'ellipse', 'skew_matrix', 'rotation_matrix', 'ChartOrbit', 'Rotation',
            'check_symmetry', 'Orthogonal', 'Slot', 'Tap', 'Space', 'Wiring', 'undone', 'Matrices', 'Diagonals',
-           'Permutations', 'along', 'transform', 'left_inverse', 'run_model', 'layer_inputs', 'Blocks', 'read_batch',
-           'reader', 'preimage_change', 'near', 'move', 'move_data', 'gram_slope', 'WiredOrbit', 'onward', 'hidden',
-           'pull_back', 'choose_rule', 'nothing_to_move', 'WiredGroup', 'GL', 'BatchGL', 'Scaling', 'Permutation',
-           'LeastSquares']
+           'Permutations', 'along', 'transform', 'LeftInverse', 'left_inverse', 'run_model', 'layer_inputs', 'Blocks',
+           'read_batch', 'reader', 'preimage_change', 'near', 'move', 'move_data', 'gram_slope', 'WiredOrbit', 'onward',
+           'hidden', 'pull_back', 'choose_rule', 'nothing_to_move', 'WiredGroup', 'GL', 'BatchGL', 'Scaling',
+           'Permutation', 'LeastSquares']
 
 # %% ../nbs/01_groups.ipynb #da4b9237
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
+from torch._C import _functorch # asking costs less than failing
 from torch.func import functional_call, grad, vjp
 from torch.utils._pytree import tree_map
 
@@ -46,8 +48,10 @@ def readable(
     t:Tensor, # Any tensor
 )->bool: # False inside `torch.func.vmap`
     "Whether a value can be looked at"
-    try: t.item() if t.numel()==1 else t.reshape(-1)[:1].tolist(); return True
-    except RuntimeError: return False
+    while _functorch.is_functorch_wrapped_tensor(t):
+        if _functorch.is_batchedtensor(t): return False
+        t = _functorch.get_unwrapped(t)
+    return True
 
 # %% ../nbs/01_groups.ipynb #fa35e192
 def wide(
@@ -357,8 +361,7 @@ def undone(
     "Rows after a step has moved the space they are dual to"
     if t is None: return rows
     if t.ndim<2: return rows/t.exp()
-    try: size,small = t.norm().item(),16*torch.finfo(t.dtype).eps # the norm is that of all singular values together
-    except RuntimeError: size = math.inf # cannot be looked at under vmap
+    size,small = t.norm().item() if readable(t) else math.inf, 16*torch.finfo(t.dtype).eps # the norm is that of all singular values together
     if not size<.5: return torch.linalg.solve_ex(torch.eye(len(t), dtype=t.dtype, device=t.device)+t, rows, left=False)[0]
     sign = -1
     while size**4>small: rows,t,size,sign = torch.addmm(rows, rows, t, alpha=sign),t@t,size*size,1
@@ -441,17 +444,27 @@ def transform(
     return w
 
 # %% ../nbs/01_groups.ipynb #4d89d294
+class LeftInverse(NamedTuple):
+    "P of shape (p, n) with h P = I, as one matrix or as a product of two"
+    a:Tensor # P, or the first factor, shape (p, n)
+    b:Tensor|None=None # The second factor, shape (n, n)
+
+    @property
+    def full(self)->Tensor: "P, shape (p, n)"; return self.a if self.b is None else self.a@self.b
+    def times(self, rows:Tensor)->Tensor: "`rows` (m, p) times P, shape (m, n), in their precision"; y = rows@self.a.to(rows.dtype); return y if self.b is None else y@self.b.to(rows.dtype)
+    def change(self, w:Tensor, z:Tensor)->Tensor: "Weights (m, q), q at most p, plus zᵀPᵀ, the change that gives pre-activations (n, m) the change `z`"; return torch.addmm(w, (z if self.b is None else self.b@z).mT, self.a[:w.shape[1]].mT)
+
 def left_inverse(
     h:Tensor, # Activations, shape (n, p), n at most p, full row rank
-)->Tensor: # P of shape (p, n) with h P = I, in float64
+)->LeftInverse: # In float64
     "The left inverse h⁺ of Z22 Prop. 4.3, in PyTorch's layout; not finite where rows of `h` are dependent"
     narrow,(n,p),h = h.dtype!=wide(h[:0]).dtype,h.shape,wide(h)
-    if n==p: return torch.linalg.inv_ex(h)[0]
+    if n==p: return LeftInverse(torch.linalg.inv_ex(h)[0])
     if narrow and n>64: # below, one call of LAPACK is as good as the other
         l,_ = torch.linalg.cholesky_ex(h@h.mT); d = l.diagonal()
-        if readable(d) and d.min()>1e-4*d.max(): return torch.cholesky_solve(h, l).mT
+        if readable(d) and d.min()>1e-4*d.max(): return LeftInverse(h.mT, torch.cholesky_inverse(l))
     q,r = torch.linalg.qr(h.mT)
-    return torch.linalg.solve_triangular(r.mT, q, upper=False, left=False)
+    return LeftInverse(torch.linalg.solve_triangular(r.mT, q, upper=False, left=False))
 
 # %% ../nbs/01_groups.ipynb #b7103ca2
 def run_model(
@@ -514,7 +527,7 @@ def read_batch(
     x:Tensor, # The batch as seen from here
     at:dict|None=None, # Element from the start to here, None at the start
     seen:dict|None=None, # `layer_inputs` here, if the model has been run
-)->tuple[dict,dict,dict]: # `h`: space -> (n, size); `plus`: space -> (features (+1), n), float64; `seen`: layer -> its input
+)->tuple[dict,dict,dict]: # `h`: space -> (n, size); `plus`: space -> `LeftInverse` of shape (features (+1), n), float64; `seen`: layer -> its input
     "Activations and left inverses for the batch action"
     tapped = [(s,kind) for s,kind in blocks.spaces if kind in ('batch','lsq')]
     if seen is None: seen = layer_inputs(wiring.model, w, x, {s.tap.layer for s,_ in tapped}|{reader(s) for s,_ in tapped})
@@ -525,8 +538,8 @@ def read_batch(
         z = rows[s.tap.layer]
         if src: z = transform({'h': wide(z)}, [(*src, blocks.inverse(at)[src[0].name], [Slot('h',1)])])['h']
         if f'{s.tap.layer}.bias' in w: z = torch.cat((z, torch.ones_like(z[:,:1])), 1)
-        p = torch.linalg.pinv(wide(z)) if kind=='lsq' else left_inverse(z)
-        if src: p = transform({'h': p}, [(*src, at[src[0].name], [Slot('h',0,dual=True)])])['h']
+        p = LeftInverse(torch.linalg.pinv(wide(z))) if kind=='lsq' else left_inverse(z)
+        if src: p = p._replace(**transform({'a': p.a}, [(*src, at[src[0].name], [Slot('a',0,dual=True)])]))
         h[s.name],plus[s.name] = rows[reader(s)],p
     return h,plus,seen
 
@@ -576,13 +589,14 @@ def move(
         weight,bias,e,y = f'{s.tap.layer}.weight',f'{s.tap.layer}.bias',a[s.name],wide(h[s.name])
         gy = y + h[s.name].to(e.dtype)@e.mT
         if kind=='batch': z = preimage_change(s.tap, y, gy, out)
-        else: z,out[weight] = s.tap.inverse(gy, out),0*out[weight]
-        d,n = plus[s.name],out[weight].shape[1]
-        new = torch.addmm(out[weight], z.mT, d[:n].mT)
+        else: z = s.tap.inverse(gy, out)
+        rows = torch.cat((out[weight], out[bias][:,None]), 1) if bias in w else out[weight]
+        if kind=='lsq': rows = 0*rows
+        new = plus[s.name].change(rows, z)
         if not (readable(new) and math.isfinite(new.sum().item())): # the identity stays one where h⁺ does not exist
-            d = torch.where(d.isfinite().all()|(z!=0).any(), d, 0); new = torch.addmm(out[weight], z.mT, d[:n].mT)
-        out[weight] = new
-        if bias in w: out[bias] = (out[bias] if kind=='batch' else 0) + z.mT@d[n]
+            p = plus[s.name].full; new = LeftInverse(torch.where(p.isfinite().all()|(z!=0).any(), p, 0)).change(rows, z)
+        out[weight] = new[:,:out[weight].shape[1]]
+        if bias in w: out[bias] = new[:,-1]
     return {k: v.to(w[k].dtype) for k,v in transform(out, blocks.moves(a)).items()}
 
 # %% ../nbs/01_groups.ipynb #76546f9a

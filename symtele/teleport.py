@@ -287,7 +287,7 @@ def read_chain(
         weight,bias = w[f'{s.tap.layer}.weight'],w.get(f'{s.tap.layer}.bias')
         z = s.tap.inverse(h[s.name], w) if kind=='batch' else nn.functional.linear(x, weight, bias)
         if links: 
-            rows = [plus[s.name][:weight.shape[1]].mT.to(z.dtype)] if kind=='batch' else [weight]
+            rows = [plus[s.name].full[:weight.shape[1]].mT.to(z.dtype)] if kind=='batch' else [weight]
             if kind=='batch' and len(x)<weight.shape[1]+(bias is not None): rows.append(torch.addmm(weight, z.mT, rows[0], alpha=-1))
             links[-1] = links[-1]._replace(back=torch.cat(rows))
         x = h[s.name] if kind=='batch' else s.tap.sigma(z, w)
@@ -295,7 +295,7 @@ def read_chain(
         links.append(Link(s, kind, bias is not None, fore, None, z, bends(s.tap, z, w)))
     names,rows = s.tap.below,c[f'{s.tap.layer}.weight']
     if bias is not None: rows = torch.cat((rows, c[f'{s.tap.layer}.bias'][:,None]), 1)
-    links[-1] = links[-1]._replace(back=(rows@plus[s.name].to(rows.dtype)).mT/links[-1].bent[0])
+    links[-1] = links[-1]._replace(back=plus[s.name].times(rows).mT/links[-1].bent[0])
     above,reads = {k: t for k,t in c.items() if k not in names},tuple(t.param for t in s.slots if t.dual)
     moves = tuple((t,kind,u) for t,kind,_,slots in orbit.blocks.moves(orbit.at) if t is not s and (u := [v for v in slots if v.param in above]))
     own = {l.space.name for l in links if l.kind in ('batch','gl')}
@@ -369,7 +369,8 @@ class ChainNorm(Landscape):
             out[l.space.name] = t if q is None else torch.addmm(t, (q/s).mT, l.h, alpha=2)
         if len(out)==len(blocks.spaces): return blocks.join(out)
         rest = Blocks(tuple((s,kind) for s,kind in blocks.spaces if kind!='batch'))
-        return blocks.join(out | rest.split(gram_slope(rest, self.gradient)))
+        c = self.chain.above if all(t.param in self.chain.above for s,_ in rest.spaces for t in s.slots) else self.gradient
+        return blocks.join(out | rest.split(gram_slope(rest, c)))
 
 # %% ../nbs/03_teleport.ipynb #b6692ea5
 CLOSED = {(objective,law): land for law in ('linear','chart') for objective,land in ((grad_norm,PulledNorm), (lookahead,PulledDecrease))} | {(grad_norm,'batch'): ChainNorm}

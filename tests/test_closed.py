@@ -34,7 +34,7 @@ def check(seed):
     except ValueError: return []
     if orbit.law!='batch': return []
     land,out = landscape(orbit, loss),[]
-    cond = max(torch.linalg.cond(p).item() for p in orbit.reading[1].values())
+    cond = max(torch.linalg.cond(p.full).item() for p in orbit.reading[1].values())
     for k in range(1+3*(seed//7%2)):
         if k==3*(seed//7%2):
             J = lambda xi: grad_norm(lambda w: loss(w, x), land.orbit.act(xi))
