@@ -580,7 +580,7 @@ def move(
     a:dict, # Element by blocks
     h:dict, # Activations from `read_batch`
     plus:dict, # Left inverses from `read_batch`
-)->dict: # New parameters, in the dtype of `w`; computed in float64 and rounded once
+)->dict: # New parameters, in the dtype of `w`; added up in float64 and rounded once
     "The action of one element: Z22 Prop. 4.2 and, through taps, Prop. 4.3"
     out = {**w, **{t.param: wide(w[t.param]) for s,_ in blocks.spaces for t in s.slots}}
     a = {s.name: near(a[s.name], kind, w[s.slots[0].param].dtype) for s,kind in blocks.spaces}
