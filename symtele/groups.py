@@ -379,8 +379,8 @@ class Matrices:
     def move(self, e, t): return t + e@t.to(e.dtype)
     def dual(self, e, t): 
         if e.dtype==t.dtype or len(e)>1: return self.solve(e.mT.to(t.dtype), t)
-        rows = t.mT.to(e.dtype)@e
-        return t - undone(e[0,0], rows.flatten(0, -2)).reshape(rows.shape).mT
+        e,rows = e[0,0],t.mT
+        return t - undone(e, rows.flatten(0, -2).to(e.dtype)@e).reshape(rows.shape).mT
     def solve(self, e, t): 
         # solve_ex does not raise: a singular g gives inf or nan, and the move is refused where it is measured
         return torch.linalg.solve_ex(e + torch.eye(e.shape[-1], dtype=e.dtype, device=e.device), t)[0]
@@ -458,9 +458,9 @@ def left_inverse(
     h:Tensor, # Activations, shape (n, p), n at most p, full row rank
 )->LeftInverse: # In float64
     "The left inverse h⁺ of Z22 Prop. 4.3, in PyTorch's layout; not finite where rows of `h` are dependent"
-    narrow,(n,p),h = h.dtype!=wide(h[:0]).dtype,h.shape,wide(h)
+    (n,p),given,h = h.shape,h.dtype,wide(h)
     if n==p: return LeftInverse(torch.linalg.inv_ex(h)[0])
-    if narrow and n>64: # below, one call of LAPACK is as good as the other
+    if h.dtype!=given and n>64: # below, one call of LAPACK is as good as the other
         l,_ = torch.linalg.cholesky_ex(h@h.mT); d = l.diagonal()
         if readable(d) and d.min()>1e-4*d.max(): return LeftInverse(h.mT, torch.cholesky_inverse(l))
     q,r = torch.linalg.qr(h.mT)

@@ -188,6 +188,7 @@ def chain(
     return orbit.blocks.memo['chain']
 
 def _chain(orbit):
+    "What `chain` returns, worked out"
     moving,w = dict((s.name, kind) for s,kind in orbit.blocks.spaces), orbit.start
     batch = [s for s,kind in orbit.blocks.spaces if kind=='batch']
     if any(s.tap.below is None for s in batch) or any(s.data for s,_ in orbit.blocks.spaces): return None
@@ -225,9 +226,8 @@ class Link(NamedTuple):
     back:Tensor # Of the layer that reads the space: its weights or, where that moves on the batch, its left inverse and W - zh⁺; at the top ∂L/∂h; shape (rows, size)
     z:Tensor # Pre-activations, shape (n, size)
     bent:tuple # σ'(z) and σ''(z), shapes (n, size), the second None where it is 0 everywhere
+    h:Tensor # Activations, shape (n, size), the first rows of `fore`
 
-    @property
-    def h(self)->Tensor: "Activations, shape (n, size)"; return self.fore[:len(self.z)]
     def element(self, t:Tensor|None)->Tensor: 
         "From the start to a step `t` beyond here, shape (size, size)"
         g = wide(onto(t, self.fore[len(self.z):]).mT); return g - torch.eye(len(g), dtype=g.dtype, device=g.device)
@@ -235,8 +235,9 @@ class Link(NamedTuple):
         "The link after a step `t` of its space and, where that does not move on the batch, a step `above` of the one its readers make"
         fore,back,z,bent = onto(t, self.fore),undone(t, self.back),self.z,self.bent
         if above is not None: back = onto(above, back.mT).mT
-        if self.kind=='batch': z = self.space.tap.inverse(fore[:len(z)], w); bent = bends(self.space.tap, z, w)
-        return Link(*self[:3], fore, back, z if self.kind=='batch' else onto(t, z), bent)
+        h = fore[:len(z)]
+        if self.kind=='batch': z = self.space.tap.inverse(h, w); bent = bends(self.space.tap, z, w)
+        return Link(*self[:3], fore, back, z if self.kind=='batch' else onto(t, z), bent, h)
 
 def bends(
     tap:Tap, # Of the layer
@@ -292,7 +293,7 @@ def read_chain(
             links[-1] = links[-1]._replace(back=torch.cat(rows))
         x = h[s.name] if kind=='batch' else s.tap.sigma(z, w)
         fore = torch.cat((x, torch.eye(s.size, dtype=z.dtype, device=z.device))) if kind in ('batch','gl') else x
-        links.append(Link(s, kind, bias is not None, fore, None, z, bends(s.tap, z, w)))
+        links.append(Link(s, kind, bias is not None, fore, None, z, bends(s.tap, z, w), x))
     names,rows = s.tap.below,c[f'{s.tap.layer}.weight']
     if bias is not None: rows = torch.cat((rows, c[f'{s.tap.layer}.bias'][:,None]), 1)
     links[-1] = links[-1]._replace(back=plus[s.name].times(rows).mT/links[-1].bent[0])
