@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['tree_map', 'CLOSED', 'ROUNDING', 'LEVER', 'HELD', 'OK', 'DRIFT', 'NONFINITE', 'MOMENTS', 'transport', 'Measured',
-           'eager', 'measure', 'unwrap', 'loss_of', 'grad_norm', 'lookahead', 'Landscape', 'PulledNorm',
-           'PulledDecrease', 'chain', 'onto', 'Link', 'bends', 'Chain', 'read_chain', 'ChainNorm', 'landscape', 'Stay',
-           'Random', 'best_of', 'Sample', 'Grid', 'harmonics', 'highest', 'GreatCircle', 'Ascent', 'drift_bound',
-           'Teleported', 'reached', 'check_tol', 'finite', 'check_input', 'check_loss', 'teleport', 'all_finite',
-           'pick', 'travel', 'Schedule', 'at', 'every', 'first', 'as_schedule', 'keep', 'reset', 'Transport', 'Pull',
-           'Resumable', 'Teleporter', 'check_teleporter']
+           'measure', 'unwrap', 'loss_of', 'grad_norm', 'lookahead', 'Landscape', 'PulledNorm', 'PulledDecrease',
+           'chain', 'onto', 'Link', 'bends', 'Chain', 'read_chain', 'ChainNorm', 'landscape', 'Stay', 'Random',
+           'best_of', 'Sample', 'Grid', 'harmonics', 'highest', 'GreatCircle', 'Ascent', 'whitener', 'descend',
+           'Whiten', 'whitened', 'curvature', 'drift_bound', 'Teleported', 'reached', 'check_tol', 'finite',
+           'check_input', 'check_loss', 'teleport', 'all_finite', 'pick', 'travel', 'Schedule', 'at', 'every', 'first',
+           'as_schedule', 'keep', 'reset', 'Transport', 'Pull', 'Resumable', 'Teleporter', 'check_teleporter']
 
 # %% ../nbs/03_teleport.ipynb #da4b9237
 import inspect, math, time
@@ -23,7 +23,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vjp, vmap
 from torch.utils import _pytree as pytree
 
-from .groups import ELEMENTS, GL, Blocks, Orbit, Slot, Space, Tap, WiredGroup, dot, gram_slope, readable, transform, undone, wide
+from .groups import ELEMENTS, GL, Blocks, Orbit, Slot, Space, Tap, WiredGroup, dot, eager, gram_slope, readable, transform, undone, wide
 from .wiring import wire
 
 tree_map = pytree.tree_map
@@ -37,14 +37,6 @@ class Measured:
     mass:Tensor # Σ|wᵢ∂ᵢL|, shape of `loss`
 
 # %% ../nbs/03_teleport.ipynb #902ba3cd
-def eager(
-    *tensors:Tensor, # Any tensors
-)->bool: # False inside a transform of `torch.func`, and where one of them is part of a graph
-    "Whether ordinary autograd may be used; it costs half of what the transforms do"
-    try: torch.empty(0).requires_grad_()
-    except RuntimeError: return False
-    return not any(t.requires_grad for t in tensors)
-
 def measure(
     loss:Callable, # `(w) -> ()` or `(T,)`
     w:Tensor|dict, # Parameters; not modified
@@ -131,6 +123,8 @@ class Landscape:
         "∇L here; where the action does not look at the batch, carried from the start without the loss (Prop. 5.1)"
         if self.orbit.law in ('linear','chart'): return self.orbit.carry(self.start.gradient)
         return grad(lambda w: self.loss_from(self.orbit.x)(w).sum())(self.orbit.w)
+    @cached_property
+    def here(self)->Measured: "The loss here, measured by a call"; return measure(self.loss_from(self.orbit.x), self.orbit.w)
     @property
     def gsq(self)->Tensor: "‖∇L‖² here, shape ()"; return dot(self.gradient, self.gradient)
     def slope(self)->Tensor: "dJ/dξ at the identity, shape (size,)"; return grad(self)(self.orbit.zero())
@@ -276,6 +270,7 @@ class Chain(NamedTuple):
         rest = self.others(a) if a else self.rest
         return replace(self.begin, at={k: wide(t) for k,t in rest.items()} | {l.space.name: l.element(a.get(l.space.name)) for l in self.links if l.kind in ('batch','gl')})
 
+# %% ../nbs/03_teleport.ipynb #63266754
 def read_chain(
     orbit:Orbit, # With a chain, at its start
     path:tuple, # Its spaces and their kinds
@@ -303,7 +298,7 @@ def read_chain(
     rest = {t.name: ELEMENTS[kind].zero(t).to(first) for t,kind in orbit.blocks.spaces if t.name not in own}
     return Chain(tuple(links), above, rest, first, first@first.mT+links[0].bias, reads, moves, orbit)
 
-# %% ../nbs/03_teleport.ipynb #63266754
+# %% ../nbs/03_teleport.ipynb #cb4e5208
 @dataclass(frozen=True)
 class ChainNorm(Landscape):
     "‖∇L‖² along an orbit of the batch law, for a chain of layers: no call of the loss, no second derivative of it"
@@ -314,7 +309,7 @@ class ChainNorm(Landscape):
         "What is known here: from the last point, or from the start of the orbit"
         if 'last' in self.__dict__: last,xi = self.__dict__.pop('last'); return last.to(last.begin.blocks.split(xi.to(last.x.dtype)))
         new,at = read_chain(self.orbit, chain(self.orbit), self.start.gradient),self.orbit.at
-        if all(readable(t) and not t.any() for t in at.values()): return new # we are there
+        if self.orbit.still: return new
         return new.to({k: t.to(new.x.dtype) for k,t in at.items()})
     def move(self, xi): 
         there = object.__new__(ChainNorm)
@@ -373,7 +368,7 @@ class ChainNorm(Landscape):
         c = self.chain.above if all(t.param in self.chain.above for s,_ in rest.spaces for t in s.slots) else self.gradient
         return blocks.join(out | rest.split(gram_slope(rest, c)))
 
-# %% ../nbs/03_teleport.ipynb #b6692ea5
+# %% ../nbs/03_teleport.ipynb #f1f836cb
 CLOSED = {(objective,law): land for law in ('linear','chart') for objective,land in ((grad_norm,PulledNorm), (lookahead,PulledDecrease))} | {(grad_norm,'batch'): ChainNorm}
 
 def landscape(
@@ -387,13 +382,13 @@ def landscape(
     land = (form if form.applies(orbit) else Landscape)(orbit, loss, objective, start)
     return land if start is not None else replace(land, start=measure(land.loss_from(orbit.batch), orbit.start))
 
-# %% ../nbs/03_teleport.ipynb #af3e1334
+# %% ../nbs/03_teleport.ipynb #761f22b2
 @dataclass(frozen=True)
 class Stay:
     "Search: the identity, the control that must change nothing"
     def __call__(self, land:Landscape, rng:Generator)->Landscape: return land
 
-# %% ../nbs/03_teleport.ipynb #761f22b2
+# %% ../nbs/03_teleport.ipynb #92cfceb3
 @dataclass(frozen=True)
 class Random:
     "Search: one random element, the control that every other search is held against"
@@ -402,7 +397,7 @@ class Random:
         if not 0<=self.norm<math.inf: raise ValueError(f"Random(norm=...) must be finite and at least 0, got {self.norm}")
     def __call__(self, land:Landscape, rng:Generator)->Landscape: return land.move(land.orbit.random(rng, self.norm))
 
-# %% ../nbs/03_teleport.ipynb #0286dd55
+# %% ../nbs/03_teleport.ipynb #98fbc42f
 def best_of(
     land:Landscape, # Where to begin
     others:Iterable, # Landscapes at other points of the same orbit
@@ -421,7 +416,7 @@ class Sample:
         Random(self.norm)
     def __call__(self, land:Landscape, rng:Generator)->Landscape: return best_of(land, (land.move(land.orbit.random(rng, self.norm)) for _ in range(self.n)))
 
-# %% ../nbs/03_teleport.ipynb #98fbc42f
+# %% ../nbs/03_teleport.ipynb #fb644351
 @dataclass(frozen=True)
 class Grid:
     "Search: `n` angles around the circle, then `zoom` times `n//2` angles around the best"
@@ -438,7 +433,7 @@ class Grid:
             land = best_of(land, [land.move(one*step*i) for i in range(-m, m+1) if i])
         return replace(land, steps=steps+1)
 
-# %% ../nbs/03_teleport.ipynb #fe2ef495
+# %% ../nbs/03_teleport.ipynb #827bfc45
 def harmonics(
     t:Tensor, # Angles in radians, any shape
     degree:int, # Largest frequency, at least 0
@@ -465,7 +460,7 @@ def highest(
         t = torch.where(d2<0, t-(d1/d2).clamp(-.1/n, .1/n), t)
     return t
 
-# %% ../nbs/03_teleport.ipynb #2e01e174
+# %% ../nbs/03_teleport.ipynb #e1822db4
 @dataclass(frozen=True)
 class GreatCircle:
     "Search: the top of a circle of rotations by trigonometric interpolation; in more than two dimensions, of `rounds` great circles along the slope"
@@ -487,14 +482,14 @@ class GreatCircle:
         level = heights[i]-1e-13*heights[i].abs() # near a maximum, rounding hides which of two points is higher
         return replace(seen.choose(top.height>=level, top), steps=land.steps+1)
 
-# %% ../nbs/03_teleport.ipynb #b7eb6c68
+# %% ../nbs/03_teleport.ipynb #a9334987
 @dataclass(frozen=True)
 class Ascent:
     "Search: a trust region along the slope, or plain gradient ascent where `lr` is given"
     steps:int=10 # Candidates (or plain steps), at least 1
     lr:float|None=None # None: trust region. Otherwise the fixed rate of Z22's ascent
     max_norm:float=.5 # Largest norm of the element in one step
-    growth:float=4. # Largest ratio of ‖∇L‖² to its value at the start, whatever the objective
+    growth:float=2. # Largest ratio of ‖∇L‖² to its value at the start, whatever the objective
     def __post_init__(self):
         if self.steps<1: raise ValueError(f"Ascent(steps=...) must be at least 1, got {self.steps}")
         if self.lr is not None and not 0<self.lr<math.inf: raise ValueError(f"Ascent(lr=...) must be positive and finite, got {self.lr}")
@@ -513,7 +508,91 @@ class Ascent:
             land,radius = land.choose(ok, there), torch.where(ok, radius, radius/2)
         return land
 
-# %% ../nbs/03_teleport.ipynb #54ceb912
+# %% ../nbs/03_teleport.ipynb #9109c85a
+def whitener(
+    h:Tensor, # Activations, shape (n, d)
+    kind:str, # How their space moves: "batch", with n independent samples, or "gl"
+)->Tensor: # g, shape (d, d), such that g takes the samples to orthonormal ones, or the features where there are fewer of them
+    "The element that whitens a hidden space; n independent samples become the first n unit vectors"
+    n,d = h.shape
+    rest = min(n, d)**.5/torch.linalg.matrix_norm(h) # for directions that no sample has
+    if kind=='batch':
+        q,r = torch.linalg.qr(h.mT, mode='complete')
+        return torch.cat((torch.linalg.solve_triangular(r[:n], q[:,:n].mT, upper=True), rest*q[:,n:].mT))
+    _,s,v = torch.linalg.svd(torch.linalg.qr(h, mode='r')[1] if n>d else h)
+    s = torch.cat((s, s.new_zeros(d-len(s))))
+    return v.mT@(torch.where(s>d*torch.finfo(s.dtype).eps*s.max(), 1/s, rest)[:,None]*v)
+
+def descend(
+    loss:Callable, # `(w) -> ()` or `(T,)`
+    w:Tensor|dict, # Parameters
+    m:Measured, # The loss there
+    lr:float, # Learning rate
+    steps:int, # At least 1
+)->Tensor: # The loss afterwards, summed over tasks, shape ()
+    "Look several gradient steps ahead"
+    c = m.gradient
+    for i in range(steps):
+        if i: c = measure(loss, w).gradient
+        w = tree_map(lambda p,g: p-lr*g, w, c)
+    return loss(w).sum()
+
+# %% ../nbs/03_teleport.ipynb #667be543
+@dataclass(frozen=True)
+class Whiten:
+    "Search: the closed-form element after which one gradient step solves the last layer; it stays unless a lookahead of several steps says go"
+    lr:float # Learning rate of the plain gradient steps to come, positive
+    full_batch:bool=False # Your word that the batch is all the data
+    ahead:int=3 # Steps of the lookahead, at least 1
+    curvature:float|None=None # Second derivative of the loss in the outputs, 1 for ½‖Y - f(X)‖²; None: measured by one call of the loss
+    def __post_init__(self):
+        if not 0<self.lr<math.inf: raise ValueError(f"Whiten(lr=...) must be positive and finite, got {self.lr}")
+        if self.ahead<1: raise ValueError(f"Whiten(ahead=...) must be at least 1, got {self.ahead}")
+        if self.curvature is not None and not 0<self.curvature<math.inf: raise ValueError(f"Whiten(curvature=...) must be positive and finite, got {self.curvature}")
+        if self.full_batch is not True: raise ValueError(f"Whiten fits the network to the batch it sees, and to nothing else: say full_batch=True if that is all your data, got {self.full_batch!r}")
+    def __call__(self, land:Landscape, rng:Generator)->Landscape:
+        there = land.move(self.element(land))
+        if finite(*pytree.tree_leaves(there.orbit.w)) is False: return land
+        near,far = (land.loss_from(l.orbit.x) for l in (land, there))
+        m = measure(far, there.orbit.w)
+        ok = descend(far, there.orbit.w, m, self.lr, self.ahead)<descend(near, land.orbit.w, land.here, self.lr, self.ahead) # False for nan
+        return land.choose(ok, there.knowing(here=m))
+    def element(self, land):
+        orbit,white = land.orbit,whitened(land.orbit)
+        first = torch.linalg.matrix_norm(wide(orbit.x).flatten(1))
+        *_,(top,g) = white
+        last = (self.lr*(curvature(land, top, g) if self.curvature is None else wide(g.new_tensor(self.curvature))))**-.5
+        a = orbit.blocks.zero()
+        for k,(s,g) in enumerate(white, 1): a[s.name] = g*first**(1-k/len(white))*last**(k/len(white)) - torch.eye(len(g), dtype=g.dtype, device=g.device)
+        return orbit.join(a)
+
+# %% ../nbs/03_teleport.ipynb #5a5b0f9b
+def whitened(
+    orbit:Orbit, # Of a model, with a batch
+)->list: # (`Space`, g) from the data up
+    "The whitener of every space that moves by matrices; raises where there is none"
+    moving = [(s, kind) for s,kind in getattr(getattr(orbit, 'blocks', None), 'spaces', ()) if kind in ('gl','batch') and s.copies==1 and not s.data]
+    if not moving or orbit.x is None: raise TypeError(f"Whiten needs a batch, and hidden spaces that move by matrices: use BatchGL, or GL on a linear network; here the kinds are {sorted({r.kind for r in orbit.report.values()})}")
+    h = {} if all(kind=='batch' for _,kind in moving) else orbit.hidden
+    for s,kind in moving:
+        if kind=='batch': h[s.name] = orbit.reading[0][s.name] if orbit.still else transform({'h': orbit.reading[0][s.name]}, [(s, kind, orbit.at[s.name], [Slot('h', 1)])])['h']
+    return [(s, whitener(wide(h[s.name]).flatten(0, -2), kind)) for s,kind in moving]
+
+def curvature(
+    land:Landscape, # Where to begin
+    space:Space, # The highest space
+    g:Tensor, # Its whitener, shape (d, d)
+)->Tensor: # Along the gradient of the layers that read the whitened space, in the units of `loss`, shape ()
+    "The second derivative of the loss in the outputs, from one call of the loss"
+    w,c,loss = land.orbit.w,land.gradient,land.loss_from(land.orbit.x)
+    slots = [replace(s, dual=False) for s in space.slots if s.dual]
+    d = transform({s.param: c[s.param] for s in slots}, [(space, 'gl', g.mT@g - torch.eye(len(g), dtype=g.dtype, device=g.device), slots)])
+    slope,L = dot({k: c[k] for k in d}, d),land.here.loss.sum()
+    t = L.abs()/slope # where a quadratic that falls to 0 has fallen by three quarters
+    bend = 2*(loss({**w, **{k: w[k]-t*d[k] for k in d}}).sum()-L+t*slope)/t**2
+    return bend/slope # the step along d is best at slope/bend, and is 1/c in the whitened space
+
+# %% ../nbs/03_teleport.ipynb #a17554a0
 ROUNDING = 8. # Multiples of the rounding term that a move may use
 LEVER = 100. # How much larger that term may be at the new parameters than at the old
 HELD = 1e-2 # Share of the loss beyond which no rounding is an excuse
@@ -529,7 +608,7 @@ def drift_bound(
     if tol is not None: return tol*before.loss.abs() + ROUNDING*eps*mass
     return torch.minimum(eps**(2/3)*before.loss.abs() + ROUNDING*eps*mass, HELD*before.loss.abs().sum())
 
-# %% ../nbs/03_teleport.ipynb #667be543
+# %% ../nbs/03_teleport.ipynb #2a459380
 OK,DRIFT,NONFINITE = range(3)
 
 @dataclass(frozen=True)
@@ -563,7 +642,7 @@ def _flatten(t):
 def _unflatten(values, context): return Teleported(**{'x': None, **dict(zip(context[0], values)), **context[1]})
 pytree.register_pytree_node(Teleported, _flatten, _unflatten)
 
-# %% ../nbs/03_teleport.ipynb #e6c3dd63
+# %% ../nbs/03_teleport.ipynb #4d89d294
 def reached(
     objective:Callable, # `(loss, w) -> ()`
     loss:Callable, # `(w) -> ()` or `(T,)`
@@ -575,7 +654,7 @@ def reached(
     if isinstance(objective, lookahead): return m.loss.sum()-loss(objective.step(w, m.gradient)).sum()
     return objective(loss, w)
 
-# %% ../nbs/03_teleport.ipynb #6c1e671f
+# %% ../nbs/03_teleport.ipynb #b4c96d80
 def check_tol(
     tol, # Candidate tolerance
 ):
@@ -608,7 +687,7 @@ def check_input(
         if t.device!=x.device: raise ValueError(f"x is on {x.device}, {k} on {t.device}")
         if x.is_floating_point() and t.dtype!=x.dtype: raise ValueError(f"x has dtype {x.dtype}, {k} has {t.dtype}")
 
-# %% ../nbs/03_teleport.ipynb #511a418e
+# %% ../nbs/03_teleport.ipynb #a72b2006
 class _Counted:
     "A loss that counts its calls and insists on returning () or (T,)"
     def __init__(self, loss): self.loss,self.calls = loss,0
@@ -619,7 +698,7 @@ class _Counted:
         if L.ndim>1 or not L.numel() or not L.is_floating_point(): raise ValueError(f"loss must return a floating Tensor of shape () or (T,), got {L.dtype} of shape {tuple(L.shape)}")
         return L
 
-# %% ../nbs/03_teleport.ipynb #a17554a0
+# %% ../nbs/03_teleport.ipynb #b7103ca2
 def check_loss(
     loss:Callable, # `(w) -> ()` or `(T,)`
     w:Tensor|dict, # Parameters
@@ -632,7 +711,7 @@ def check_loss(
     with torch.enable_grad(): L = loss(tree_map(lambda t: t.detach().requires_grad_(), w))
     if not L.requires_grad: raise ValueError("loss does not depend on w, so every move would keep it")
 
-# %% ../nbs/03_teleport.ipynb #2a459380
+# %% ../nbs/03_teleport.ipynb #c097638f
 def teleport(
     loss:Callable, # `loss(w)` if `x` is None, else `loss(w, x)`; returns () or (T,); pure
     w:Tensor|dict, # Parameters, finite; not modified
@@ -647,7 +726,7 @@ def teleport(
     "Move `w` along its orbit to where `objective` is larger, if the loss holds (Z22 §3)"
     return travel(loss, w, group, x, objective, search, tol, rng)[0]
 
-# %% ../nbs/03_teleport.ipynb #59129aac
+# %% ../nbs/03_teleport.ipynb #35e995c1
 def all_finite(
     *tensors:Tensor, # At least one
 )->Tensor: # Whether no value is nan or infinite, bool, shape ()
@@ -678,13 +757,13 @@ def travel(
         orbit = group.orbit(w, x)
         before = measure(here(x), w)
         check_loss(here(x), w, before)
-        start = landscape(orbit, f, objective, before).knowing(gradient=before.gradient)
+        start = landscape(orbit, f, objective, before).knowing(gradient=before.gradient, here=before)
         end = search(start, rng or Generator().manual_seed(0))
         if not isinstance(end, Landscape): raise TypeError(f"search must return a landscape, as land.move(xi) does; got {type(end).__name__}")
         fine = all_finite(*[t for t in pytree.tree_leaves((end.orbit.w, end.orbit.x)) if t is not None])
         usable = lambda new,old: pick(fine, new, old) # some losses raise on nan, so none is shown to them
         v,there = tree_map(usable, end.orbit.w, w),here(None if x is None else usable(end.orbit.x, x))
-        after = measure(there, v)
+        after = end.__dict__.get('here') or measure(there, v) # a search that measured the place where it stopped has done this
         lost = lambda t: pick(fine, t, t*math.nan)
         after = replace(after, loss=lost(after.loss))
         J = [start.height, lost(reached(objective, there, v, after))]
@@ -703,7 +782,7 @@ def travel(
             drift, ok, torch.where(ok, OK, torch.where(fine, DRIFT, NONFINITE)), number(end.steps), number(f.calls), orbit.report, start.kind, seconds)
     return out, end.orbit
 
-# %% ../nbs/03_teleport.ipynb #76546f9a
+# %% ../nbs/03_teleport.ipynb #4cd66dfa
 @dataclass(frozen=True)
 class Schedule:
     "At which steps k (zero-based) a teleport is due"
@@ -716,7 +795,7 @@ class Schedule:
     __ror__,__rand__ = __or__,__and__
     def __repr__(self): return self.text
 
-# %% ../nbs/03_teleport.ipynb #7d7116e2
+# %% ../nbs/03_teleport.ipynb #8ee51caa
 def _step(name, k, least=0):
     if isinstance(k, bool) or not isinstance(k, int): raise TypeError(f"{name} must be a whole number, got {k!r}")
     if k<least: raise ValueError(f"{name} must be at least {least}, got {k}")
@@ -745,7 +824,7 @@ def first(
     _step('first(n)', n, 1)
     return Schedule(lambda k: k<n, f'first({n})')
 
-# %% ../nbs/03_teleport.ipynb #be461a0c
+# %% ../nbs/03_teleport.ipynb #08a35293
 def as_schedule(
     s, # A `Schedule`, a set of steps, or a function of k
 )->Schedule:
@@ -755,7 +834,7 @@ def as_schedule(
     if callable(s): return Schedule(s, getattr(s, '__name__', repr(s)))
     raise TypeError(f"schedule must be at(...), every(...), first(...), a set of steps, or a function of k; got {s!r}")
 
-# %% ../nbs/03_teleport.ipynb #31bd9b9f
+# %% ../nbs/03_teleport.ipynb #524e05dc
 def keep(optimizer, out:Teleported, pull:Callable):
     "State policy: leave the optimizer's state as it is"
 
@@ -766,7 +845,7 @@ def reset(optimizer, out:Teleported, pull:Callable):
     fresh = type(optimizer)(groups, **{k: v for k,v in optimizer.defaults.items() if k in known})
     optimizer.state.clear(); optimizer.state.update(fresh.state)
 
-# %% ../nbs/03_teleport.ipynb #9a79be61
+# %% ../nbs/03_teleport.ipynb #17503a6b
 _ADAM = ({'exp_avg'}, {'exp_avg_sq','max_exp_avg_sq'})
 MOMENTS = { # optimizer -> names of its first and second moments
     torch.optim.SGD: ({'momentum_buffer'}, set()), torch.optim.Adagrad: (set(), {'sum'}), torch.optim.RMSprop: ({'grad_avg'}, {'square_avg'}),
@@ -794,7 +873,7 @@ class Transport:
 
 transport = Transport()
 
-# %% ../nbs/03_teleport.ipynb #310b86e0
+# %% ../nbs/03_teleport.ipynb #a1422e6a
 @dataclass(frozen=True)
 class Pull:
     "How a covector by parameter name moved with a teleport: `pull(c)`, and `pull(v, 2)` for second moments"
@@ -802,7 +881,7 @@ class Pull:
     params:dict # Name -> the module's parameter
     def __call__(self, c:dict, power:int=1)->dict: return self.orbit.carry(c, power)
 
-# %% ../nbs/03_teleport.ipynb #c8306ae1
+# %% ../nbs/03_teleport.ipynb #6216f8a7
 def _fire(tele, x, y, k):
     "One teleport of `tele`'s model, written in place if it is accepted"
     data = lambda x: x if tele.inputs is None else tele.inputs(x).detach()
@@ -835,7 +914,7 @@ def _fire(tele, x, y, k):
     tele.history.append(row)
     return out
 
-# %% ../nbs/03_teleport.ipynb #78a8efcb
+# %% ../nbs/03_teleport.ipynb #e993215b
 class Resumable:
     "The saved state of a `Teleporter`"
     def state_dict(self)->dict:
@@ -848,7 +927,7 @@ class Resumable:
         k,left,fired,history = _step('k', state['k']),_step('left', state['left']),set(state['fired']),[dict(r) for r in state['history']]
         self.k,self.left,self.fired,self.history,self.rng = k,left,fired,history,rng
 
-# %% ../nbs/03_teleport.ipynb #7224f997
+# %% ../nbs/03_teleport.ipynb #efa6e44d
 class Teleporter(Resumable):
     "Teleports in an ordinary training loop: call `step(x, y)` before the forward pass"
     def __init__(self,
@@ -887,7 +966,7 @@ class Teleporter(Resumable):
         if k is None: self.k += 1
         return out
 
-# %% ../nbs/03_teleport.ipynb #524e05dc
+# %% ../nbs/03_teleport.ipynb #683e725c
 def check_teleporter(
     t:Teleporter, # One that has just been made
 ):
