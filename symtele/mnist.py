@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import datasets
 
-from .experiments import STYLE, Experiment, Matched, gradient_equivalents, log_axis, train
+from .experiments import STYLE, Experiment, Matched, gradient_equivalents, log_axis, rounded, train
 from .groups import GL, BatchGL, dot, run_model
 from .teleport import Ascent, Stay, Teleporter, at, keep, reset
 
@@ -77,7 +77,7 @@ def net(
         return nn.Sequential(*layers[:-1])
 
 # %% ../nbs/08_mnist.ipynb #0716d970
-ARMS = {'base': None, 'reset': (GL(), Stay(), reset), 'random': (GL(), Matched(Ascent(10)), keep), 'GL': (GL(), Ascent(10), keep), 'BatchGL': (BatchGL(), Ascent(10), keep)}
+ARMS = {'base': None, 'reset': (GL(), Stay(), reset), 'random': (GL(), Matched(Ascent(10, growth=4.)), keep), 'GL': (GL(), Ascent(10, growth=4.), keep), 'BatchGL': (BatchGL(), Ascent(10, growth=4.), keep)}
 OPTIMIZERS = {'SGD': torch.optim.SGD, 'Adam': torch.optim.Adam}
 RATES = {'SGD': [.002,.01,.02,.05,.1,.2], 'Adam': [.0005,.002,.005,.01,.02]}
 
@@ -116,9 +116,8 @@ def run_one(
         return ((data.x[b], data.y[b]) for b in i.split(cfg['batch']))
     cost = gradient_equivalents(tele, data.x[:cfg['batch']], data.y[:cfg['batch']]) if tele else 0.
     record = train(model, F.cross_entropy, opt, epoch, cfg['epochs'], watch(data), tele, cfg['points'], cost)
-    digits6 = lambda v: float(f'{v:.6g}') if isinstance(v, float) else v
     moves = [{k: m[k] for k in ('accepted','drift','loss_before','loss_after','objective_before','objective_after','probe_before','probe_after','seconds')} for m in record.pop('moves')]
-    return {k: list(map(digits6, v)) for k,v in record.items()} | dict(moves=moves)
+    return {k: rounded(v) if k not in ('step',) else v for k,v in record.items()} | dict(moves=moves)
 
 # %% ../nbs/08_mnist.ipynb #b3f0c7f6
 def jobs(
