@@ -242,7 +242,7 @@ def all_jobs(
     "Every arm of every optimizer at its rates"
     return [dict(arm=a, optimizer=o, lr=lr) for o,arms in cfg['rates'].items() for a in arms for lr in arms[a]]
 
-# %% ../nbs/07_mlp.ipynb #472b07b9
+# %% ../nbs/07_mlp.ipynb #12c6fc06
 @dataclass(frozen=True)
 class Rescale:
     "Search, a control for `Whiten`: its sizes, without its directions; every hidden layer is multiplied by one number"
@@ -272,6 +272,7 @@ def solve_last(
     h = run_model(model[:-1], {k: v for k,v in w.items() if k!=name}, x)
     return {**w, name: torch.linalg.lstsq(h, y).solution.T}
 
+# %% ../nbs/07_mlp.ipynb #4d134bc0
 WHITEN = { # arm -> search, by learning rate
     'base': None, 'whiten': lambda lr: Whiten(lr, full_batch=True), 'whiten, short gate': lambda lr: Whiten(lr, full_batch=True, ahead=1, curvature=1.),
     'random': lambda lr: Matched(Whiten(lr, full_batch=True)), 'turned': Turned, 'rescale': Rescale, 'least squares': None}
@@ -315,7 +316,7 @@ def descend_from(
         w = {n: p-lr*m.gradient[n] for n,p in w.items()}; cost += 1
     return out
 
-# %% ../nbs/07_mlp.ipynb #12c6fc06
+# %% ../nbs/07_mlp.ipynb #887309d0
 def random_net(
     seed:int, # Of everything
 )->tuple: # Model, loss function, X, Y
@@ -341,6 +342,7 @@ def sharpness(
         v = torch.func.vjp(torch.func.grad(f), w)[1](v)[0]
     return dot(v, v).sqrt().item()
 
+# %% ../nbs/07_mlp.ipynb #bc33ea4e
 def run_gate(
     cfg:dict, # Settings
     rate:float, # Learning rate, in units of the largest stable one
@@ -360,6 +362,7 @@ def run_gate(
     at = lambda losses: [losses[k] for k in cfg['keep']]
     return dict(layers=len(model)//2+1, here=at(path(w)), there=at(path(land.move(Whiten(lr, full_batch=True).element(land)).orbit.w)))
 
+# %% ../nbs/07_mlp.ipynb #7719a1c7
 def run_deep(
     cfg:dict, # Settings
     arm:str, # A key of `WHITEN`
@@ -399,7 +402,7 @@ def run_linear(
     row = descend_from(model, squared, x, y, GL(wire(model, x)), {**cfg, 'goal': cfg['goal']*best}, arm, lr, seed, best)
     return dict(excess=rounded((L-best)/best for L in row['loss'][:4]+row['loss'][-1:]), steps=len(row['loss'])-1, cost=row['cost'][-1], drift=row['drift'])
 
-# %% ../nbs/07_mlp.ipynb #d435a6cd
+# %% ../nbs/07_mlp.ipynb #63266754
 @lru_cache
 def gd_path(
     seed:int, # Number of the draw
@@ -445,7 +448,7 @@ def run_sweep(
     return dict(speedup_seconds=k0*base['step_seconds']/(k*base['step_seconds']+mine['seconds']), speedup_stall=k0/(k+mine['cost']), speedup_goal=k0/(to+mine['cost']),
         loss=mine['losses'][k] if k<math.inf else math.inf, goal=goal, cost=mine['cost'], drift=mine['drift'], refused=mine['refused'], diverged=not math.isfinite(mine['losses'][-1]))
 
-# %% ../nbs/07_mlp.ipynb #4d134bc0
+# %% ../nbs/07_mlp.ipynb #b6692ea5
 SAFETY = {'base': None, 'Ascent()': Ascent(), 'Ascent(growth=4)': Ascent(growth=4.)}
 
 def run_safety(
@@ -470,7 +473,7 @@ def run_safety(
     return dict(diverged=(ends>first).sum().item(), ends=rounded(ends.sort().values[[int(q*(len(ends)-1)) for q in (.05,.5,.95)]]),
         drift=max((t.drift.max().item() for t in moves), default=0.), refused=sum((~t.accepted).sum().item() for t in moves))
 
-# %% ../nbs/07_mlp.ipynb #f6e1126c
+# %% ../nbs/07_mlp.ipynb #972a67c4
 HELDOUT = {'base': None, 'random': lambda lr: Matched(Ascent()), 'teleport': lambda lr: Ascent(), 'whiten': lambda lr: Whiten(lr, full_batch=True)}
 
 def run_heldout(
@@ -494,7 +497,7 @@ def run_heldout(
         w = {n: p-lr*m.gradient[n] for n,p in w.items()}
     return {k: rounded(v) for k,v in out.items()}
 
-# %% ../nbs/07_mlp.ipynb #887309d0
+# %% ../nbs/07_mlp.ipynb #fc074d50
 def run_minibatch(
     cfg:dict, # Settings
     arm:str, # "random", "teleport" or "whiten"
@@ -513,7 +516,7 @@ def run_minibatch(
     losses = lambda w: [loss(w, x[:20]).item(), held(w, x[1437:]).item()]
     return dict(before=rounded(losses(w)), after=rounded(losses(t.w)), step=rounded(losses(step(w))), step_after=rounded(losses(step(t.w))), drift=t.drift.item(), moved=t.steps.item()>0)
 
-# %% ../nbs/07_mlp.ipynb #bc33ea4e
+# %% ../nbs/07_mlp.ipynb #5b384ce3
 NETS = { # name -> widths from the data up, samples, most training steps an ascent step should cost
     '4-5-6-7-8': ((5,6,7,8), 4, .5), '64, 3 layers': ((64,)*4, 64, .7), '128, 3': ((128,)*4, 128, 1.1), '256, 3': ((256,)*4, 256, 1.6), '128, 5': ((128,)*6, 128, 1.6),
     '128, 8': ((128,)*9, 128, 1.9), '784-16-10-10, batch 20': ((784,16,10,10), 20, .7), 'batch 200': ((784,16,10,10), 200, .8)}
@@ -567,7 +570,7 @@ def run_seeds(
         for k,f in runs.items(): began = time.perf_counter(); f(); seconds[k].append(time.perf_counter()-began)
     return {f'seconds_{k}': rounded(torch.tensor(v[1:]).quantile(torch.tensor([.25,.5,.75])).tolist()) for k,v in seconds.items()}
 
-# %% ../nbs/07_mlp.ipynb #0a57cb53
+# %% ../nbs/07_mlp.ipynb #af3e1334
 TUNED = { # the best rates, as the report asserts
     'GD': {'base': 0.0007, 'reset': 0.0007, 'random': 0.001, 'teleport': 0.0007, 'formula': 0.0007, 'lookahead': 0.0007, 'whiten': 0.001},
     'momentum': {'base': 0.001, 'reset': 0.002, 'random': 0.001, 'teleport': 0.001, 'formula': 0.001, 'lookahead': 0.001, 'teleport, reset': 0.002, 'teleport, transport': 0.001, 'whiten': 0.001, 'whiten, reset': 0.0003},
@@ -595,7 +598,7 @@ speed = Experiment('mlp_speed', dict(ascent=8, rounds=40), lambda cfg: [dict(net
 seeds = Experiment('mlp_seeds', dict(ascent=8, rounds=40), lambda cfg: [dict(seeds=50)], run_seeds, workers=1)
 experiments = [rates, curves, loops, whiten, gate, deep, linear, sweep, safety, heldout, minibatch, speed, seeds]
 
-# %% ../nbs/07_mlp.ipynb #7719a1c7
+# %% ../nbs/07_mlp.ipynb #761f22b2
 def end(
     row:dict, # A row of `rates` or `curves`
     cfg:dict, # Its settings
@@ -644,7 +647,7 @@ def draw_best(
     with plt.rc_context(STYLE): fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=8)
     return fig
 
-# %% ../nbs/07_mlp.ipynb #5a5b0f9b
+# %% ../nbs/07_mlp.ipynb #d02560dd
 def draw_sweep(
     rows:list, # Of `sweep`
 )->plt.Figure: # Two rows of three maps
@@ -663,7 +666,7 @@ def draw_sweep(
             line[0].set_ylabel(names[0])
     return fig
 
-# %% ../nbs/07_mlp.ipynb #511a418e
+# %% ../nbs/07_mlp.ipynb #1f1362ea
 def speed_ratios(
     rows:list, # Of `speed`
 )->dict: # Network -> what -> its cost in training steps, from medians
@@ -680,7 +683,7 @@ def speed_table(
         lines.append(f"{r['net']:24} {t*1e6:10.0f} µs {q['fixed']:6.2f} {q['trust']:6.2f} {q['formula']:8.2f} {aim:5}{'' if q['fixed']<=aim else '  not reached'}")
     return '\n'.join(lines)
 
-# %% ../nbs/07_mlp.ipynb #c66c6517
+# %% ../nbs/07_mlp.ipynb #d54ad009
 def _main():
     "Command line of `python -m symtele.mlp`: what a teleport costs on this machine"
     with tempfile.TemporaryDirectory() as folder: print(speed_table(speed.run(folder)))
