@@ -6,7 +6,7 @@
 __all__ = ['tree_map', 'CLOSED', 'ROUNDING', 'LEVER', 'HELD', 'OK', 'DRIFT', 'NONFINITE', 'MOMENTS', 'transport', 'Measured',
            'measure', 'unwrap', 'loss_of', 'grad_norm', 'lookahead', 'Landscape', 'PulledNorm', 'PulledDecrease',
            'chain', 'onto', 'Link', 'bends', 'Chain', 'read_chain', 'ChainNorm', 'landscape', 'Stay', 'Random',
-           'best_of', 'Sample', 'Grid', 'harmonics', 'highest', 'GreatCircle', 'Ascent', 'whitener', 'descend',
+           'best_of', 'Sample', 'Grid', 'harmonics', 'highest', 'GreatCircle', 'Ascent', 'whitener', 'after_steps',
            'Whiten', 'whitened', 'curvature', 'drift_bound', 'Teleported', 'reached', 'check_tol', 'finite',
            'check_input', 'check_loss', 'teleport', 'all_finite', 'pick', 'travel', 'Schedule', 'at', 'every', 'first',
            'as_schedule', 'keep', 'reset', 'Transport', 'Pull', 'Resumable', 'Teleporter', 'check_teleporter']
@@ -523,14 +523,14 @@ def whitener(
     s = torch.cat((s, s.new_zeros(d-len(s))))
     return v.mT@(torch.where(s>d*torch.finfo(s.dtype).eps*s.max(), 1/s, rest)[:,None]*v)
 
-def descend(
+def after_steps(
     loss:Callable, # `(w) -> ()` or `(T,)`
     w:Tensor|dict, # Parameters
     m:Measured, # The loss there
     lr:float, # Learning rate
     steps:int, # At least 1
 )->Tensor: # The loss afterwards, summed over tasks, shape ()
-    "Look several gradient steps ahead"
+    "Look several steps of gradient descent ahead"
     c = m.gradient
     for i in range(steps):
         if i: c = measure(loss, w).gradient
@@ -555,7 +555,7 @@ class Whiten:
         if finite(*pytree.tree_leaves(there.orbit.w)) is False: return land
         near,far = (land.loss_from(l.orbit.x) for l in (land, there))
         m = measure(far, there.orbit.w)
-        ok = descend(far, there.orbit.w, m, self.lr, self.ahead)<descend(near, land.orbit.w, land.here, self.lr, self.ahead) # False for nan
+        ok = after_steps(far, there.orbit.w, m, self.lr, self.ahead)<after_steps(near, land.orbit.w, land.here, self.lr, self.ahead) # False for nan
         return land.choose(ok, there.knowing(here=m))
     def element(self, land):
         orbit,white = land.orbit,whitened(land.orbit)
