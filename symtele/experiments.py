@@ -214,7 +214,7 @@ def differences(
     out = []
     for i,(p,q) in enumerate(zip(a, b, strict=True)):
         for k in sorted(set(p)|set(q)):
-            if 'seconds' in k: continue
+            if 'seconds' in k or k=='drift': continue
             keep = lambda t: [{n: x for n,x in m.items() if n not in ('drift','seconds')} for m in t] if k=='moves' else t
             u,v = (pytree.tree_leaves(keep(r.get(k))) for r in (p,q))
             far = math.inf if len(u)!=len(v) else max((0. if s==t else abs(s-t)/max(abs(s),abs(t)) if all(isinstance(n, (int,float)) and math.isfinite(n) for n in (s,t)) else math.inf for s,t in zip(u,v)), default=0.)
