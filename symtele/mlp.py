@@ -9,8 +9,8 @@ __all__ = ['OPTIMIZERS', 'RATES', 'FORMULA', 'ARMS', 'FIG3', 'PLAN', 'MARKS', 'W
            'Formula', 'watch', 'stacked', 'StackedPull', 'stacked_jump', 'run_all', 'mover', 'run_one', 'all_jobs',
            'Rescale', 'Turned', 'solve_last', 'run_whiten', 'descend_from', 'random_net', 'sharpness', 'run_gate',
            'run_deep', 'linear_problem', 'run_linear', 'gd_path', 'stall', 'run_sweep', 'run_safety', 'run_heldout',
-           'run_minibatch', 'speed_problem', 'run_speed', 'run_seeds', 'end', 'best_rates', 'per_draw', 'draw_best',
-           'draw_sweep', 'speed_ratios', 'speed_table']
+           'run_minibatch', 'speed_problem', 'in_turn', 'run_speed', 'run_seeds', 'end', 'best_rates', 'per_draw',
+           'draw_best', 'draw_sweep', 'speed_ratios', 'speed_table']
 
 # %% ../nbs/07_mlp.ipynb #da4b9237
 import math, tempfile, time
@@ -131,10 +131,10 @@ def watch(
 
 # %% ../nbs/07_mlp.ipynb #f1abd670
 def stacked(
-    seeds:list, # Numbers of draws
-)->tuple: # Model, parameters by name, X, Y; each tensor with one row per draw
-    "Many draws of the regression at once"
-    draws = [regression(n) for n in seeds]; model = draws[0][0]
+    draws:list, # Of one kind of problem, each a model, X and Y
+)->tuple: # The first model, parameters by name, X, Y; each tensor with one row per draw
+    "Many draws at once"
+    model = draws[0][0]
     return model, {k: torch.stack([d[0].get_parameter(k).detach() for d in draws]) for k,_ in model.named_parameters()}, *(torch.stack([d[i] for d in draws]) for i in (1,2))
 
 @dataclass
@@ -174,7 +174,7 @@ def run_all(
     lr:float, # Learning rate
 )->dict: # Loss and squared gradient norm at the steps `cfg["keep"]`, after the move where there is one, for each a list of all draws; seconds there, of all draws together; gradients of each draw; drifts of the moves, and which draws were refused or stayed
     "One training run of every draw of the regression, at once under `vmap`; what happens at a step happens before it"
-    model,w,x,y = stacked(cfg['seeds'])
+    model,w,x,y = stacked([regression(n) for n in cfg['seeds']])
     f = vmap(grad_and_value(lambda w,x,y: squared(functional_call(model, w, (x,)), y)))
     opt = OPTIMIZERS[optimizer](list(w.values()), lr) # each acts number by number, so one serves all draws
     out,seconds,cost,steps,state = dict(loss=[], gsq=[], seconds=[], gradients=[], drift=[], refused=[], stayed=[]),0.,0.,*(ARMS[arm][4:2:-1] if ARMS[arm] else ((5,) if arm=='formula' else (), keep))
@@ -313,7 +313,7 @@ def descend_from(
         m = measure(f, w)
         out['loss'].append(m.loss.item() if m.loss.isfinite() else math.inf); out['cost'].append(cost)
         if not best+cfg['goal']<out['loss'][-1]<math.inf: break
-        w = {n: p-lr*m.gradient[n] for n,p in w.items()}; cost += 1
+        w = lookahead(lr).step(w, m.gradient); cost += 1
     return out
 
 # %% ../nbs/07_mlp.ipynb #887309d0
@@ -357,7 +357,7 @@ def run_gate(
         out = []
         for _ in range(cfg['keep'][-1]+1):
             m = measure(f, w); out.append(m.loss.item() if m.loss.isfinite() else math.inf)
-            w = {k: p-lr*m.gradient[k] for k,p in w.items()}
+            w = lookahead(lr).step(w, m.gradient)
         return rounded(out)
     at = lambda losses: [losses[k] for k in cfg['keep']]
     return dict(layers=len(model)//2+1, here=at(path(w)), there=at(path(land.move(Whiten(lr, full_batch=True).element(land)).orbit.w)))
@@ -419,10 +419,10 @@ def gd_path(
         if k==5 and search is not None:
             t = teleport(loss, w, group, x, search=search)
             cost = count_flops(lambda: teleport(loss, w, group, x, search=search))/count_flops(lambda: measure(f, w))
-            w,out = t.w,dict(seconds=t.seconds, cost=cost, drift=t.drift.item(), refused=not t.accepted); began += time.perf_counter()-began # restart the clock
+            w,out = t.w,dict(seconds=t.seconds, cost=cost, drift=t.drift.item(), refused=not t.accepted); began = time.perf_counter() # the teleport is timed apart
         m = measure(f, w); losses.append(m.loss.item())
         if not math.isfinite(losses[-1]) or k>6 and abs(losses[-1]-losses[-2])<stop: break
-        w = {n: p-lr*m.gradient[n] for n,p in w.items()}
+        w = lookahead(lr).step(w, m.gradient)
     return dict(losses=losses, step_seconds=(time.perf_counter()-began)/(k-4 if search else k+1), **out)
 
 def stall(
@@ -458,9 +458,7 @@ def run_safety(
     lr:float, # Learning rate
 )->dict: # How many seeds ended above where they began, or nowhere; quantiles of the final loss
     "Gradient descent on many draws of the regression at once, under `vmap`"
-    draws = [regression(n) for n in range(cfg['seeds'])]; model = draws[0][0]
-    w = {k: torch.stack([d[0].get_parameter(k).detach() for d in draws]) for k,_ in model.named_parameters()}
-    x,y = (torch.stack([d[i] for d in draws]) for i in (1,2))
+    model,w,x,y = stacked([regression(n) for n in range(cfg['seeds'])])
     f = lambda w,x,y: squared(functional_call(model, w, (x,)), y)
     group,moves = BatchGL(wire(model, x[0])),[]
     jump = vmap(lambda w,x,y: teleport(lambda w,x: f(w, x, y), w, group, x, search=SAFETY[search]))
@@ -468,7 +466,7 @@ def run_safety(
         if SAFETY[search] and 5<=k<5+times: moves.append(jump(w, x, y)); w = moves[-1].w
         g,L = vmap(grad_and_value(f))(w, x, y)
         if not k: first = L
-        w = {n: p-lr*g[n] for n,p in w.items()}
+        w = lookahead(lr).step(w, g)
     ends = torch.where(L.isfinite(), L, math.inf)
     return dict(diverged=(ends>first).sum().item(), ends=rounded(ends.sort().values[[int(q*(len(ends)-1)) for q in (.05,.5,.95)]]),
         drift=max((t.drift.max().item() for t in moves), default=0.), refused=sum((~t.accepted).sum().item() for t in moves))
@@ -494,7 +492,7 @@ def run_heldout(
         if k in (5,6) and HELDOUT[arm]: w = teleport(loss, w, group, tx, search=HELDOUT[arm](lr), rng=Generator().manual_seed(seed)).w
         m = measure(f, w)
         if k in cfg['keep']: out['train'].append(m.loss.item()); out['held'].append(held(w, vx).item())
-        w = {n: p-lr*m.gradient[n] for n,p in w.items()}
+        w = lookahead(lr).step(w, m.gradient)
     return {k: rounded(v) for k,v in out.items()}
 
 # %% ../nbs/07_mlp.ipynb #fc074d50
@@ -512,7 +510,7 @@ def run_minibatch(
     loss,w = loss_of(model, F.cross_entropy, y[:20]); held,_ = loss_of(model, F.cross_entropy, y[1437:])
     search = dict(teleport=Ascent(), random=Matched(Ascent()), whiten=Whiten(cfg['lr'], full_batch=True))[arm]
     t = teleport(loss, w, BatchGL(wire(model, x[:20])), x[:20], search=search, rng=Generator().manual_seed(seed))
-    step = lambda w: {k: p-cfg['lr']*g for (k,p),g in zip(w.items(), measure(lambda w: loss(w, x[:20]), w).gradient.values())}
+    step = lambda w: lookahead(cfg['lr']).step(w, measure(lambda w: loss(w, x[:20]), w).gradient)
     losses = lambda w: [loss(w, x[:20]).item(), held(w, x[1437:]).item()]
     return dict(before=rounded(losses(w)), after=rounded(losses(t.w)), step=rounded(losses(step(w))), step_after=rounded(losses(step(t.w))), drift=t.drift.item(), moved=t.steps.item()>0)
 
@@ -532,6 +530,17 @@ def speed_problem(
     for m in model[::2]: nn.init.orthogonal_(m.weight)
     return model, torch.randn(n, widths[0]), torch.randn(n, widths[-1])
 
+def in_turn(
+    runs:dict, # Name -> a function to be timed
+    rounds:int, # How often, after one to warm up
+    parts:int=1, # Steps in a call
+)->dict: # "seconds_" + name -> seconds of a step, quartiles over the rounds
+    "Time several things in turn, so that a noisy machine is noisy for all"
+    seconds = {k: [] for k in runs}
+    for _ in range(rounds+1):
+        for k,f in runs.items(): began = time.perf_counter(); f(); seconds[k].append((time.perf_counter()-began)/parts)
+    return {f'seconds_{k}': rounded(torch.tensor(v[1:]).quantile(torch.tensor([.25,.5,.75])).tolist()) for k,v in seconds.items()}
+
 def run_speed(
     cfg:dict, # Settings
     net:str, # A key of `NETS`
@@ -540,35 +549,24 @@ def run_speed(
     widths,n,_ = NETS[net]
     model,x,y = speed_problem(widths, n); loss,w = loss_of(model, squared, y); group = BatchGL(wire(model, x))
     opt,steps = torch.optim.SGD((twin := speed_problem(widths, n)[0]).parameters(), 1e-6),cfg['ascent']
-    def train_step(): opt.zero_grad(); squared(twin(x), y).backward(); opt.step()
+    def train_steps():
+        for _ in range(steps): opt.zero_grad(); squared(twin(x), y).backward(); opt.step()
     rate = .01/landscape(group.orbit(w, x), loss).slope().norm().item() # steps of norm 0.01 at first
     weights,fixed = [p.detach() for p in model.parameters()],lambda: teleport(loss, w, group, x, search=Ascent(steps, lr=rate))
     while not ((out := fixed()).accepted and out.objective[1]<1.5*out.objective[0]): rate = rate/4 # small enough for an ascent that does not run away
-    runs = dict(train=train_step, fixed=fixed, trust=lambda: teleport(loss, w, group, x, search=Ascent(steps)), formula=lambda: formula_ascent(weights, x, y, rate, steps))
-    seconds = {k: [] for k in runs}
-    for _ in range(cfg['rounds']+1):
-        for k,f in runs.items():
-            times = 8 if k=='train' else 1
-            began = time.perf_counter()
-            for _ in range(times): f()
-            seconds[k].append((time.perf_counter()-began)/(times if k=='train' else steps))
-    return {f'seconds_{k}': rounded(torch.tensor(v[1:]).quantile(torch.tensor([.25,.5,.75])).tolist()) for k,v in seconds.items()} # the first round warms up
+    runs = dict(train=train_steps, fixed=fixed, trust=lambda: teleport(loss, w, group, x, search=Ascent(steps)), formula=lambda: formula_ascent(weights, x, y, rate, steps))
+    return in_turn(runs, cfg['rounds'], steps)
 
 def run_seeds(
     cfg:dict, # Settings
     seeds:int, # How many
 )->dict: # Seconds, quartiles over the rounds
     "A teleport for many seeds of the small problem, one after the other and in one batch"
-    nets = [speed_problem((5,6,7,8), 4, s) for s in range(seeds)]; model = nets[0][0]
-    x,y = (torch.stack([t[i] for t in nets]) for i in (1,2))
-    w = {k: torch.stack([t[0].get_parameter(k).detach() for t in nets]) for k,_ in model.named_parameters()}
+    model,w,x,y = stacked([speed_problem((5,6,7,8), 4, s) for s in range(seeds)])
     group = BatchGL(wire(model, x[0]))
     def one(w, x, y): return teleport(lambda w,x: squared(functional_call(model, w, (x,)), y), w, group, x, search=Ascent(cfg['ascent'], lr=1e-5))
     runs = dict(loop=lambda: [one({k: t[i] for k,t in w.items()}, x[i], y[i]) for i in range(seeds)], batch=lambda: vmap(one)(w, x, y))
-    seconds = {k: [] for k in runs}
-    for _ in range(cfg['rounds']//4+1):
-        for k,f in runs.items(): began = time.perf_counter(); f(); seconds[k].append(time.perf_counter()-began)
-    return {f'seconds_{k}': rounded(torch.tensor(v[1:]).quantile(torch.tensor([.25,.5,.75])).tolist()) for k,v in seconds.items()}
+    return in_turn(runs, cfg['rounds']//4)
 
 # %% ../nbs/07_mlp.ipynb #af3e1334
 TUNED = { # the best rates, as the report asserts
@@ -679,7 +677,7 @@ def speed_table(
     "The costs of an ascent step as a table"
     lines = [f"{'network':24} {'training step':>13} {'fixed':>6} {'trust':>6} {'formula':>8} {'aim':>5}"]
     for r,q in zip(rows, speed_ratios(rows).values()):
-        low,t,high = r['seconds_train']; aim = NETS[r['net']][2]
+        t,aim = r['seconds_train'][1],NETS[r['net']][2]
         lines.append(f"{r['net']:24} {t*1e6:10.0f} µs {q['fixed']:6.2f} {q['trust']:6.2f} {q['formula']:8.2f} {aim:5}{'' if q['fixed']<=aim else '  not reached'}")
     return '\n'.join(lines)
 

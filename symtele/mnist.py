@@ -21,6 +21,7 @@ from torchvision import datasets
 
 from .experiments import STYLE, Experiment, Matched, gradient_equivalents, log_axis, rounded, train
 from .groups import GL, BatchGL, dot, run_model
+from .mlp import mlp
 from .teleport import Ascent, Stay, Teleporter, at, keep, reset
 
 # %% ../nbs/08_mnist.ipynb #c1dfd96e
@@ -73,8 +74,7 @@ def net(
     "A LeakyReLU network with biases, slope 0.1 (Z22 §6.1)"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers = [m for a,b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.LeakyReLU(.1))]
-        return nn.Sequential(*layers[:-1])
+        return mlp(*widths, bias=True).float()
 
 # %% ../nbs/08_mnist.ipynb #0716d970
 ARMS = {'base': None, 'reset': (GL(), Stay(), reset), 'random': (GL(), Matched(Ascent(10, growth=4.)), keep), 'GL': (GL(), Ascent(10, growth=4.), keep), 'BatchGL': (BatchGL(), Ascent(10, growth=4.), keep)}
@@ -117,7 +117,7 @@ def run_one(
     cost = gradient_equivalents(tele, data.x[:cfg['batch']], data.y[:cfg['batch']]) if tele else 0.
     record = train(model, F.cross_entropy, opt, epoch, cfg['epochs'], watch(data), tele, cfg['points'], cost)
     moves = [{k: m[k] for k in ('accepted','drift','loss_before','loss_after','objective_before','objective_after','probe_before','probe_after','seconds')} for m in record.pop('moves')]
-    return {k: rounded(v) if k not in ('step',) else v for k,v in record.items()} | dict(moves=moves)
+    return {k: rounded(v) if k!='step' else v for k,v in record.items()} | dict(moves=moves)
 
 # %% ../nbs/08_mnist.ipynb #b3f0c7f6
 def jobs(

@@ -534,7 +534,7 @@ def after_steps(
     c = m.gradient
     for i in range(steps):
         if i: c = measure(loss, w).gradient
-        w = tree_map(lambda p,g: p-lr*g, w, c)
+        w = lookahead(lr).step(w, c)
     return loss(w).sum()
 
 # %% ../nbs/03_teleport.ipynb #667be543

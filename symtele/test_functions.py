@@ -23,7 +23,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import Generator, Tensor
 
-from .experiments import LOOK, STYLE, Experiment, band, picture, show
+from .experiments import LOOK, STYLE, Experiment, band, picture, rounded, show
 from .groups import Orthogonal, Rotation, booth, ellipse, rosenbrock
 from .teleport import (Ascent, GreatCircle, Landscape, Stay, as_schedule, at, every, grad_norm, keep, landscape,
     lookahead, reset, teleport)
@@ -341,7 +341,6 @@ def random_starts(
     return lo+(hi-lo)*torch.rand(m, problem.n, dtype=torch.float64, generator=Generator().manual_seed(seed))
 
 # %% ../nbs/06_test_functions.ipynb #cb7a1d77
-def _six(t): return [float(f'{v:.6g}') for v in t]
 def _moves(run):
     held = [m['drift'] for m in run.moves if m['accepted']]
     return dict(moves=len(run.moves), refused=len(run.moves)-len(held), drift=max(held, default=0.),
@@ -358,8 +357,8 @@ def run_paper(
     start,schedule = torch.tensor(p.start, dtype=torch.float64).expand(seeds, p.n),None if arm=='base' else p.schedule
     go = lambda w: descend(p, w, p.steps, gd(p.lr), schedule, **arm_settings(arm, p, p.lr))
     run = go(start); last = len(run.loss)-1; kept = sorted({*range(0, last+1, every), last})
-    rows = lambda t: [_six(c) for c in t[kept].T]
-    return dict(step=kept, loss=rows(run.loss), gsq=rows(run.gsq), end=_six(run.end), evals=run.evals[-1].tolist(),
+    rows = lambda t: [rounded(c) for c in t[kept].T]
+    return dict(step=kept, loss=rows(run.loss), gsq=rows(run.gsq), end=rounded(run.end), evals=run.evals[-1].tolist(),
         seconds=(run if seeds==1 else go(start[:1])).seconds, **_moves(run))
 
 # %% ../nbs/06_test_functions.ipynb #ca3512f4
@@ -379,7 +378,7 @@ def run_start(
     go = lambda w: descend(p, w, limit, gd(lr, MOMENTUM[optimizer]), schedule, target=cfg['target'], **settings)
     run = go(starts); steps,evals = run.reach(cfg['target'])
     seconds = go(starts[:1]).seconds if math.isfinite(steps[0]) else math.inf
-    return dict(steps=steps, evals=evals, end=_six(run.end), seconds=seconds, **_moves(run))
+    return dict(steps=steps, evals=evals, end=rounded(run.end), seconds=seconds, **_moves(run))
 
 def paper_jobs(cfg): return [dict(arm=a, problem=p) for p in cfg['thin'] for a in ('base','random','paper','teleport','lookahead')]
 def start_jobs(cfg): return [dict(arm=a, problem=p, optimizer=o, lr=lr) for p,o,arms,rates in cfg['runs'] for lr in rates for a in arms]
