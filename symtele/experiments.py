@@ -110,23 +110,31 @@ def train(
     epochs:int, # How many
     watch:Callable, # `watch(model)` -> dict of floats, called before the first step and at every point
     tele:Teleporter|None=None, # Teleports before the forward pass, with k the epoch
-    points:int=1, # How many points of the record an epoch has
+    points:int|list=1, # How many points of the record an epoch has; or the numbers of epochs after which there is one
     cost:float=0., # Price of one move in gradients, as `gradient_equivalents` counts it
+    advance:Callable|None=None, # `advance(x, y)`, one step of training; None: by autograd and `optimizer`
 )->dict: # Lists of equal length: step, epoch, seconds, gradients, and what `watch` returns; and `moves`, the teleporter's history
     "Train, and keep a record in steps, seconds and gradients"
     record,seconds,step,moves = [],0.,0,lambda: len(tele.history) if tele else 0
-    note = lambda e: record.append(dict(step=step, epoch=e, seconds=seconds, gradients=step+cost*moves(), **{k: v if math.isfinite(v) else math.inf for k,v in watch(model).items()}))
-    note(0.)
+    def by_autograd(x, y): optimizer.zero_grad(); loss_fn(model(x), y).backward(); optimizer.step()
+    advance = advance or by_autograd
+    gone = False # whether a number was not finite: the rest of the record is inf, and no time is spent on it
+    def note(e):
+        nonlocal gone
+        seen = dict.fromkeys(names, math.inf) if gone else {k: v if math.isfinite(v) else math.inf for k,v in watch(model).items()}
+        record.append(dict(step=step, epoch=e, seconds=seconds, gradients=step+cost*moves(), **seen)); gone = gone or math.inf in seen.values()
+        return seen
+    names = note(0.)
     for e in range(epochs):
-        batches = list(epoch(e)); marks = {round(len(batches)*(i+1)/points) for i in range(points)}
+        batches = list(epoch(e)); marks = {round(len(batches)*(i+1)/points) for i in range(points)} if isinstance(points, int) else {len(batches)} if e+1 in points else set()
         for i,(x,y) in enumerate(batches):
             began = time.perf_counter()
-            if tele: 
+            if tele and not gone:
                 try: tele.step(x, y, k=e)
                 except ValueError: # what has diverged cannot be teleported; the record shows it
                     with torch.no_grad(): fine = loss_fn(model(x), y).isfinite().all() and all(p.isfinite().all() for p in model.parameters())
                     if fine: raise
-            optimizer.zero_grad(); loss_fn(model(x), y).backward(); optimizer.step()
+            if not gone: advance(x, y)
             seconds += time.perf_counter()-began; step += 1
             if i+1 in marks: note(e+(i+1)/len(batches))
     return {k: [r[k] for r in record] for k in record[0]} | {'moves': tele.history if tele else []}

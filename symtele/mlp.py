@@ -27,7 +27,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from .experiments import LOOK, STYLE, Experiment, Matched, count_flops, gradient_equivalents, rounded, train
 from .groups import GL, BatchGL, Scaling, dot, run_model
-from .teleport import Ascent, Landscape, Stay, Teleporter, Whiten, at, grad_norm, keep, landscape, loss_of, lookahead, measure, reset, teleport, transport, travel
+from .teleport import Ascent, Landscape, Stay, Teleporter, Whiten, as_schedule, at, grad_norm, keep, landscape, loss_of, lookahead, measure, reset, teleport, transport, travel
 from .wiring import wire
 
 # %% ../nbs/07_mlp.ipynb #c1dfd96e
@@ -59,46 +59,77 @@ def regression(
 
 # %% ../nbs/07_mlp.ipynb #0ade7c2c
 def formula_ascent(
-    weights:list, # From the data up, of a network without biases, shapes (..., out, in); not modified
+    weights:list, # From the data up, shapes (..., out, in), or (..., out, in + 1) with a bias as the last column; not modified
     x:Tensor, # The batch, shape (..., n, in)
     y:Tensor, # Its targets, shape (..., n, out)
     lr:float, # Rate on the group's parameters
     steps:int, # How many
+    loss_fn:Callable=squared, # `(output, y) -> ()`, summed over draws
+    bias:bool=False, # Whether the last column is one
 )->list: # New weights
     "Gradient ascent by the formulas as released: I-T for the inverse, activations and pseudo-inverses from before each step, second derivatives by autograd; not a symmetry"
-    W,X,Y = list(weights),x.mT,y.mT
+    W,X = list(weights),x.mT
     sigma,back = (lambda z: F.leaky_relu(z, .1)),(lambda h: F.leaky_relu(h, 10.))
+    ones = lambda h: torch.cat((h, torch.ones_like(h[...,:1,:])), -2) if bias else h
     def moved(T):
         V = [back(a+t@a)@p for t,a,p in zip(T, h[1:], plus)] + [W[-1]]
-        return V[:1] + [v - v@t for v,t in zip(V[1:], T)]
+        return V[:1] + [torch.cat((v[...,:-1] - v[...,:-1]@t, v[...,-1:]), -1) if bias else v - v@t for v,t in zip(V[1:], T)]
     for _ in range(steps):
         h = [X]
-        for w in W[:-1]: h.append(sigma(w@h[-1]))
-        plus = [torch.linalg.pinv(a.nan_to_num(0., 0., 0.)) for a in h[:-1]] # it raises on what has diverged
-        T = [torch.zeros_like(w@w.mT).requires_grad_() for w in W[:-1]]
+        for w in W[:-1]: h.append(sigma(w@ones(h[-1])))
+        plus = [torch.linalg.pinv(ones(a.nan_to_num(0., 0., 0.))) for a in h[:-1]] # it raises on what has diverged
+        T = [torch.zeros_like(w@w.mT, requires_grad=True) for w in W[:-1]]
         V,a = moved(T),X
-        for v in V[:-1]: a = sigma(v@a)
-        G = torch.autograd.grad((V[-1]@a-Y).square().sum()/2, V, create_graph=True)
+        for v in V[:-1]: a = sigma(v@ones(a))
+        G = torch.autograd.grad(loss_fn((V[-1]@ones(a)).mT, y), V, create_graph=True)
         W = [v.detach() for v in moved([lr*d for d in torch.autograd.grad(sum(g.square().sum() for g in G), T)])]
     return W
 
+# %% ../nbs/07_mlp.ipynb #0ade7c2d
 class Formula:
     "What the released code does at a teleport, with the interface of `Teleporter`: nothing is checked, nothing refused"
     def __init__(self,
-        model:nn.Sequential, # Changed in place
+        model:nn.Sequential, # Linear layers and LeakyReLU by turns; changed in place
         steps:int, # Of the ascent
         lr:float, # Its rate
         schedule, # As `Teleporter`'s
-    ): self.model,self.steps,self.lr,self.schedule,self.history = model,steps,lr,schedule,[]
+        loss_fn:Callable=squared, # `(output, y) -> ()`
+        batches:int=1, # As `Teleporter`'s
+        probe:tuple|None=None, # As `Teleporter`'s
+    ):
+        self.layers = [m for m in model if isinstance(m, nn.Linear)]
+        self.model,self.steps,self.lr,self.schedule,self.loss_fn,self.probe = model,steps,lr,as_schedule(schedule),loss_fn,probe
+        self.batches,self.left,self.fired,self.history = batches,0,set(),[]
     def step(self, x:Tensor, y:Tensor, k:int):
         "Move if one is due at k"
-        if not self.schedule(k): return
-        before = squared(self.model(x), y).item()
-        W = formula_ascent([p.detach() for p in self.model.parameters()], x, y, self.lr, self.steps)
+        if self.schedule(k) and k not in self.fired: self.fired.add(k); self.left = self.batches
+        if not self.left: return
+        self.left -= 1
+        row,before = dict(k=k, accepted=True),self.look(x, y)
+        began = time.perf_counter()
+        self.put(self.ascend(x, y))
+        row['seconds'] = time.perf_counter()-began
+        for name,a,b in zip(before, before.values(), self.look(x, y).values()): row |= {f'{name}_before': a, f'{name}_after': b}
+        self.history.append({**row, 'drift': abs(row['loss_after']-row['loss_before'])/row['loss_before']})
+    def look(self, x, y):
+        "Loss and squared gradient norm of the batch, and the loss of the probe"
+        L = self.loss_fn(self.model(x), y); c = torch.autograd.grad(L, list(self.model.parameters()))
+        out = dict(loss=L.item(), objective=sum(g.square().sum() for g in c).item())
+        with torch.no_grad(): return out | ({'probe': self.loss_fn(self.model(self.probe[0]), self.probe[1]).item()} if self.probe else {})
+    def ascend(self, x, y):
+        "The new weights, each with its bias as the last column"
+        bias = self.layers[0].bias is not None
+        W = [torch.cat((l.weight, l.bias[:,None]), 1).detach() if bias else l.weight.detach() for l in self.layers]
+        return formula_ascent(W, x, y, self.lr, self.steps, self.loss_fn, bias)
+    def put(self, W):
+        "Write weights in place"
         with torch.no_grad():
-            for p,w in zip(self.model.parameters(), W): p.copy_(w)
-            after = squared(self.model(x), y).item()
-        self.history.append(dict(k=k, accepted=True, drift=abs(after-before)/before, loss_before=before, loss_after=after))
+            for l,w in zip(self.layers, W):
+                l.weight.copy_(w[:,:l.in_features])
+                if l.bias is not None: l.bias.copy_(w[:,-1])
+    def price(self, x, y):
+        "What one move costs in gradients of the same batch, by counted operations"
+        return count_flops(lambda: self.ascend(x, y))/count_flops(lambda: torch.autograd.grad(self.loss_fn(self.model(x), y), list(self.model.parameters())))
 
 # %% ../nbs/07_mlp.ipynb #bd307a3e
 OPTIMIZERS = {'GD': lambda p,lr: torch.optim.SGD(p, lr), 'momentum': lambda p,lr: torch.optim.SGD(p, lr, momentum=.9),
@@ -212,10 +243,8 @@ def mover(
     "The `Teleporter` of an arm, and what one of its moves costs by counted operations"
     when = lambda steps: at(*[MARKS.index(k) for k in steps])
     if arm=='formula':
-        tele,weights = Formula(model, *FORMULA[optimizer], when((5,))),[p.detach() for p in model.parameters()]
-        cost = count_flops(lambda: formula_ascent(weights, x, y, tele.lr, tele.steps))/count_flops(lambda: squared(model(x), y).backward())
-        model.zero_grad()
-        return tele, cost
+        tele = Formula(model, *FORMULA[optimizer], when((5,)))
+        return tele, tele.price(x, y)
     if not ARMS[arm]: return None, 0.
     group,objective,search,state,steps = ARMS[arm]
     tele = Teleporter(model, squared, group, schedule=when(steps), objective=objective(lr) if objective else grad_norm, search=search(lr), optimizer=opt, state=state, seed=seed)
