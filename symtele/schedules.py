@@ -16,7 +16,7 @@ import ipywidgets as W
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Generator, Tensor
 
 from .experiments import LOOK, STYLE, picture
@@ -131,7 +131,8 @@ class ScheduleRun:
     def notes(self)->list:
         "What a reader should know, one sentence each"
         refused,out = [m['k'] for m in self.tele.moves if not m['accepted']],[]
-        if self.tele is not self.base and not self.tele.moves: out.append(f'No teleport: none is due in the {len(self.tele.loss)-1+(self.tele.lost is not None)} steps of this run.')
+        if self.tele is not self.base and not self.tele.moves:
+            out.append(f'No teleport: none is due in the {self.tele.lost or len(self.tele.loss)-1} steps of this run.')
         if self.tele.lost is not None: out.append(f'It diverged at step {self.tele.lost}: a smaller learning rate may hold.')
         if self.base.lost is not None: out.append(f'Without teleports it diverged at step {self.base.lost}.')
         if refused: out.append(f'{len(refused)} of {len(self.tele.moves)} teleports were refused, the first at step {refused[0]}: they did not hold the loss.')
@@ -157,18 +158,20 @@ def run_schedule(
     go = _descend if isinstance(problem, Problem) else _train
     rest = (search, objective, lambda p: OPTIMIZERS[optimizer](p, lr), steps, seed, progress)
     due = None if schedule is None else as_schedule(schedule)
-    base = go(problem, None, *rest)
-    return ScheduleRun(problem, f'{problem.name}, {optimizer} {lr:.3g}'+(f', {due}, {search!r}' if due else ''), steps, go(problem, due, *rest) if due else base, base)
+    base = go(problem, None, *rest); tele = base if due is None else go(problem, due, *rest)
+    return ScheduleRun(problem, f'{problem.name}, {optimizer} {lr:.3g}'+(f', {due}, {search!r}' if due else ''), steps, tele, base)
 
 # %% ../nbs/09_schedules.ipynb #4d134bc0
 def _curves(ax, run, name, until, title):
-    arms = [(run.base, None, 'without teleports', LOOK['base'][1], .45)] + [(run.tele, until, 'with teleports', LOOK['teleport'][1], 1)]*(run.tele is not run.base)
+    arms = [(run.base, None, 'without teleports', LOOK['base'][1], .45)]
+    if run.tele is not run.base: arms.append((run.tele, until, 'with teleports', LOOK['teleport'][1], 1))
     for t,stop,label,colour,alpha in arms:
         y = getattr(t, name).clamp_min(1e-32); ax.semilogy(y, color='none') # the axes are those of the whole run, wherever it is cut
         ax.semilogy(y[:stop], '.-' if len(y)<60 else '-', color=colour, alpha=alpha, label=label, lw=1.4, ms=4)
     for i,m in enumerate(run.tele.moves):
         if until is None or m['k']<until: ax.axvline(m['k'], color=LAND, ls='--', lw=.8, zorder=0, label=None if i else 'teleport')
-    _plain(ax.yaxis); ax.yaxis.get_major_locator().set_params(numticks=6); ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    lo,hi = ax.get_ylim(); ax.yaxis.set_major_locator(LogLocator(subs=(1,) if hi>100*lo else (1,2,5), numticks=6)); _plain(ax.yaxis)
+    ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     ax.set(xlabel='step', title=title)
 
 # %% ../nbs/09_schedules.ipynb #f6e1126c
@@ -178,13 +181,14 @@ def draw_run(
 )->plt.Figure:
     "The path on the level sets where there is one, loss and squared gradient norm"
     t,cut = run.tele,None if until is None else until+1
-    with plt.rc_context(STYLE|{'figure.constrained_layout.use': False, 'axes.titlesize': 10, 'axes.titley': 1.02}): # a fixed place for titles is a third faster
+    with plt.rc_context(STYLE|{'figure.constrained_layout.use': False, 'axes.titlesize': 10, 'axes.titley': 1.02}): # fixed titles draw faster
         fig = plt.figure(figsize=(13, 4.5)); flat = t.path is not None
         place = lambda x,w: fig.add_axes((x, .25, w, .525))
         if flat:
             moves = [m for m in t.moves if cut is None or m['k']<cut]
             ax,cax = place(.05, .28),fig.add_axes((.09, .105, .2, .022))
             draw_path(ax, cax, run.problem, t.path[:cut], moves, _box(run)); cax.tick_params(labelsize=8)
+            ax.locator_params(nbins=4) # ticks are most of what a redraw waits for
             ax.plot(*run.base.path.T, '-', color=LOOK['base'][1], alpha=.45, lw=1.2)
         for i,(name,title) in enumerate((('loss','loss'), ('gsq','squared gradient norm'))):
             ax = place(*((.39+.32*i, .27) if flat else (.07+.49*i, .42))); _curves(ax, run, name, cut, title)
@@ -196,7 +200,8 @@ def draw_run(
 def _box(run):
     "Where the two paths are, and the minimum; the problem's own box for a path that ran away"
     if run.tele.lost is not None: return run.problem.box
-    return _around(torch.cat([run.tele.path, run.base.path, torch.tensor([run.problem.target], dtype=torch.float64), *[m['from'][None] for m in run.tele.moves]]))
+    goal = torch.tensor([run.problem.target], dtype=torch.float64)
+    return _around(torch.cat([run.tele.path, run.base.path, goal, *[m['from'][None] for m in run.tele.moves]]))
 
 # %% ../nbs/09_schedules.ipynb #887309d0
 def img(
@@ -207,9 +212,10 @@ def img(
     data = base64.b64encode(picture(draw_run(run, until), 80)).decode()
     return f'<img alt="{html.escape(". ".join((run.settings, run.said(until), *run.notes)))}" src="data:image/png;base64,{data}" style="max-width:100%">'
 
-# %% ../nbs/09_schedules.ipynb #63266754
+# %% ../nbs/09_schedules.ipynb #b6692ea5
 SEARCHES = { # name -> search of a size, and what the size counts
-    'great circle': (GreatCircle, 'angles'), 'grid': (Grid, 'angles'), 'ascent': (Ascent, 'ascent steps'), 'sample': (Sample, 'draws'), 'random': (Random, 'norm'),
+    'great circle': (GreatCircle, 'angles'), 'grid': (Grid, 'angles'), 'ascent': (Ascent, 'ascent steps'),
+    'sample': (Sample, 'draws'), 'random': (Random, 'norm'),
 }
 OBJECTIVES = {'gradient': lambda lr: grad_norm, 'next step': lookahead} # what to climb, given the learning rate
 _CIRCLE = dict(start=0, interval=5, count=3, objective='next step', search='great circle', size=9, steps=30)
@@ -222,7 +228,7 @@ EXPLORED = { # name -> maker, learning rate by optimizer, and the other settings
     'images': (images_problem, dict(GD=.05, momentum=.01, AdaGrad=.02, Adam=.005), _ASCENT | dict(start=20, interval=50, steps=200)),
 }
 
-# %% ../nbs/09_schedules.ipynb #cb4e5208
+# %% ../nbs/09_schedules.ipynb #f1f836cb
 def setting(
     problem:str='Rosenbrock', # A key of `EXPLORED`
     start:int=0, # Step of the first teleport, zero-based
@@ -253,7 +259,7 @@ def as_code(
     inner = ',\n    '.join(f'{k}={word(v)}' for k,v in arguments.items())
     return f'from symtele import *\nfrom symtele.schedules import *\n\nrun = run_schedule({maker}(),\n    {inner})\ndraw_run(run);'
 
-# %% ../nbs/09_schedules.ipynb #f1f836cb
+# %% ../nbs/09_schedules.ipynb #fc074d50
 def _controls():
     "The controls of `explorer`, by argument of `setting`"
     look = dict(style=dict(description_width='115px'), layout=W.Layout(width='330px')); slow = look | dict(continuous_update=False)
@@ -262,15 +268,17 @@ def _controls():
     return dict(problem=choose(EXPLORED, 'problem'), optimizer=choose(OPTIMIZERS, 'optimizer'),
         lr=W.FloatLogSlider(description='learning rate', base=10, min=-4.5, max=.5, step=.05, readout_format='.2g', **slow), steps=count(1, 400, 'steps'),
         start=count(0, 100, 'first teleport'), interval=count(1, 100, 'interval'), count=count(1, 20, 'how many'), seed=count(0, 20, 'seed'),
-        objective=W.ToggleButtons(options=list(OBJECTIVES), description='climb', style=dict(description_width='115px', button_width='95px')).add_class('widget-inline-hbox'),
+        objective=W.ToggleButtons(options=list(OBJECTIVES), description='climb', style=look['style']|dict(button_width='95px'))\
+            .add_class('widget-inline-hbox'),
         search=choose(SEARCHES, 'search'), size=count(1, 32, 'angles'))
 
 def _place(c, *below):
     "The controls in columns, and what they make"
-    columns = [W.VBox([c[k] for k in ks], layout=W.Layout(flex='0 0 auto')) for ks in (('problem','optimizer','lr','steps'),('start','interval','count','seed'),('search','size','objective'))]
+    names = ('problem','optimizer','lr','steps'),('start','interval','count','seed'),('search','size','objective')
+    columns = [W.VBox([c[k] for k in ks], layout=W.Layout(flex='0 0 auto')) for ks in names]
     return W.VBox([W.Box(columns, layout=W.Layout(flex_flow='row wrap')), *below]).add_class('symtele-explorer')
 
-# %% ../nbs/09_schedules.ipynb #972a67c4
+# %% ../nbs/09_schedules.ipynb #cb7a1d77
 def explorer(
     problem:str='Rosenbrock', # A key of `EXPLORED`, where to begin
 )->W.VBox: # For Jupyter: every control recomputes the run
@@ -305,7 +313,7 @@ def explorer(
     settle()
     return _place(c, bar, says, view, code)
 
-# %% ../nbs/09_schedules.ipynb #ca3512f4
+# %% ../nbs/09_schedules.ipynb #761f22b2
 def _switch(control, key, pages):
     "Pages of which a control shows one, linked in the reader's browser"
     stack = W.Stack(pages, selected_index=getattr(control, key))
@@ -326,7 +334,7 @@ def schedule_grid(
     rows = [_switch(interval, 'index', [picture_of(k, n) for n in intervals]) for k in starts]
     return W.VBox([W.Box([start, interval], layout=W.Layout(flex_flow='row wrap')), _switch(start, 'index', rows)]).add_class('symtele-grid')
 
-# %% ../nbs/09_schedules.ipynb #92cfceb3
+# %% ../nbs/09_schedules.ipynb #98fbc42f
 def player(
     run:ScheduleRun, # With at least one teleport
 )->W.VBox: # A play button and a slider that need no kernel

@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-SCRIPTS = {'requirejs-*.tgz': ['require.js'], 'jupyter-widgets-html-manager-*.tgz': ['dist/embed-amd.js', '.woff2', '.woff', '.ttf']} # packed file -> endings of what the page loads
+SCRIPTS = { # packed file -> what the page loads from it, by ending
+    'requirejs-*.tgz': ['require.js'], 'jupyter-widgets-html-manager-*.tgz': ['dist/embed-amd.js', '.woff2', '.woff', '.ttf']}
 LIMIT = 60_000 # milliseconds; the machine may be busy
 
 if not CHROMIUM: pytest.skip('no Chromium: apt-get install chromium', allow_module_level=True)
@@ -16,9 +17,11 @@ sync_api = pytest.importorskip('playwright.sync_api', reason='no playwright: pip
 @pytest.fixture(scope='module')
 def browser(tmp_path_factory):
     "Chromium, with nothing of its own to ask the network"
-    quiet = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
+    quiet = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+        '--disable-component-update', '--disable-sync']
     with sync_api.sync_playwright() as p:
-        context = p.chromium.launch_persistent_context(tmp_path_factory.mktemp('profile'), executable_path=CHROMIUM, args=quiet, viewport={'width': 1300, 'height': 1000})
+        context = p.chromium.launch_persistent_context(tmp_path_factory.mktemp('profile'), executable_path=CHROMIUM, args=quiet,
+            viewport={'width': 1300, 'height': 1000})
         context.set_default_timeout(LIMIT)
         yield context
         context.close()
@@ -61,7 +64,8 @@ def static(tmp_path_factory):
         if not found: pytest.skip(f'no {pattern} in .venv/js: install npm, then make')
         with tarfile.open(found[-1]) as t:
             for m in t.getmembers():
-                for place in ('@jupyter-widgets/html-manager/dist', '@jupyter-widgets') if m.name.endswith(tuple(endings)) else (): # fonts are asked for at both
+                if not m.name.endswith(tuple(endings)): continue
+                for place in ('@jupyter-widgets/html-manager/dist', '@jupyter-widgets'): # fonts are asked for at both
                     (folder/place).mkdir(parents=True, exist_ok=True); (folder/place/Path(m.name).name).write_bytes(t.extractfile(m).read())
     from nbconvert import HTMLExporter
     own = HTMLExporter(require_js_url='@jupyter-widgets/require.js', widget_renderer_url='@jupyter-widgets/html-manager/dist/embed-amd.js',
@@ -82,8 +86,8 @@ def test_page_without_kernel(page, static):
     for box in (panel, grid, film): until(page, lambda: len(shown(box)) == 1, 'one picture')
     assert all(panel.locator('img, p').evaluate_all("l => l.map(i => i.alt === undefined || i.alt.length > 20)"))
     first,interval = (grid.locator('.noUi-handle').nth(i) for i in (0, 1))
-    for control, *keys in ((first, 'ArrowRight', 'ArrowRight'), (interval, 'ArrowRight'), (first, 'End'), (interval, 'End'), (first, 'ArrowLeft'), (interval, 'Home')):
-        press(page, control, grid, *keys)
+    for keys in ('ArrowRight',), ('End',), ('ArrowLeft', 'ArrowLeft'):
+        for control in first, interval: press(page, control, grid, *keys)
     slider,begun = film.locator('.noUi-handle'),shown(film)
     press(page, slider, film, 'ArrowRight')
     press(page, slider, film, 'ArrowLeft'); assert shown(film) == begun
@@ -100,9 +104,10 @@ def lab(tmp_path_factory):
     own = ('JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIME_DIR', 'IPYTHONDIR', 'JUPYTERLAB_SETTINGS_DIR', 'JUPYTERLAB_WORKSPACES_DIR')
     env = os.environ | {k: str(folder/k) for k in own} | {'PYTHONPATH': str(ROOT)}; env.pop('MPLBACKEND', None)
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    quiet = ['--no-browser', '--allow-root', '--expose-app-in-browser', '--LabApp.news_url=None', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
+    quiet = ['--no-browser', '--allow-root', '--expose-app-in-browser', '--ServerApp.port_retries=0', '--LabApp.news_url=None',
+        '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
     with open(folder/'log', 'w') as log:
-        server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', f'--IdentityProvider.token={token}', *quiet],
+        server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--ip=127.0.0.1', f'--port={port}', f'--IdentityProvider.token={token}', *quiet],
             cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
         for _ in range(LIMIT//200):
