@@ -3,6 +3,8 @@ EXPERIMENTS ?= test_functions mlp mnist
 NB          ?= $(filter-out nbs/_%,$(sort $(wildcard nbs/*.ipynb)))
 
 BIN := .venv/bin
+# What shows widgets on a page without a kernel; the browser tests serve it instead of fetching it.
+SCRIPTS := requirejs@2.3.6 @jupyter-widgets/html-manager@1.0.15
 MIN := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 
 # A backend named outside (Agg, say) would silence every figure that a notebook draws.
@@ -20,6 +22,7 @@ help: ## list these targets
 	@echo "Installing symtele and its tools into .venv; the first time takes a few minutes and about 6 GB"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@mkdir -p .venv/js; cd .venv/js && npm pack --silent $(SCRIPTS) >/dev/null || echo "npm could not fetch $(SCRIPTS): one browser test will be skipped"
 	@touch $@
 
 # JupyterLab refuses to start as root, the usual user of a container, unless told.
@@ -41,12 +44,12 @@ reproduce: .venv/.installed ## recompute every experiment into _results and comp
 	@set -e; for name in $(EXPERIMENTS); do $(BIN)/python -m symtele.experiments $$name --into _results; done
 
 # A real kernel, so that widgets are saved too. It knows no directives: slow cells run.
-# A saved progress bar is a dead widget under a new random name; what draws one looks at this switch.
+# A saved progress bar is a dead widget; what draws one looks at this switch. Widgets have random names: _docproc numbers them.
 notebooks: export TQDM_DISABLE := 1
 notebooks: .venv/.installed ## run notebooks top to bottom, in place (one: NB=nbs/01_groups.ipynb)
 	$(BIN)/nbdev_export
 	@status=0; for nb in $(NB); do \
-	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace $$nb || { status=1; break; }; \
+	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace --NotebookExporter.preprocessors=symtele._docproc.CanonicalIds $$nb || { status=1; break; }; \
 	done; $(BIN)/nbdev_clean; exit $$status
 
 docs: .venv/.installed ## build the site into _docs (needs Quarto)

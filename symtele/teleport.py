@@ -830,8 +830,8 @@ def as_schedule(
 )->Schedule:
     "Read a set or a function as a schedule"
     if isinstance(s, Schedule): return s
-    if isinstance(s, set|frozenset): return at(*sorted(s))
-    if callable(s): return Schedule(s, getattr(s, '__name__', repr(s)))
+    if isinstance(s, set|frozenset): return at(*sorted(_step('at(k)', k) for k in s))
+    if callable(s) and s not in (at, every, first): return Schedule(s, getattr(s, '__name__', repr(s)))
     raise TypeError(f"schedule must be at(...), every(...), first(...), a set of steps, or a function of k; got {s!r}")
 
 # %% ../nbs/03_teleport.ipynb #524e05dc

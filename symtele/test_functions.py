@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['START', 'LAND', 'GOAL', 'PROBLEMS', 'MOMENTUM', 'ARMS', 'MARKS', 'ALL', 'RATES', 'paper', 'starts', 'sizes',
            'experiments', 'EXPLORED', 'SEARCHES', 'Problem', 'rosenbrock_problem', 'booth_problem', 'ellipse_problem',
-           'quadratic', 'FromAngle', 'Descent', 'descend', 'gd', 'ring', 'draw_descent', 'arm_settings',
+           'quadratic', 'FromAngle', 'Descent', 'descend', 'gd', 'ring', 'draw_descent', 'draw_path', 'arm_settings',
            'random_starts', 'run_paper', 'run_start', 'paper_jobs', 'start_jobs', 'draw_paper', 'table', 'best_rate',
            'group_rows', 'draw_starts', 'draw_sizes', 'explore', 'controls']
 
@@ -231,7 +231,7 @@ def draw_descent(
         path,loss = path[:len(fine) if fine.all() else max(fine.int().argmin(), 1)],loss[fine] # what has diverged is not drawn
         moves = [m for m in run.moves if m['row']==row and m['k']<len(path)]
         floor = floor or max(loss[loss>0].min().item() if (loss>0).any() else 0., 1e-20)
-        _draw_path(place(.05, .29), place(.08, .23, .125, .022), problem, path, moves, box)
+        draw_path(place(.05, .29), place(.08, .23, .125, .022), problem, path, moves, box)
         _draw_chart(place(.375, .27), place(.425, .17, .125, .022), problem, path, moves, floor)
         _draw_record(place(.715, .275, .14, .75), run, row, [m for m in run.moves if m['row']==row])
         fig.suptitle(title, y=.985)
@@ -255,7 +255,15 @@ def _legs(path, moves):
     return [torch.cat([path[a:b], *[m['from'][None] for m in moves if m['k']==b]]) for a,b in zip(cut, cut[1:])]
 
 # %% ../nbs/06_test_functions.ipynb #12c6fc06
-def _draw_path(ax, cax, problem, path, moves, box):
+def draw_path(
+    ax, # Axis for the level sets
+    cax, # Axis for the colour bar; removed where there are no moves
+    problem:Problem, # With two variables
+    path:Tensor, # Points, shape (K+1, 2)
+    moves:list, # Of a `Descent`, one row of it
+    box:tuple|None=None, # x₁ from, to, x₂ from, to; None: the path and the orbits of its first teleports
+):
+    "A path on the level sets, with the orbits it jumped along"
     goal,rings = torch.tensor(problem.target, dtype=path.dtype),[ring(problem, m['from']) for m in moves[:4]]
     _level_sets(ax, problem, box or _around(torch.cat([path[:200], goal[None], *[p for p,_ in rings]])))
     if rings:

@@ -1,0 +1,139 @@
+"""What only a browser can tell: controls recompute a run in JupyterLab, and on a page without a kernel they switch pictures.
+Needs Chromium, playwright and, for the page, the two scripts that `make` puts into .venv/js; each test that lacks something says what."""
+import functools, http.server, json, os, secrets, shutil, socket, subprocess, sys, tarfile, threading, time, urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+SCRIPTS = { # packed file -> what the page loads from it, by ending
+    'requirejs-*.tgz': ['require.js'], 'jupyter-widgets-html-manager-*.tgz': ['dist/embed-amd.js', '.woff2', '.woff', '.ttf']}
+LIMIT = 60_000 # milliseconds; the machine may be busy
+
+if not CHROMIUM: pytest.skip('no Chromium: apt-get install chromium', allow_module_level=True)
+sync_api = pytest.importorskip('playwright.sync_api', reason='no playwright: pip install playwright')
+
+@pytest.fixture(scope='module')
+def browser(tmp_path_factory):
+    "Chromium, with nothing of its own to ask the network"
+    quiet = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+        '--disable-component-update', '--disable-sync']
+    with sync_api.sync_playwright() as p:
+        context = p.chromium.launch_persistent_context(tmp_path_factory.mktemp('profile'), executable_path=CHROMIUM, args=quiet,
+            viewport={'width': 1300, 'height': 1000})
+        context.set_default_timeout(LIMIT)
+        yield context
+        context.close()
+
+@pytest.fixture
+def page(browser):
+    "A tab, and in `page.faults` what its scripts complained of and whom it asked outside this machine"
+    page = browser.new_page(); page.faults = []
+    page.on('console', lambda m: page.faults.append(m.text) if m.type == 'error' else None)
+    page.on('pageerror', lambda e: page.faults.append(str(e)))
+    page.on('request', lambda r: None if r.url.startswith(('http://127.0.0.1', 'data:', 'blob:')) else page.faults.append(r.url))
+    yield page
+    page.close()
+
+def until(page, seen, what):
+    "Wait for `seen()` to be true"
+    for _ in range(LIMIT//100):
+        if seen(): return
+        page.wait_for_timeout(100)
+    raise AssertionError(f'{what}: not seen within {LIMIT//1000} s')
+
+def shown(box):
+    "The pictures in `box` that are visible, by the ends of their data"
+    return box.locator('img').evaluate_all("l => l.filter(i => i.getClientRects().length).map(i => i.src.slice(-200))")
+
+def press(page, control, box, *keys):
+    "Press keys on a control and wait for another picture"
+    before = shown(box)
+    control.focus()
+    for key in keys: page.keyboard.press(key)
+    until(page, lambda: shown(box) not in ([], before), f'another picture after {keys}')
+    assert len(shown(box)) == 1
+
+@pytest.fixture(scope='module')
+def static(tmp_path_factory):
+    "Address of the committed notebook as a page, served with its scripts"
+    folder = tmp_path_factory.mktemp('page')
+    for pattern, endings in SCRIPTS.items():
+        found = sorted((Path(sys.prefix)/'js').glob(pattern))
+        if not found: pytest.skip(f'no {pattern} in .venv/js: install npm, then make')
+        with tarfile.open(found[-1]) as t:
+            for m in t.getmembers():
+                if not m.name.endswith(tuple(endings)): continue
+                for place in ('@jupyter-widgets/html-manager/dist', '@jupyter-widgets'): # fonts are asked for at both
+                    (folder/place).mkdir(parents=True, exist_ok=True); (folder/place/Path(m.name).name).write_bytes(t.extractfile(m).read())
+    from nbconvert import HTMLExporter
+    own = HTMLExporter(require_js_url='@jupyter-widgets/require.js', widget_renderer_url='@jupyter-widgets/html-manager/dist/embed-amd.js',
+        mathjax_url='', jquery_url='', mermaid_js_url='')
+    (folder/'schedules.html').write_text(own.from_filename(ROOT/'nbs/09_schedules.ipynb')[0], encoding='utf-8')
+    (folder/'favicon.ico').touch() # browsers ask
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{server.server_port}/schedules.html'
+    server.shutdown()
+
+def test_page_without_kernel(page, static):
+    "The committed pictures, switched by jslink alone"
+    page.goto(static)
+    panel,grid,film = (page.locator(f'.symtele-{name}') for name in ('explorer', 'grid', 'player'))
+    for box in (panel, grid, film): until(page, lambda: len(shown(box)) == 1, 'one picture')
+    assert all(panel.locator('img, p').evaluate_all("l => l.map(i => i.alt === undefined || i.alt.length > 20)"))
+    first,interval = (grid.locator('.noUi-handle').nth(i) for i in (0, 1))
+    for keys in ('ArrowRight',), ('End',), ('ArrowLeft', 'ArrowLeft'):
+        for control in first, interval: press(page, control, grid, *keys)
+    slider,begun = film.locator('.noUi-handle'),shown(film)
+    press(page, slider, film, 'ArrowRight')
+    press(page, slider, film, 'ArrowLeft'); assert shown(film) == begun
+    press(page, film.locator('.widget-play button').first, film, 'Enter') # play
+    assert not page.faults, page.faults
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory):
+    "Address of a JupyterLab that shows a notebook with the explorer, and nothing else of this user's"
+    folder = tmp_path_factory.mktemp('lab'); token = secrets.token_hex(16)
+    cell = dict(cell_type='code', id='a', metadata={}, source='from symtele.schedules import *\nexplorer()', execution_count=None, outputs=[])
+    kernel = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
+    (folder/'live.ipynb').write_text(json.dumps(dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)))
+    own = ('JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIME_DIR', 'IPYTHONDIR', 'JUPYTERLAB_SETTINGS_DIR', 'JUPYTERLAB_WORKSPACES_DIR')
+    env = os.environ | {k: str(folder/k) for k in own} | {'PYTHONPATH': str(ROOT)}; env.pop('MPLBACKEND', None)
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    quiet = ['--no-browser', '--allow-root', '--expose-app-in-browser', '--ServerApp.port_retries=0', '--LabApp.news_url=None',
+        '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
+    with open(folder/'log', 'w') as log:
+        server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--ip=127.0.0.1', f'--port={port}', f'--IdentityProvider.token={token}', *quiet],
+            cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(LIMIT//200):
+            assert server.poll() is None, (folder/'log').read_text()[-2000:]
+            try: urllib.request.urlopen(f'http://127.0.0.1:{port}/api?token={token}', timeout=2); break
+            except OSError: time.sleep(.2)
+        yield f'http://127.0.0.1:{port}/lab/tree/live.ipynb?token={token}&reset'
+    finally: server.terminate(); server.wait(30)
+
+IDLE = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'"
+
+def test_live_explorer(page, lab):
+    "A dropdown, sliders and toggles, moved from the keyboard, each answered by Python with another picture; and a setting that cannot be, in words"
+    page.goto(lab); page.wait_for_selector('.jp-Notebook .jp-Cell'); page.wait_for_function(IDLE, timeout=LIMIT)
+    page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    panel = page.locator('.symtele-explorer'); until(page, lambda: len(shown(panel)) == 1, 'the first picture')
+    row = lambda label: panel.locator('.jupyter-widgets').filter(has=page.get_by_text(label, exact=True)).last
+    says = lambda words: until(page, lambda: words in panel.locator('[role=status]').inner_text(), words)
+    code = lambda words: until(page, lambda: words in panel.locator('textarea').input_value(), words)
+    pick = lambda label, *keys: (row(label).locator('select'), panel, 'Space', *keys, 'Enter') # a closed list would leave the arrows to the notebook
+    press(page, row('interval').locator('.noUi-handle'), panel, 'ArrowRight'); code('every(6, start=0)')
+    press(page, row('climb').locator('button').first, panel, 'Enter'); code('objective=grad_norm')
+    press(page, *pick('problem', 'ArrowDown')); code('booth_problem()')
+    press(page, row('angles').locator('.noUi-handle'), panel, 'Home'); says('GreatCircle(n, rounds) needs n of at least 3') # drawn without teleports
+    press(page, *pick('search', 'End')); code('Random(norm=1)')
+    press(page, row('learning rate').locator('.noUi-handle'), panel, 'End'); says('It diverged at step')
+    press(page, *pick('problem', 'ArrowDown', 'ArrowDown')); code('regression_problem()')
+    press(page, *pick('search', 'Home')); says('GreatCircle searches rotations')
+    faults = [f for f in page.faults if '127.0.0.1' not in f]; assert not faults, faults
