@@ -9,7 +9,8 @@ __all__ = ['tree_map', 'CLOSED', 'ROUNDING', 'LEVER', 'HELD', 'OK', 'DRIFT', 'NO
            'best_of', 'Sample', 'Grid', 'harmonics', 'highest', 'GreatCircle', 'Ascent', 'whitener', 'after_steps',
            'Whiten', 'whitened', 'curvature', 'drift_bound', 'Teleported', 'reached', 'check_tol', 'finite',
            'check_input', 'check_loss', 'teleport', 'all_finite', 'pick', 'travel', 'Schedule', 'at', 'every', 'first',
-           'as_schedule', 'keep', 'reset', 'Transport', 'Pull', 'Resumable', 'Teleporter', 'check_teleporter']
+           'as_schedule', 'MoveData', 'second_moment', 'ridge_whitener', 'keep', 'reset', 'Transport', 'Pull',
+           'Resumable', 'Teleporter', 'check_teleporter']
 
 # %% ../nbs/03_teleport.ipynb #da4b9237
 import inspect, math, time
@@ -833,6 +834,36 @@ def as_schedule(
     if isinstance(s, set|frozenset): return at(*sorted(_step('at(k)', k) for k in s))
     if callable(s) and s not in (at, every, first): return Schedule(s, getattr(s, '__name__', repr(s)))
     raise TypeError(f"schedule must be at(...), every(...), first(...), a set of steps, or a function of k; got {s!r}")
+
+# %% ../nbs/03_teleport.ipynb #5a5b0fa1
+@dataclass(frozen=True, eq=False)
+class MoveData:
+    "Search: the element that multiplies the data by a given matrix (Z22 Alg. 3)"
+    matrix:Tensor # M, invertible, shape (features, features)
+    def __call__(self, land:Landscape, rng:Generator)->Landscape:
+        blocks = getattr(land.orbit, 'blocks', None)
+        names = [s.name for s,_ in blocks.spaces if s.data] if blocks else []
+        if not names: raise TypeError("MoveData needs a space of the data: Teleporter(..., inputs=...), or wire(..., inputs=True)")
+        a = blocks.zero(); t = a[names[0]]
+        if self.matrix.shape!=t.shape: raise ValueError(f"MoveData(matrix=...) must have shape {tuple(t.shape)}, got {tuple(self.matrix.shape)}")
+        a[names[0]] = self.matrix.to(t) - torch.eye(len(t), dtype=t.dtype, device=t.device)
+        return land.move(land.orbit.join(a))
+
+def second_moment(
+    x:Tensor, # Data, shape (n, features)
+)->Tensor: # XᵀX/n, shape (features, features), float64
+    "The second moment of data about zero"
+    return wide(x.mT@x)/len(x)
+
+def ridge_whitener(
+    moment:Tensor, # C, shape (features, features)
+    ridge:float=30/785, # λ as a share of the trace of C, positive
+)->Tensor: # M, same shape and type
+    "M ∝ (C + λI)^(-1/2), scaled so that tr(MCMᵀ) = tr C"
+    if not ridge>0: raise ValueError(f"ridge must be positive, got {ridge}")
+    e,v = torch.linalg.eigh(moment)
+    root = (e.clamp_min(0)+ridge*e.sum())**-.5
+    return (v*root)@v.mT*(e.sum()/(e*root**2).sum())**.5
 
 # %% ../nbs/03_teleport.ipynb #524e05dc
 def keep(optimizer, out:Teleported, pull:Callable):
