@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLOPS', 'LOOK', 'STYLE', 'distance', 'Matched', 'count_flops', 'gradient_equivalents', 'rounded', 'train',
-           'environment', 'save_run', 'load_run', 'Experiment', 'differences', 'reproduce', 'band', 'log_axis',
-           'draw_curves', 'picture', 'show']
+           'processor', 'environment', 'save_run', 'load_run', 'Experiment', 'differences', 'reproduce', 'band',
+           'log_axis', 'draw_curves', 'picture', 'show']
 
 # %% ../nbs/04_experiments.ipynb #da4b9237
 import argparse, importlib, io, json, math, os, platform, time
@@ -140,10 +140,15 @@ def train(
     return {k: [r[k] for r in record] for k in record[0]} | {'moves': tele.history if tele else []}
 
 # %% ../nbs/04_experiments.ipynb #12c6fc06
+def processor()->str:
+    "The name of this machine's processor, as far as it tells"
+    try: return next(line.split(':', 1)[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
+    except (OSError, StopIteration): return platform.processor() or platform.machine()
+
 def environment()->dict:
     "What a result depends on besides its settings"
     from symtele import __version__
-    return dict(symtele=__version__, torch=torch.__version__, python=platform.python_version(), device='cpu', cores=os.cpu_count(), machine=platform.machine())
+    return dict(symtele=__version__, torch=torch.__version__, python=platform.python_version(), device='cpu', processor=processor(), cores=os.cpu_count(), machine=platform.machine())
 
 def save_run(
     path, # File to write; the old one stays until the new one is whole
@@ -191,6 +196,7 @@ class Experiment:
         bar.close()
         return self.sort(rows)
     def load(self, folder='results')->list: "The rows of the file, complete and made with these settings"; return _complete(self, load_run(Path(folder)/f'{self.name}.json', self.config))
+    def made(self, folder='results')->dict: "The `environment` that the file was made in"; return json.loads((Path(folder)/f'{self.name}.json').read_text())['environment']
     def sort(self, rows):
         jobs = self.jobs(self.config)
         return sorted(rows, key=lambda r: jobs.index({k: r[k] for k in jobs[0]}))

@@ -9,12 +9,13 @@ __all__ = ['OPTIMIZERS', 'RATES', 'FORMULA', 'ARMS', 'FIG3', 'PLAN', 'MARKS', 'W
            'Formula', 'watch', 'stacked', 'StackedPull', 'stacked_jump', 'run_all', 'mover', 'run_one', 'all_jobs',
            'Rescale', 'Turned', 'solve_last', 'run_whiten', 'descend_from', 'random_net', 'sharpness', 'run_gate',
            'run_deep', 'linear_problem', 'run_linear', 'gd_path', 'stall', 'run_sweep', 'run_safety', 'run_heldout',
-           'run_minibatch', 'speed_problem', 'in_turn', 'run_speed', 'run_seeds', 'end', 'best_rates', 'per_draw',
-           'draw_best', 'draw_sweep', 'speed_ratios', 'speed_table']
+           'run_minibatch', 'speed_problem', 'in_turn', 'small_rate', 'speed_runs', 'run_speed', 'run_seeds', 'end',
+           'best_rates', 'per_draw', 'draw_best', 'draw_sweep', 'speed_ratios', 'speed_table']
 
 # %% ../nbs/07_mlp.ipynb #da4b9237
 import math, tempfile, time
 from collections.abc import Callable
+from copy import deepcopy
 from functools import lru_cache
 from dataclasses import dataclass
 from statistics import median
@@ -563,28 +564,53 @@ def in_turn(
     runs:dict, # Name -> a function to be timed
     rounds:int, # How often, after one to warm up
     parts:int=1, # Steps in a call
-)->dict: # "seconds_" + name -> seconds of a step, quartiles over the rounds
+    unit:str|None=None, # A name: every round is also measured in its seconds of that round
+    wait:Callable=lambda: None, # Called before a clock is read, `torch.cuda.synchronize` on a GPU
+)->dict: # "seconds_" + name -> seconds of a step, quartiles over the rounds; and "seconds_ratio_" + name where there is a unit
     "Time several things in turn, so that a noisy machine is noisy for all"
     seconds = {k: [] for k in runs}
     for _ in range(rounds+1):
-        for k,f in runs.items(): began = time.perf_counter(); f(); seconds[k].append((time.perf_counter()-began)/parts)
-    return {f'seconds_{k}': rounded(torch.tensor(v[1:]).quantile(torch.tensor([.25,.5,.75])).tolist()) for k,v in seconds.items()}
+        for k,f in runs.items(): wait(); began = time.perf_counter(); f(); wait(); seconds[k].append((time.perf_counter()-began)/parts)
+    t = {f'seconds_{k}': torch.tensor(v[1:]) for k,v in seconds.items()}
+    if unit: t |= {f'seconds_ratio_{k}': t[f'seconds_{k}']/t[f'seconds_{unit}'] for k in runs}
+    return {k: rounded(v.quantile(v.new_tensor([.25,.5,.75])).tolist()) for k,v in t.items()}
+
+# %% ../nbs/07_mlp.ipynb #5eed0f01
+def small_rate(
+    model:nn.Sequential, # Of `mlp`; not modified
+    x:Tensor, # The batch
+    y:Tensor, # Its targets
+    steps:int, # Of the ascent
+)->float: # At most that of a first step of norm 0.01
+    "A fixed rate small enough for an ascent that does not run away"
+    loss,w = loss_of(model, squared, y); group = BatchGL(wire(model, x))
+    rate = .01/landscape(group.orbit(w, x), loss).slope().norm().item()
+    while not ((out := teleport(loss, w, group, x, search=Ascent(steps, lr=rate))).accepted and out.objective[1]<1.5*out.objective[0]): rate = rate/4
+    return rate
+
+def speed_runs(
+    model:nn.Sequential, # Of `mlp`; not modified
+    x:Tensor, # The batch
+    y:Tensor, # Its targets
+    steps:int, # How many in a call
+    rate:float, # Fixed rate of the ascents that have one
+)->dict: # Name -> a function to be timed; "fixed" and "trust" return what `teleport` does
+    "Training steps, and teleports of as many ascent steps: at a fixed rate, by the default trust region, by the paper's formula"
+    loss,w = loss_of(model, squared, y); group = BatchGL(wire(model, x))
+    twin = deepcopy(model); opt = torch.optim.SGD(twin.parameters(), 1e-6)
+    def train():
+        for _ in range(steps): opt.zero_grad(); squared(twin(x), y).backward(); opt.step()
+    to = lambda search: lambda: teleport(loss, w, group, x, search=search)
+    formula = lambda: formula_ascent(list(w.values()), x, y, rate, steps)
+    return dict(train=train, fixed=to(Ascent(steps, lr=rate)), trust=to(Ascent(steps)), formula=formula)
 
 def run_speed(
     cfg:dict, # Settings
     net:str, # A key of `NETS`
 )->dict: # Seconds, median and quartiles over the rounds: of a training step, and per ascent step of three teleports
     "What a teleport of some ascent steps costs beside ordinary training steps of the same network, in turn in one process"
-    widths,n,_ = NETS[net]
-    model,x,y = speed_problem(widths, n); loss,w = loss_of(model, squared, y); group = BatchGL(wire(model, x))
-    opt,steps = torch.optim.SGD((twin := speed_problem(widths, n)[0]).parameters(), 1e-6),cfg['ascent']
-    def train_steps():
-        for _ in range(steps): opt.zero_grad(); squared(twin(x), y).backward(); opt.step()
-    rate = .01/landscape(group.orbit(w, x), loss).slope().norm().item() # steps of norm 0.01 at first
-    weights,fixed = [p.detach() for p in model.parameters()],lambda: teleport(loss, w, group, x, search=Ascent(steps, lr=rate))
-    while not ((out := fixed()).accepted and out.objective[1]<1.5*out.objective[0]): rate = rate/4 # small enough for an ascent that does not run away
-    runs = dict(train=train_steps, fixed=fixed, trust=lambda: teleport(loss, w, group, x, search=Ascent(steps)), formula=lambda: formula_ascent(weights, x, y, rate, steps))
-    return in_turn(runs, cfg['rounds'], steps)
+    problem,steps = speed_problem(*NETS[net][:2]),cfg['ascent']
+    return in_turn(speed_runs(*problem, steps, small_rate(*problem, steps)), cfg['rounds'], steps)
 
 def run_seeds(
     cfg:dict, # Settings
