@@ -126,7 +126,7 @@ class Landscape:
         return grad(lambda w: self.loss_from(self.orbit.x)(w).sum())(self.orbit.w)
     @cached_property
     def here(self)->Measured: "The loss here, measured by a call"; return measure(self.loss_from(self.orbit.x), self.orbit.w)
-    @property
+    @cached_property
     def gsq(self)->Tensor: "‖∇L‖² here, shape ()"; return dot(self.gradient, self.gradient)
     def slope(self)->Tensor: "dJ/dξ at the identity, shape (size,)"; return grad(self)(self.orbit.zero())
     def along(self, d:Tensor, t:Tensor)->tuple: 
@@ -335,9 +335,9 @@ class ChainNorm(Landscape):
         return [[d.mT@l.h] for l,(_,d) in zip(self.chain.links, self.errors[1:])] + [[self.chain.above[k] for k in self.chain.reads]]
     @cached_property
     def first(self)->Tensor: "The derivative of the first pre-activations along the gradient"; return self.chain.gram@self.errors[0][1]
-    @property
+    @cached_property
     def gsq(self):
-        if 'gradient' in self.__dict__: return Landscape.gsq.fget(self)
+        if 'gradient' in self.__dict__: return Landscape.gsq.func(self)
         own = [(self.errors[0][1]*self.first).sum(), *(g.square().sum() for g, in self.weights[:-1])]
         own += [d.sum(0).square().sum() for l,(_,d) in zip(self.chain.links[1:], self.errors[1:]) if l.bias]
         return sum(own) + dot(self.chain.above, self.chain.above)
