@@ -267,7 +267,7 @@ if __name__=='__main__' and '__file__' in globals(): _main()
 LOOK = { # arm -> (label, colour, line style)
     'base': ('base', '#444444', '-'), 'reset': ('reset only', '#b0843b', (0,(1,1))), 'random': ('random, same size', '#9467bd', (0,(4,2))),
     'GL': ('teleport, GL', '#1f77b4', '-'), 'BatchGL': ('teleport, BatchGL', '#d62728', (0,(6,1,1,1))), 'teleport': ('teleport', '#1f77b4', '-'),
-    'formula': ("the paper's formula", '#8c564b', (0,(3,1,1,1))), 'whiten': ('whitening', '#17becf', '-'), 'rescale': ('sizes only', '#e377c2', (0,(4,2,1,2))), 'least squares': ('least squares', '#7f7f7f', (0,(1,2))),
+    'formula': ("the paper's formula", '#8c564b', (0,(3,1,1,1))), 'gentle': ("the formula, 1e-5", '#c49c94', (0,(3,1,1,1))), 'whiten': ('whitening', '#17becf', '-'), 'rescale': ('sizes only', '#e377c2', (0,(4,2,1,2))), 'least squares': ('least squares', '#7f7f7f', (0,(1,2))),
     'paper': ('teleport, one ascent', '#2ca02c', (0,(6,1,1,1,1,1))), 'lookahead': ('teleport, next step', '#e6550d', (0,(8,1))), 'every step': ('teleport, next step, at every step', '#8c2d04', (0,(3,1))),
 }
 STYLE = {'figure.constrained_layout.use': True, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.alpha': .25,
