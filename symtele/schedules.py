@@ -184,21 +184,21 @@ def mid(
 def draw_when(
     rows:list, # Of the study
     lr:float, # Learning rate
-    families:dict, # Title -> names of schedules
+    families:dict, # Title -> name of a schedule -> its label
     groups:tuple=('GL','BatchGL'), # A row of panels each
-)->plt.Figure: # Training loss against epochs, medians over seeds; the base dashed
+)->plt.Figure: # Training loss over that of the base with the same seed, against epochs; medians over seeds
     "When, how often, how many: Z22's Fig. 5"
-    with plt.rc_context(STYLE): fig,axes = plt.subplots(len(groups), len(families), figsize=(4.6*len(families),3.3*len(groups)), sharey=True, sharex=True, squeeze=False)
-    curve = lambda runs: [median(c) for c in zip(*(r['train_loss'] for r in runs))]
-    for g,line in zip(groups, axes):
-        for ax,(title,names) in zip(line, families.items()):
-            for i,s in enumerate(names): ax.plot(rows[0]['looks'], curve(runs_of(rows, g, s, lr)), color=plt.cm.viridis(i/max(1, len(names)-.5)), label=s.replace('[1], ', ''))
-            ax.plot(rows[0]['looks'], curve(runs_of(rows, 'base', '', lr)), color='k', ls='--', lw=1.2, label='base')
-            ax.set(title=f'{g}: {title}', yscale='log')
-            if line is axes[-1]: ax.set(xlabel='epoch')
-            if ax is line[0]: ax.set(ylabel='training loss')
-            if line is axes[0]: ax.legend(fontsize=8)
-    log_axis(axes[0][0])
+    base = [a['train_loss'] for a in runs_of(rows, 'base', '', lr)]
+    def curve(runs): return [median(c) for c in zip(*([p/q for p,q in zip(r['train_loss'], b)] for r,b in zip(runs, base)))]
+    with plt.rc_context(STYLE): fig,axes = plt.subplots(len(groups), len(families), figsize=(4.6*len(families),3.2*len(groups)), sharey=True, sharex=True, squeeze=False)
+    for i,g in enumerate(groups):
+        for ax,(title,names) in zip(axes[i], families.items()):
+            for n,(s,label) in enumerate(names.items()):
+                ax.plot(rows[0]['looks'], curve(runs_of(rows, g, s, lr)), color=plt.cm.viridis(n/max(1, len(names)-.5)), label=label)
+            ax.axhline(1, color='k', ls='--', lw=1.2, label='base'); ax.set(title=f'{g}: {title}', ylim=(.8,1.4))
+            if i==0: ax.legend(fontsize=8, ncols=2, loc='upper right')
+            if g==groups[-1]: ax.set(xlabel='epoch')
+        axes[i][0].set(ylabel='training loss over the base\'s')
     return fig
 
 # %% ../nbs/09_schedules.ipynb #cb4e5208
@@ -218,14 +218,15 @@ def draw_rates_of(
     schedule:str, # The dense one
     look:dict, # arm -> (label, colour, line style)
 )->plt.Figure: # Training and validation loss at the end, and after a few epochs, against the learning rate
-    "The dense schedule and the base, at every rate"
+    "The dense schedule and the base, at every rate; a cross at the top stands for a median of 3 or more"
     panels = (('train_loss', cfg['points'].index(6)), ('train_loss', -1), ('valid_loss', -1))
     with plt.rc_context(STYLE): fig,axes = plt.subplots(1, 3, figsize=(13,3.8), sharey=True)
     for ax,(key,at) in zip(axes, panels):
         for g in ('base','random','GL','BatchGL'):
             runs = [runs_of(rows, g, schedule if g!='base' else '', lr) for lr in cfg['rates']]; name,colour,ls = look[g]
-            ends = [[min(r[key][at], 3.) for r in rs] for rs in runs]
-            ax.plot(cfg['rates'], [median(e) for e in ends], color=colour, ls=ls, marker='o', ms=4, label=name)
+            ends = [[min(r[key][at], 3.) for r in rs] for rs in runs]; mids = [median(e) for e in ends]
+            ax.plot(cfg['rates'], [m if m<3 else math.nan for m in mids], color=colour, ls=ls, marker='o', ms=4, label=name)
+            ax.plot(cfg['rates'], [3. if m==3 else math.nan for m in mids], 'x', color=colour, ms=8)
             ax.vlines(cfg['rates'], [min(e) for e in ends], [max(e) for e in ends], color=colour, lw=1, alpha=.6)
         what = 'training' if key=='train_loss' else 'validation'
         ax.set(xscale='log', xlabel='learning rate', title=f"{what} loss after {cfg['points'][at]} epochs"); log_axis(ax)
