@@ -72,8 +72,11 @@ def digits()->Images: # 1,200 training, 300 validation and 297 test images of 64
     x = ((x-x.mean())/x.std()).float()
     return _split('digits', x[:1500], y[:1500], 1200, x[1500:], y[1500:])
 
-def images()->Images:
-    "MNIST if it is there, else the digits of scikit-learn"
+def images(
+    name:str|None=None, # "MNIST" or "digits"; None: MNIST if it is there, else the digits
+)->Images:
+    "The images by name, or the best there are"
+    if name: return dict(MNIST=mnist, digits=digits)[name]()
     try: return mnist()
     except FileNotFoundError: return digits()
 
@@ -193,7 +196,7 @@ def run_one(
     seed:int, # Of the weights, the order of the batches and the search
 )->dict: # What `kept` keeps
     "One training run of a study"
-    data = dict(MNIST=mnist, digits=digits)[cfg['data']]()
+    data = images(cfg['data'])
     model = net(data.x.shape[1], *cfg['hidden'], 10, seed=seed)
     opt = OPTIMIZERS[optimizer](model.parameters(), lr=lr)
     tele = mover(model, opt, arm, data, at(cfg['teleport_epoch']), cfg['batches'], seed)
@@ -232,10 +235,11 @@ def input_map(
     seed:int, # Of the random basis
 )->Tensor: # M, same shape
     "The matrix of an arm that moves the data"
-    M,n = ridge_whitener(moment),len(moment)
+    n = len(moment)
+    if arm=='basis': return torch.linalg.qr(torch.randn(n, n, dtype=moment.dtype, generator=Generator().manual_seed(seed)))[0]
+    M = ridge_whitener(moment)
     if arm=='ridge': return M
     if arm=='rescale': return torch.eye(n, dtype=M.dtype)*M.diagonal().mean()
-    if arm=='basis': return torch.linalg.qr(torch.randn(n, n, dtype=M.dtype, generator=Generator().manual_seed(seed)))[0]
     e,v = torch.linalg.eigh(moment); top = v[:,-1:] # 'top': the largest direction as the whitener takes it, the others all alike
     stretch = (M@top).norm(); rest = ((e.sum()-e[-1]*stretch**2)/e[:-1].sum())**.5
     return rest*torch.eye(n, dtype=M.dtype) + (stretch-rest)*top@top.mT
@@ -265,6 +269,7 @@ def prepared(
     if not out.accepted: raise ValueError(f"{arm}: {out.reason}")
     return put(inputs), tele.history
 
+# %% ../nbs/08_mnist.ipynb #0a57cb54
 def run_inputs(
     cfg:dict, # Settings of the study
     arm:str, # A key of `INPUTS`
@@ -273,7 +278,7 @@ def run_inputs(
     seed:int, # Of the weights, the order of the batches and the random basis
 )->dict: # As `run_one`, and the seconds that the preparation took
     "One training run on data that have been moved"
-    data = dict(MNIST=mnist, digits=digits)[cfg['data']]()
+    data = images(cfg['data'])
     model = net(data.x.shape[1], *cfg['hidden'], 10, seed=seed)
     began = time.perf_counter(); data,moves = prepared(arm, model, data, seed); setup = time.perf_counter()-began
     opt = OPTIMIZERS[optimizer](model.parameters(), lr=lr)

@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 from .experiments import LOOK, STYLE, Experiment, log_axis, picture, rounded
 from .groups import GL, BatchGL, dot
 from .mlp import OPTIMIZERS, regression, squared
-from .mnist import SCALE, digits, epoch_of, images, in_place_sgd, mnist, mover, net, watch
+from .mnist import SCALE, epoch_of, images, mover, net, watch
 from .test_functions import LAND, Problem, _around, _plain, booth_problem, descend, draw_path, ellipse_problem, rosenbrock_problem
 from .teleport import (Ascent, GreatCircle, Grid, Random, Sample, Teleporter, as_schedule, at, every, first, grad_norm,
     lookahead, loss_of, measure)
@@ -129,7 +129,7 @@ def run_seed(
     seed:int, # Of the weights, the order of the batches and the searches
 )->dict: # "looks", epochs; and "arms", a dict for each network
     "All networks of one seed, trained together"
-    data = dict(MNIST=mnist, digits=digits)[cfg['data']](); look,epoch = watch(data),epoch_of(cfg, data, seed)
+    data = images(cfg['data']); look,epoch = watch(data),epoch_of(cfg, data, seed)
     arms = arms_of(cfg); models = [net(data.x.shape[1], *cfg['hidden'], 10, seed=seed) for _ in arms]
     advance = stack_sgd(models, [a['lr'] for a in arms])
     teles = [scheduled(m, a['group'], *cfg['schedules'].get(a['schedule'], ([],0)), data, seed) for m,a in zip(models, arms)]
