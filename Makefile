@@ -1,5 +1,5 @@
 PYTHON      ?= python3
-EXPERIMENTS ?= test_functions mlp mnist schedules
+EXPERIMENTS ?= test_functions mlp mnist schedules runtime
 NB          ?= $(filter-out nbs/_%,$(sort $(wildcard nbs/*.ipynb)))
 
 BIN := .venv/bin
@@ -40,7 +40,7 @@ test: .venv/.installed ## run every notebook as a test, then tests/
 	@echo "== tree"
 	$(BIN)/python -m pytest tests --durations 5
 
-reproduce: .venv/.installed ## recompute every experiment into _results and compare with nbs/results (about two hours; resumes)
+reproduce: .venv/.installed ## recompute every experiment into _results and compare with nbs/results (about two hours and a quarter; resumes)
 	@set -e; for name in $(EXPERIMENTS); do $(BIN)/python -m symtele.experiments $$name --into _results; done
 
 # A real kernel, so that widgets are saved too. It knows no directives: slow cells run.
