@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['tree_map', 'CLOSED', 'ROUNDING', 'LEVER', 'HELD', 'OK', 'DRIFT', 'NONFINITE', 'MOMENTS', 'transport', 'Measured',
            'measure', 'unwrap', 'loss_of', 'grad_norm', 'lookahead', 'Landscape', 'PulledNorm', 'PulledDecrease',
-           'chain', 'onto', 'Link', 'bends', 'Chain', 'read_chain', 'ChainNorm', 'landscape', 'Stay', 'Random',
-           'best_of', 'Sample', 'Grid', 'harmonics', 'highest', 'GreatCircle', 'Ascent', 'whitener', 'after_steps',
-           'Whiten', 'whitened', 'curvature', 'drift_bound', 'Teleported', 'reached', 'check_tol', 'finite',
-           'check_input', 'check_loss', 'teleport', 'all_finite', 'pick', 'travel', 'Schedule', 'at', 'every', 'first',
-           'as_schedule', 'MoveData', 'second_moment', 'ridge_whitener', 'keep', 'reset', 'Transport', 'Pull',
+           'chain', 'Factors', 'onto', 'Link', 'bends', 'Chain', 'read_chain', 'ChainNorm', 'landscape', 'Stay',
+           'Random', 'best_of', 'Sample', 'Grid', 'harmonics', 'highest', 'GreatCircle', 'Ascent', 'whitener',
+           'after_steps', 'Whiten', 'whitened', 'curvature', 'drift_bound', 'Teleported', 'reached', 'check_tol',
+           'finite', 'check_input', 'check_loss', 'teleport', 'all_finite', 'pick', 'travel', 'Schedule', 'at', 'every',
+           'first', 'as_schedule', 'MoveData', 'second_moment', 'ridge_whitener', 'keep', 'reset', 'Transport', 'Pull',
            'Resumable', 'Teleporter', 'check_teleporter']
 
 # %% ../nbs/03_teleport.ipynb #da4b9237
@@ -137,6 +137,9 @@ class Landscape:
         if calls: self.loss.calls = calls + len(t)*(self.loss.calls-calls)
         return heights, slopes.to(d) if self.kind=='closed' else None
     def move(self, xi:Tensor)->'Landscape': "The landscape seen from `act(xi)`"; return replace(self, orbit=self.orbit.to(xi), steps=self.steps+1)
+    def climb(self, rate:float|Tensor|None=None, norm:float|Tensor|None=None)->'Landscape':
+        "Moved along the slope: by `rate` times it, or by an element of this norm"
+        s = self.slope(); return self.move(s*(rate if norm is None else norm/s.norm().clamp_min(1e-300)))
     def choose(self, ok:Tensor, other:'Landscape')->'Landscape':
         "`other` where `ok`, else this one; what both already know is kept"
         if readable(ok): return other if ok else self
@@ -203,12 +206,26 @@ def _chain(orbit):
     return tuple((s, moving.get(s.name, 'fixed')) for s in path)
 
 # %% ../nbs/03_teleport.ipynb #bc33ea4e
+class Factors(NamedTuple):
+    "A step T = UᵀV of low rank r"
+    u:Tensor # Shape (r, d)
+    v:Tensor # Shape (r, d)
+
+    def dense(self)->Tensor: "T, shape (d, d)"; return self.u.mT@self.v
+    def __mul__(self, rate): return Factors(self.u*rate, self.v)
+    def square(self)->Tensor: "‖T‖² entry by entry, without T"; return (self.u@self.u.mT)*(self.v@self.v.mT)
+    def undone(self, rows:Tensor)->Tensor:
+        "Each row times (I+T)⁻¹, by a system of size r (Woodbury)"
+        small = torch.eye(len(self.u), dtype=rows.dtype, device=rows.device) + self.v@self.u.mT
+        return torch.addmm(rows, rows@self.u.mT, torch.linalg.solve_ex(small, self.v)[0], alpha=-1)
+
 def onto(
-    t:Tensor|None, # A step T, shape (d, d); the logarithm of a diagonal, shape (d,); or None for no step
+    t:Tensor|Factors|None, # A step T, shape (d, d) or factors of it; the logarithm of a diagonal, shape (d,); or None for no step
     rows:Tensor, # Shape (n, d)
 )->Tensor: # Each times (I+T)ᵀ
     "Rows after a step that moves them"
     if t is None: return rows
+    if isinstance(t, Factors): return torch.addmm(rows, rows@t.v.mT, t.u)
     return rows*t.exp() if t.ndim<2 else torch.addmm(rows, rows, t.mT)
 
 # %% ../nbs/03_teleport.ipynb #7719a1c7
@@ -217,22 +234,27 @@ class Link(NamedTuple):
     space:Space # What the layer makes
     kind:str # How it moves
     bias:bool # Whether the layer has one
-    fore:Tensor # Activations and, where the space moves by a matrix g, the rows of gᵀ, shape (n, size) or (n + size, size)
+    fore:Tensor # Activations and, where the space moves by a matrix g and has no trail, the rows of gᵀ, shape (n, size) or (n + size, size)
     back:Tensor # Of the layer that reads the space: its weights or, where that moves on the batch, its left inverse and W - zh⁺; at the top ∂L/∂h; shape (rows, size)
     z:Tensor # Pre-activations, shape (n, size)
     bent:tuple # σ'(z) and σ''(z), shapes (n, size), the second None where it is 0 everywhere
     h:Tensor # Activations, shape (n, size), the first rows of `fore`
+    trail:tuple|None=None # Where the samples are few: the steps so far, whose product is g
 
-    def element(self, t:Tensor|None)->Tensor: 
+    def element(self, t:Tensor|Factors|None)->Tensor: 
         "From the start to a step `t` beyond here, shape (size, size)"
-        g = wide(onto(t, self.fore[len(self.z):]).mT); return g - torch.eye(len(g), dtype=g.dtype, device=g.device)
-    def to(self, t:Tensor|None, above:Tensor|None, w:dict)->'Link':
+        rows = self.fore[len(self.z):] if self.trail is None else torch.eye(self.space.size, dtype=self.z.dtype, device=self.z.device)
+        for u in self.trail or (): rows = onto(u, rows)
+        g = wide(onto(t, rows).mT); return g - torch.eye(len(g), dtype=g.dtype, device=g.device)
+    def to(self, t:Tensor|Factors|None, above:Tensor|None, w:dict)->'Link':
         "The link after a step `t` of its space and, where that does not move on the batch, a step `above` of the one its readers make"
-        fore,back,z,bent = onto(t, self.fore),undone(t, self.back),self.z,self.bent
+        fore,z,bent = onto(t, self.fore),self.z,self.bent
+        back = t.undone(self.back) if isinstance(t, Factors) else undone(t, self.back)
         if above is not None: back = onto(above, back.mT).mT
         h = fore[:len(z)]
         if self.kind=='batch': z = self.space.tap.inverse(h, w); bent = bends(self.space.tap, z, w)
-        return Link(*self[:3], fore, back, z if self.kind=='batch' else onto(t, z), bent, h)
+        trail = self.trail if t is None or self.trail is None else (*self.trail, t)
+        return Link(*self[:3], fore, back, z if self.kind=='batch' else onto(t, z), bent, h, trail)
 
 def bends(
     tap:Tap, # Of the layer
@@ -288,8 +310,10 @@ def read_chain(
             if kind=='batch' and len(x)<weight.shape[1]+(bias is not None): rows.append(torch.addmm(weight, z.mT, rows[0], alpha=-1))
             links[-1] = links[-1]._replace(back=torch.cat(rows))
         x = h[s.name] if kind=='batch' else s.tap.sigma(z, w)
-        fore = torch.cat((x, torch.eye(s.size, dtype=z.dtype, device=z.device))) if kind in ('batch','gl') else x
-        links.append(Link(s, kind, bias is not None, fore, None, z, bends(s.tap, z, w), x))
+        read = sum(len(c[t.param]) for t in s.slots if t.dual and t.param in c) if s is path[-1][0] else 0 # rows of the gradients above
+        few = kind=='batch' and 2*len(x)+read<s.size/2 and readable(x)
+        fore = torch.cat((x, torch.eye(s.size, dtype=z.dtype, device=z.device))) if kind in ('batch','gl') and not few else x
+        links.append(Link(s, kind, bias is not None, fore, None, z, bends(s.tap, z, w), x, () if few else None))
     names,rows = s.tap.below,c[f'{s.tap.layer}.weight']
     if bias is not None: rows = torch.cat((rows, c[f'{s.tap.layer}.bias'][:,None]), 1)
     links[-1] = links[-1]._replace(back=plus[s.name].times(rows).mT/links[-1].bent[0])
@@ -308,17 +332,19 @@ class ChainNorm(Landscape):
     @cached_property
     def chain(self)->Chain:
         "What is known here: from the last point, or from the start of the orbit"
-        if 'last' in self.__dict__: last,xi = self.__dict__.pop('last'); return last.to(last.begin.blocks.split(xi.to(last.x.dtype)))
+        if 'last' in self.__dict__: last,a = self.__dict__.pop('last'); return last.to(a)
         new,at = read_chain(self.orbit, chain(self.orbit), self.start.gradient),self.orbit.at
         if self.orbit.still: return new
         return new.to({k: t.to(new.x.dtype) for k,t in at.items()})
-    def move(self, xi): 
+    def move(self, xi): return self.by(self.chain.begin.blocks.split(xi.to(self.chain.x.dtype)))
+    def by(self, a:dict)->'ChainNorm':
+        "Moved by an element in blocks; nothing is computed before it is asked for"
         there = object.__new__(ChainNorm)
-        there.__dict__.update(loss=self.loss, objective=self.objective, start=self.start, steps=self.steps+1, last=(self.chain,xi)); return there
+        there.__dict__.update(loss=self.loss, objective=self.objective, start=self.start, steps=self.steps+1, last=(self.chain,a)); return there
     @cached_property
     def orbit(self)->Orbit: 
         "Found when it is asked for"
-        c,xi = self.__dict__.get('last') or (self.chain,None); return c.orbit({} if xi is None else c.begin.blocks.split(xi.to(c.x.dtype)))
+        c,a = self.__dict__.get('last') or (self.chain,{}); return c.orbit(a)
     @cached_property
     def errors(self)->list:
         "From the data up: ∂L/∂h and ∂L/∂z of each link, shapes (n, size)"
@@ -331,43 +357,56 @@ class ChainNorm(Landscape):
             b = r@below.back
     @cached_property
     def weights(self)->list:
-        "Gradients of the weights that read each link, a list for each"
-        return [[d.mT@l.h] for l,(_,d) in zip(self.chain.links, self.errors[1:])] + [[self.chain.above[k] for k in self.chain.reads]]
+        "Gradients of the weights that read each link, a list for each; None where the samples are too few to need them"
+        return [None if l.trail is not None else [d.mT@l.h] for l,(_,d) in zip(self.chain.links, self.errors[1:])] + [[self.chain.above[k] for k in self.chain.reads]]
     @cached_property
-    def first(self)->Tensor: "The derivative of the first pre-activations along the gradient"; return self.chain.gram@self.errors[0][1]
+    def driven(self)->list:
+        "The derivative of each link's pre-activations along the gradient of its own layer, shapes (n, size)"
+        links,out = self.chain.links,[self.chain.gram@self.errors[0][1]]
+        for l,up,(_,d),g in zip(links, links[1:], self.errors[1:], self.weights):
+            if g is None: out.append(torch.addmm(d.sum(0), l.h@l.h.mT, d) if up.bias else l.h@l.h.mT@d)
+            else: out.append(torch.addmm(d.sum(0), l.h, g[0].mT) if up.bias else l.h@g[0].mT)
+        return out
     @cached_property
     def gsq(self):
         if 'gradient' in self.__dict__: return Landscape.gsq.func(self)
-        own = [(self.errors[0][1]*self.first).sum(), *(g.square().sum() for g, in self.weights[:-1])]
-        own += [d.sum(0).square().sum() for l,(_,d) in zip(self.chain.links[1:], self.errors[1:]) if l.bias]
-        return sum(own) + dot(self.chain.above, self.chain.above)
+        return sum((d*p).sum() for (_,d),p in zip(self.errors, self.driven)) + dot(self.chain.above, self.chain.above)
     @cached_property
     def gradient(self):
         c = dict(self.chain.above)
-        for l,(_,d),g in zip(self.chain.links, self.errors, [self.errors[0][1].mT@self.chain.x]+[g for g, in self.weights[:-1]]):
-            c[f'{l.space.tap.layer}.weight'] = g
+        for l,(_,d),x in zip(self.chain.links, self.errors, (self.chain.x, *(l.h for l in self.chain.links))):
+            c[f'{l.space.tap.layer}.weight'] = d.mT@x
             if l.bias: c[f'{l.space.tap.layer}.bias'] = d.sum(0)
         return {k: c[k] for k in self.start.gradient}
-    def slope(self):
-        out,below,blocks = {},None,self.chain.begin.blocks
-        for l,(b,d),reads in zip(self.chain.links, self.errors, self.weights):
+    @cached_property
+    def rise(self)->dict:
+        "The slope by blocks, of low rank where the samples are few"
+        out,below,links,blocks = {},None,self.chain.links,self.chain.begin.blocks
+        for l,up,(b,d),zd,reads in zip(links, self.errors[1:]+[None], self.errors, self.driven, self.weights):
             q = None
-            if below is None: zd = self.first
-            else:
-                zd = hd@below.back.mT
-                if l.kind=='batch': c,zd = zd[:,:len(d)],zd[:,len(d):]; q = c.mT@d; zd = torch.addmm(zd, c, l.z) if zd.shape[1] else c@l.z
-                zd = torch.addmm(zd, below.h, g.mT)
-                if l.bias: zd = zd + d.sum(0)
-            (s,ss),below,g = l.bent,l,reads[0]
+            if below is not None:
+                td = hd@below.back.mT
+                if l.kind=='batch': c,td = td[:,:len(d)],td[:,len(d):]; q = c.mT@d; td = torch.addmm(td, c, l.z) if td.shape[1] else c@l.z
+                zd = td+zd
+            (s,ss),below = l.bent,l
             hd = s*zd
             if l.kind!='batch': continue
             if ss is not None: q = ss*zd*b if q is None else q + ss*zd*b
-            t = torch.addmm(sum((r.mT@r for r in reads[1:]), g.mT@g), b.mT, hd, beta=2, alpha=-2)
-            out[l.space.name] = t if q is None else torch.addmm(t, (q/s).mT, l.h, alpha=2)
-        if len(out)==len(blocks.spaces): return blocks.join(out)
+            if l.trail is None: t = torch.addmm(sum(r.mT@r for r in reads), b.mT, hd, beta=2, alpha=-2); out[l.space.name] = t if q is None else torch.addmm(t, (q/s).mT, l.h, alpha=2)
+            else:
+                bend = [] if q is None else [q/s]
+                if reads is None: bend.append(up[1]@up[1].mT@l.h)
+                u,v = [-b]+([sum(bend)] if bend else [])+(reads or []),[hd]+([l.h] if bend else [])+(reads or [])
+                out[l.space.name] = Factors(torch.cat(u), torch.cat(v))*2
+        if len(out)==len(blocks.spaces): return out
         rest = Blocks(tuple((s,kind) for s,kind in blocks.spaces if kind!='batch'))
         c = self.chain.above if all(t.param in self.chain.above for s,_ in rest.spaces for t in s.slots) else self.gradient
-        return blocks.join(out | rest.split(gram_slope(rest, c)))
+        return out | rest.split(gram_slope(rest, c))
+    def slope(self): return self.chain.begin.blocks.join({k: t.dense() if isinstance(t, Factors) else t for k,t in self.rise.items()})
+    def climb(self, rate=None, norm=None):
+        if all(l.trail is None for l in self.chain.links): return super().climb(rate, norm)
+        if norm is not None: rate = norm/sum((t.square().sum() for t in self.rise.values())).sqrt().clamp_min(1e-300)
+        return self.by({k: t*rate for k,t in self.rise.items()})
 
 # %% ../nbs/03_teleport.ipynb #f1f836cb
 CLOSED = {(objective,law): land for law in ('linear','chart') for objective,land in ((grad_norm,PulledNorm), (lookahead,PulledDecrease))} | {(grad_norm,'batch'): ChainNorm}
@@ -383,13 +422,13 @@ def landscape(
     land = (form if form.applies(orbit) else Landscape)(orbit, loss, objective, start)
     return land if start is not None else replace(land, start=measure(land.loss_from(orbit.batch), orbit.start))
 
-# %% ../nbs/03_teleport.ipynb #761f22b2
+# %% ../nbs/03_teleport.ipynb #0286dd55
 @dataclass(frozen=True)
 class Stay:
     "Search: the identity, the control that must change nothing"
     def __call__(self, land:Landscape, rng:Generator)->Landscape: return land
 
-# %% ../nbs/03_teleport.ipynb #92cfceb3
+# %% ../nbs/03_teleport.ipynb #98fbc42f
 @dataclass(frozen=True)
 class Random:
     "Search: one random element, the control that every other search is held against"
@@ -398,7 +437,7 @@ class Random:
         if not 0<=self.norm<math.inf: raise ValueError(f"Random(norm=...) must be finite and at least 0, got {self.norm}")
     def __call__(self, land:Landscape, rng:Generator)->Landscape: return land.move(land.orbit.random(rng, self.norm))
 
-# %% ../nbs/03_teleport.ipynb #98fbc42f
+# %% ../nbs/03_teleport.ipynb #fe2ef495
 def best_of(
     land:Landscape, # Where to begin
     others:Iterable, # Landscapes at other points of the same orbit
@@ -417,7 +456,7 @@ class Sample:
         Random(self.norm)
     def __call__(self, land:Landscape, rng:Generator)->Landscape: return best_of(land, (land.move(land.orbit.random(rng, self.norm)) for _ in range(self.n)))
 
-# %% ../nbs/03_teleport.ipynb #fb644351
+# %% ../nbs/03_teleport.ipynb #827bfc45
 @dataclass(frozen=True)
 class Grid:
     "Search: `n` angles around the circle, then `zoom` times `n//2` angles around the best"
@@ -434,7 +473,7 @@ class Grid:
             land = best_of(land, [land.move(one*step*i) for i in range(-m, m+1) if i])
         return replace(land, steps=steps+1)
 
-# %% ../nbs/03_teleport.ipynb #827bfc45
+# %% ../nbs/03_teleport.ipynb #2e01e174
 def harmonics(
     t:Tensor, # Angles in radians, any shape
     degree:int, # Largest frequency, at least 0
@@ -461,7 +500,7 @@ def highest(
         t = torch.where(d2<0, t-(d1/d2).clamp(-.1/n, .1/n), t)
     return t
 
-# %% ../nbs/03_teleport.ipynb #e1822db4
+# %% ../nbs/03_teleport.ipynb #a9334987
 @dataclass(frozen=True)
 class GreatCircle:
     "Search: the top of a circle of rotations by trigonometric interpolation; in more than two dimensions, of `rounds` great circles along the slope"
@@ -483,7 +522,7 @@ class GreatCircle:
         level = heights[i]-1e-13*heights[i].abs() # near a maximum, rounding hides which of two points is higher
         return replace(seen.choose(top.height>=level, top), steps=land.steps+1)
 
-# %% ../nbs/03_teleport.ipynb #a9334987
+# %% ../nbs/03_teleport.ipynb #80e28a51
 @dataclass(frozen=True)
 class Ascent:
     "Search: a trust region along the slope, or plain gradient ascent where `lr` is given"
@@ -499,17 +538,16 @@ class Ascent:
     def __call__(self, land:Landscape, rng:Generator)->Landscape:
         if land.orbit.discrete: raise TypeError("Ascent needs a group with a slope; use Sample(n) for permutations")
         if self.lr is not None:
-            for _ in range(self.steps): land = land.move(self.lr*land.slope())
+            for _ in range(self.steps): land = land.climb(self.lr)
             return land
         cap,radius = self.growth*land.gsq, land.orbit.zero().new_tensor(self.max_norm)
         for _ in range(self.steps):
-            s = land.slope()
-            there = land.move(s*(radius/s.norm().clamp_min(1e-300)))
+            there = land.climb(norm=radius)
             ok = (there.height>land.height)&(there.gsq<=cap) # False for nan
             land,radius = land.choose(ok, there), torch.where(ok, radius, radius/2)
         return land
 
-# %% ../nbs/03_teleport.ipynb #9109c85a
+# %% ../nbs/03_teleport.ipynb #5a5b0f9b
 def whitener(
     h:Tensor, # Activations, shape (n, d)
     kind:str, # How their space moves: "batch", with n independent samples, or "gl"
@@ -538,7 +576,7 @@ def after_steps(
         w = lookahead(lr).step(w, c)
     return loss(w).sum()
 
-# %% ../nbs/03_teleport.ipynb #667be543
+# %% ../nbs/03_teleport.ipynb #e6c3dd63
 @dataclass(frozen=True)
 class Whiten:
     "Search: the closed-form element after which one gradient step solves the last layer; it stays unless a lookahead of several steps says go"
@@ -567,7 +605,7 @@ class Whiten:
         for k,(s,g) in enumerate(white, 1): a[s.name] = g*first**(1-k/len(white))*last**(k/len(white)) - torch.eye(len(g), dtype=g.dtype, device=g.device)
         return orbit.join(a)
 
-# %% ../nbs/03_teleport.ipynb #5a5b0f9b
+# %% ../nbs/03_teleport.ipynb #6c1e671f
 def whitened(
     orbit:Orbit, # Of a model, with a batch
 )->list: # (`Space`, g) from the data up
@@ -593,7 +631,7 @@ def curvature(
     bend = 2*(loss({**w, **{k: w[k]-t*d[k] for k in d}}).sum()-L+t*slope)/t**2
     return bend/slope # the step along d is best at slope/bend, and is 1/c in the whitened space
 
-# %% ../nbs/03_teleport.ipynb #a17554a0
+# %% ../nbs/03_teleport.ipynb #2a459380
 ROUNDING = 8. # Multiples of the rounding term that a move may use
 LEVER = 100. # How much larger that term may be at the new parameters than at the old
 HELD = 1e-2 # Share of the loss beyond which no rounding is an excuse
@@ -609,7 +647,7 @@ def drift_bound(
     if tol is not None: return tol*before.loss.abs() + ROUNDING*eps*mass
     return torch.minimum(eps**(2/3)*before.loss.abs() + ROUNDING*eps*mass, HELD*before.loss.abs().sum())
 
-# %% ../nbs/03_teleport.ipynb #2a459380
+# %% ../nbs/03_teleport.ipynb #4d89d294
 OK,DRIFT,NONFINITE = range(3)
 
 @dataclass(frozen=True)
@@ -643,7 +681,7 @@ def _flatten(t):
 def _unflatten(values, context): return Teleported(**{'x': None, **dict(zip(context[0], values)), **context[1]})
 pytree.register_pytree_node(Teleported, _flatten, _unflatten)
 
-# %% ../nbs/03_teleport.ipynb #4d89d294
+# %% ../nbs/03_teleport.ipynb #a72b2006
 def reached(
     objective:Callable, # `(loss, w) -> ()`
     loss:Callable, # `(w) -> ()` or `(T,)`
@@ -655,7 +693,7 @@ def reached(
     if isinstance(objective, lookahead): return m.loss.sum()-loss(objective.step(w, m.gradient)).sum()
     return objective(loss, w)
 
-# %% ../nbs/03_teleport.ipynb #b4c96d80
+# %% ../nbs/03_teleport.ipynb #b7103ca2
 def check_tol(
     tol, # Candidate tolerance
 ):
@@ -688,7 +726,7 @@ def check_input(
         if t.device!=x.device: raise ValueError(f"x is on {x.device}, {k} on {t.device}")
         if x.is_floating_point() and t.dtype!=x.dtype: raise ValueError(f"x has dtype {x.dtype}, {k} has {t.dtype}")
 
-# %% ../nbs/03_teleport.ipynb #a72b2006
+# %% ../nbs/03_teleport.ipynb #d02560dd
 class _Counted:
     "A loss that counts its calls and insists on returning () or (T,)"
     def __init__(self, loss): self.loss,self.calls = loss,0
@@ -699,7 +737,7 @@ class _Counted:
         if L.ndim>1 or not L.numel() or not L.is_floating_point(): raise ValueError(f"loss must return a floating Tensor of shape () or (T,), got {L.dtype} of shape {tuple(L.shape)}")
         return L
 
-# %% ../nbs/03_teleport.ipynb #b7103ca2
+# %% ../nbs/03_teleport.ipynb #c097638f
 def check_loss(
     loss:Callable, # `(w) -> ()` or `(T,)`
     w:Tensor|dict, # Parameters
@@ -712,7 +750,7 @@ def check_loss(
     with torch.enable_grad(): L = loss(tree_map(lambda t: t.detach().requires_grad_(), w))
     if not L.requires_grad: raise ValueError("loss does not depend on w, so every move would keep it")
 
-# %% ../nbs/03_teleport.ipynb #c097638f
+# %% ../nbs/03_teleport.ipynb #1f1362ea
 def teleport(
     loss:Callable, # `loss(w)` if `x` is None, else `loss(w, x)`; returns () or (T,); pure
     w:Tensor|dict, # Parameters, finite; not modified
@@ -727,7 +765,7 @@ def teleport(
     "Move `w` along its orbit to where `objective` is larger, if the loss holds (Z22 §3)"
     return travel(loss, w, group, x, objective, search, tol, rng)[0]
 
-# %% ../nbs/03_teleport.ipynb #35e995c1
+# %% ../nbs/03_teleport.ipynb #450ddec8
 def all_finite(
     *tensors:Tensor, # At least one
 )->Tensor: # Whether no value is nan or infinite, bool, shape ()
@@ -783,7 +821,7 @@ def travel(
             drift, ok, torch.where(ok, OK, torch.where(fine, DRIFT, NONFINITE)), number(end.steps), number(f.calls), orbit.report, start.kind, seconds)
     return out, end.orbit
 
-# %% ../nbs/03_teleport.ipynb #4cd66dfa
+# %% ../nbs/03_teleport.ipynb #08a35293
 @dataclass(frozen=True)
 class Schedule:
     "At which steps k (zero-based) a teleport is due"
@@ -796,7 +834,7 @@ class Schedule:
     __ror__,__rand__ = __or__,__and__
     def __repr__(self): return self.text
 
-# %% ../nbs/03_teleport.ipynb #8ee51caa
+# %% ../nbs/03_teleport.ipynb #215bb47d
 def _step(name, k, least=0):
     if isinstance(k, bool) or not isinstance(k, int): raise TypeError(f"{name} must be a whole number, got {k!r}")
     if k<least: raise ValueError(f"{name} must be at least {least}, got {k}")
@@ -825,7 +863,7 @@ def first(
     _step('first(n)', n, 1)
     return Schedule(lambda k: k<n, f'first({n})')
 
-# %% ../nbs/03_teleport.ipynb #08a35293
+# %% ../nbs/03_teleport.ipynb #8e63fd3e
 def as_schedule(
     s, # A `Schedule`, a set of steps, or a function of k
 )->Schedule:
@@ -835,7 +873,7 @@ def as_schedule(
     if callable(s) and s not in (at, every, first): return Schedule(s, getattr(s, '__name__', repr(s)))
     raise TypeError(f"schedule must be at(...), every(...), first(...), a set of steps, or a function of k; got {s!r}")
 
-# %% ../nbs/03_teleport.ipynb #5a5b0fa1
+# %% ../nbs/03_teleport.ipynb #a1422e6a
 @dataclass(frozen=True, eq=False)
 class MoveData:
     "Search: the element that multiplies the data by a given matrix (Z22 Alg. 3)"
@@ -865,7 +903,7 @@ def ridge_whitener(
     root = (e.clamp_min(0)+ridge*e.sum())**-.5
     return (v*root)@v.mT*(e.sum()/(e*root**2).sum())**.5
 
-# %% ../nbs/03_teleport.ipynb #524e05dc
+# %% ../nbs/03_teleport.ipynb #601ca99d
 def keep(optimizer, out:Teleported, pull:Callable):
     "State policy: leave the optimizer's state as it is"
 
@@ -876,7 +914,7 @@ def reset(optimizer, out:Teleported, pull:Callable):
     fresh = type(optimizer)(groups, **{k: v for k,v in optimizer.defaults.items() if k in known})
     optimizer.state.clear(); optimizer.state.update(fresh.state)
 
-# %% ../nbs/03_teleport.ipynb #17503a6b
+# %% ../nbs/03_teleport.ipynb #e993215b
 _ADAM = ({'exp_avg'}, {'exp_avg_sq','max_exp_avg_sq'})
 MOMENTS = { # optimizer -> names of its first and second moments
     torch.optim.SGD: ({'momentum_buffer'}, set()), torch.optim.Adagrad: (set(), {'sum'}), torch.optim.RMSprop: ({'grad_avg'}, {'square_avg'}),
@@ -904,7 +942,7 @@ class Transport:
 
 transport = Transport()
 
-# %% ../nbs/03_teleport.ipynb #a1422e6a
+# %% ../nbs/03_teleport.ipynb #ecb7937d
 @dataclass(frozen=True)
 class Pull:
     "How a covector by parameter name moved with a teleport: `pull(c)`, and `pull(v, 2)` for second moments"
@@ -912,7 +950,7 @@ class Pull:
     params:dict # Name -> the module's parameter
     def __call__(self, c:dict, power:int=1)->dict: return self.orbit.carry(c, power)
 
-# %% ../nbs/03_teleport.ipynb #6216f8a7
+# %% ../nbs/03_teleport.ipynb #683e725c
 def _fire(tele, x, y, k):
     "One teleport of `tele`'s model, written in place if it is accepted"
     data = lambda x: x if tele.inputs is None else tele.inputs(x).detach()
@@ -945,7 +983,7 @@ def _fire(tele, x, y, k):
     tele.history.append(row)
     return out
 
-# %% ../nbs/03_teleport.ipynb #e993215b
+# %% ../nbs/03_teleport.ipynb #12f0de3d
 class Resumable:
     "The saved state of a `Teleporter`"
     def state_dict(self)->dict:
@@ -958,7 +996,7 @@ class Resumable:
         k,left,fired,history = _step('k', state['k']),_step('left', state['left']),set(state['fired']),[dict(r) for r in state['history']]
         self.k,self.left,self.fired,self.history,self.rng = k,left,fired,history,rng
 
-# %% ../nbs/03_teleport.ipynb #efa6e44d
+# %% ../nbs/03_teleport.ipynb #775bc5c3
 class Teleporter(Resumable):
     "Teleports in an ordinary training loop: call `step(x, y)` before the forward pass"
     def __init__(self,
@@ -997,7 +1035,7 @@ class Teleporter(Resumable):
         if k is None: self.k += 1
         return out
 
-# %% ../nbs/03_teleport.ipynb #683e725c
+# %% ../nbs/03_teleport.ipynb #8bd7954c
 def check_teleporter(
     t:Teleporter, # One that has just been made
 ):
