@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tree_map', 'CLOSED', 'ROUNDING', 'LEVER', 'HELD', 'OK', 'DRIFT', 'NONFINITE', 'MOMENTS', 'transport', 'Measured',
            'measure', 'unwrap', 'loss_of', 'grad_norm', 'lookahead', 'Landscape', 'PulledNorm', 'PulledDecrease',
-           'chain', 'Factors', 'onto', 'Link', 'bends', 'Chain', 'read_chain', 'ChainNorm', 'landscape', 'Stay',
+           'chain', 'Factors', 'onto', 'Link', 'bends', 'Chain', 'tied', 'read_chain', 'ChainNorm', 'landscape', 'Stay',
            'Random', 'best_of', 'Sample', 'Grid', 'harmonics', 'highest', 'GreatCircle', 'Ascent', 'whitener',
            'after_steps', 'Whiten', 'whitened', 'curvature', 'drift_bound', 'Teleported', 'reached', 'check_tol',
            'finite', 'check_input', 'check_loss', 'teleport', 'all_finite', 'pick', 'travel', 'Schedule', 'at', 'every',
@@ -24,7 +24,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vjp, vmap
 from torch.utils import _pytree as pytree
 
-from .groups import ELEMENTS, GL, Blocks, Orbit, Slot, Space, Tap, WiredGroup, dot, eager, gram_slope, readable, transform, undone, wide
+from .groups import ELEMENTS, GL, Blocks, Orbit, Slot, Space, Tap, WiredGroup, dot, eager, gram_slope, left_inverse, readable, transform, undone, wide
 from .wiring import wire
 
 tree_map = pytree.tree_map
@@ -240,6 +240,7 @@ class Link(NamedTuple):
     bent:tuple # σ'(z) and σ''(z), shapes (n, size), the second None where it is 0 everywhere
     h:Tensor # Activations, shape (n, size), the first rows of `fore`
     trail:tuple|None=None # Where the samples are few: the steps so far, whose product is g
+    tie:Tensor|None=None # D of `tied` for what reads the top, shape (n, n)
 
     def element(self, t:Tensor|Factors|None)->Tensor: 
         "From the start to a step `t` beyond here, shape (size, size)"
@@ -254,7 +255,7 @@ class Link(NamedTuple):
         h = fore[:len(z)]
         if self.kind=='batch': z = self.space.tap.inverse(h, w); bent = bends(self.space.tap, z, w)
         trail = self.trail if t is None or self.trail is None else (*self.trail, t)
-        return Link(*self[:3], fore, back, z if self.kind=='batch' else onto(t, z), bent, h, trail)
+        return Link(*self[:3], fore, back, z if self.kind=='batch' else onto(t, z), bent, h, trail, self.tie)
 
 def bends(
     tap:Tap, # Of the layer
@@ -294,6 +295,18 @@ class Chain(NamedTuple):
         return replace(self.begin, at={k: wide(t) for k,t in rest.items()} | {l.space.name: l.element(a.get(l.space.name)) for l in self.links if l.kind in ('batch','gl')})
 
 # %% ../nbs/03_teleport.ipynb #63266754
+def tied(
+    h:Tensor, # Activations, shape (n, d)
+    rows:list, # Gradients R of the weights that read them, shapes (m, d)
+)->Tensor|None: # D, shape (n, n), with Σ RᵀR = hᵀDh; None where a gradient is no combination of the rows of h, as that of a plain layer is
+    "What the gradients above a space have in common with its few samples"
+    plus,D = left_inverse(h),0
+    for r in rows:
+        p = plus.times(r)
+        if not torch.dist(p@h, r)<=1e3*torch.finfo(r.dtype).eps*r.norm(): return None
+        D = D + p.mT@p
+    return D
+
 def read_chain(
     orbit:Orbit, # With a chain, at its start
     path:tuple, # Its spaces and their kinds
@@ -310,10 +323,10 @@ def read_chain(
             if kind=='batch' and len(x)<weight.shape[1]+(bias is not None): rows.append(torch.addmm(weight, z.mT, rows[0], alpha=-1))
             links[-1] = links[-1]._replace(back=torch.cat(rows))
         x = h[s.name] if kind=='batch' else s.tap.sigma(z, w)
-        read = sum(len(c[t.param]) for t in s.slots if t.dual and t.param in c) if s is path[-1][0] else 0 # rows of the gradients above
-        few = kind=='batch' and 2*len(x)+read<s.size/2 and readable(x)
+        few,tie = kind=='batch' and len(x)<s.size/4 and readable(x),None
+        if few and s is path[-1][0]: read = [c[t.param] for t in s.slots if t.dual]; tie = tied(x, read); few = tie is not None or 2*len(x)+sum(map(len, read))<s.size/2
         fore = torch.cat((x, torch.eye(s.size, dtype=z.dtype, device=z.device))) if kind in ('batch','gl') and not few else x
-        links.append(Link(s, kind, bias is not None, fore, None, z, bends(s.tap, z, w), x, () if few else None))
+        links.append(Link(s, kind, bias is not None, fore, None, z, bends(s.tap, z, w), x, () if few else None, tie))
     names,rows = s.tap.below,c[f'{s.tap.layer}.weight']
     if bias is not None: rows = torch.cat((rows, c[f'{s.tap.layer}.bias'][:,None]), 1)
     links[-1] = links[-1]._replace(back=plus[s.name].times(rows).mT/links[-1].bent[0])
@@ -395,8 +408,8 @@ class ChainNorm(Landscape):
             if l.trail is None: t = torch.addmm(sum(r.mT@r for r in reads), b.mT, hd, beta=2, alpha=-2); out[l.space.name] = t if q is None else torch.addmm(t, (q/s).mT, l.h, alpha=2)
             else:
                 bend = [] if q is None else [q/s]
-                if reads is None: bend.append(up[1]@up[1].mT@l.h)
-                u,v = [-b]+([sum(bend)] if bend else [])+(reads or []),[hd]+([l.h] if bend else [])+(reads or [])
+                if reads is None or l.tie is not None: reads = []; bend.append((up[1]@up[1].mT if l.tie is None else l.tie)@l.h)
+                u,v = [-b]+([sum(bend)] if bend else [])+reads,[hd]+([l.h] if bend else [])+reads
                 out[l.space.name] = Factors(torch.cat(u), torch.cat(v))*2
         if len(out)==len(blocks.spaces): return out
         rest = Blocks(tuple((s,kind) for s,kind in blocks.spaces if kind!='batch'))
