@@ -352,14 +352,17 @@ def switch(
     caption:str, # What to look for, as HTML
     name:str, # CSS class symtele-`name`, its own on a page
     kinds:tuple=(), # How a setting is chosen, per control: W.SelectionSlider, the default, W.Dropdown or W.ToggleButtons
-    begin:tuple=(), # Number of the setting to begin at, per control, zero-based; zero where none is given
+    begin:tuple|None=None, # Number of the setting to begin at, per control, zero-based; None: the first of each
+    still:tuple|None=None, # Those of the picture that is shown without scripts; None: where the controls begin
     play:bool=False, # Whether a button steps the last control
 )->Switch: # With the classes symtele-control and symtele-`name`
     "Controls that switch pictures in the reader's browser"
     if not re.fullmatch('[a-z][a-z0-9-]*', name): raise ValueError(f"name must be small letters, digits and hyphens, got {name!r}")
-    knobs = [_knob(*c, *(kinds[i:i+1] or (W.SelectionSlider,)), *(begin[i:i+1] or (0,))) for i,c in enumerate(controls.items())]
-    stack = _stack(knobs, pictures); still = stack
-    while isinstance(still, W.Stack): still = still.children[still.selected_index]
+    _match(list(controls.items()), pictures)
+    begin,kinds = begin or (0,)*len(controls),(*kinds, *[W.SelectionSlider]*(len(controls)-len(kinds)))
+    knobs = [_knob(*c) for c in zip(controls, controls.values(), kinds, begin, strict=True)]
+    stack = _stack(knobs, pictures); lone = pictures
+    for i in still or begin: lone = lone[i]
     if play:
         button = W.Play(value=knobs[-1].index, max=len(knobs[-1].options)-1, interval=1200, description='play')
         W.jslink((button, 'value'), (knobs[-1], 'index')); knobs.insert(len(knobs)-1, button)
@@ -367,8 +370,17 @@ def switch(
     colours = ';'.join(f'--jp-widgets-{part}color:currentcolor' for part in ('','label-','readout-')) # the page's own, light or dark
     style = f'<style>.symtele-still-{name}{{display:none}} .symtele-control{{{colours}}}</style>'
     row = W.Box(knobs, layout=W.Layout(flex_flow='row wrap'))
-    shown = Switch([row, stack, W.HTML(said+style)], f'<figure class="symtele-still symtele-still-{name}" style="margin:0">{still.value}{said}</figure>')
+    shown = Switch([row, stack, W.HTML(said+style)], f'<figure class="symtele-still symtele-still-{name}" style="margin:0">{lone}{said}</figure>')
     return shown.add_class('symtele-control').add_class(f'symtele-{name}')
+
+def _match(controls, pictures):
+    "Raise unless there is one picture, told in words, for every setting"
+    if not controls:
+        if not re.match('<img [^>]*alt="[^"]', str(pictures)): raise ValueError(f"pictures must be <img> elements with alternative text, got {str(pictures)[:40]!r}")
+        return
+    (label,settings),*rest = controls; one = isinstance(pictures, str)
+    if one or len(pictures)!=len(settings): raise ValueError(f"'{label}' has {len(settings)} settings, but there {'is one picture' if one else f'are {len(pictures)} pictures'} for them")
+    for p in pictures: _match(rest, p)
 
 def _knob(label, settings, kind, at):
     "One control"
@@ -379,10 +391,7 @@ def _knob(label, settings, kind, at):
 
 def _stack(knobs, pictures):
     "Pages of which a control shows one, linked in the reader's browser; behind each, those of the next control"
-    (knob,*rest) = knobs; n,m = len(knob.options),len(pictures)
-    if isinstance(pictures, str) or n!=m: raise ValueError(f"'{knob.description}' has {n} settings, but there {'is one picture' if isinstance(pictures, str) else f'are {m} pictures'} for them")
-    for p in pictures:
-        if not rest and not re.match('<img [^>]*alt="[^"]', str(p)): raise ValueError(f"pictures must be <img> elements with alternative text, got {str(p)[:40]!r}")
+    knob,*rest = knobs
     stack = W.Stack([_stack(rest, p) if rest else W.HTML(p) for p in pictures], selected_index=knob.index)
     W.jslink((knob, 'index'), (stack, 'selected_index'))
     return stack
