@@ -321,7 +321,7 @@ def picture(
 )->bytes: # A PNG file
     "A figure as a PNG with a palette of 256 colours"
     plt.close(fig); canvas = FigureCanvasAgg(fig); fig.set_dpi(dpi); canvas.draw()
-    out = io.BytesIO(); Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB').quantize(256, Image.Quantize.FASTOCTREE).save(out, 'PNG')
+    out = io.BytesIO(); Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB').quantize(256, Image.Quantize.FASTOCTREE).save(out, 'PNG', optimize=True)
     return out.getvalue()
 
 def show(
