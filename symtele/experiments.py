@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FLOPS', 'LOOK', 'STYLE', 'distance', 'Matched', 'count_flops', 'gradient_equivalents', 'rounded', 'train',
            'processor', 'environment', 'save_run', 'load_run', 'Experiment', 'differences', 'reproduce', 'band',
-           'log_axis', 'draw_curves', 'picture', 'show']
+           'log_axis', 'draw_curves', 'picture', 'show', 'img', 'Switch', 'switch']
 
 # %% ../nbs/04_experiments.ipynb #da4b9237
-import argparse, importlib, io, json, math, os, platform, time
+import argparse, base64, html, importlib, io, json, math, os, platform, re, time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from copy import deepcopy
@@ -17,10 +17,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
+import ipywidgets as W
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from IPython.display import Image as DisplayImage, display
+from IPython.display import HTML, Image as DisplayImage, display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -320,7 +321,7 @@ def picture(
 )->bytes: # A PNG file
     "A figure as a PNG with a palette of 256 colours"
     plt.close(fig); canvas = FigureCanvasAgg(fig); fig.set_dpi(dpi); canvas.draw()
-    out = io.BytesIO(); Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB').quantize(256, Image.Quantize.FASTOCTREE).save(out, 'PNG')
+    out = io.BytesIO(); Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB').quantize(256, Image.Quantize.FASTOCTREE).save(out, 'PNG', optimize=True)
     return out.getvalue()
 
 def show(
@@ -328,3 +329,69 @@ def show(
 ):
     "Display a figure in a notebook as a small PNG"
     display(DisplayImage(picture(fig)))
+
+# %% ../nbs/04_experiments.ipynb #e299b21a
+def img(
+    fig:Figure, # Closed afterwards
+    alt:str, # What it shows, for those who do not see it
+    dpi:int=100, # Pixels per inch
+)->str: # An <img> element that shrinks with the page
+    "A figure as HTML, a palette PNG inside"
+    if not alt.strip(): raise ValueError(f"img(alt=...) must say what the picture shows, got {alt!r}")
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(picture(fig, dpi)).decode()}" style="max-width:100%">'
+
+class Switch(W.VBox):
+    "Controls and their pictures; displayed, also a still picture that hides as soon as the controls are there"
+    def __init__(self, children, still:str): super().__init__(children); self.still = still
+    def _ipython_display_(self): display(HTML(self.still)); display(super()._repr_mimebundle_(), raw=True)
+
+# %% ../nbs/04_experiments.ipynb #55a753a0
+def switch(
+    controls:dict, # Label -> its settings, for each control; usually one or two
+    pictures:list, # Of `img`, one per setting; for two controls a list of such lists, one per setting of the first
+    caption:str, # What to look for, as HTML
+    name:str, # CSS class symtele-`name`, its own on a page
+    kinds:tuple=(), # How a setting is chosen, per control: W.SelectionSlider, the default, W.Dropdown or W.ToggleButtons
+    begin:tuple|None=None, # Number of the setting to begin at, per control, zero-based; None: the first of each
+    still:tuple|None=None, # Those of the picture that is shown without scripts; None: where the controls begin
+    play:bool=False, # Whether a button steps the last control
+)->Switch: # With the classes symtele-control and symtele-`name`
+    "Controls that switch pictures in the reader's browser"
+    if not re.fullmatch('[a-z][a-z0-9-]*', name): raise ValueError(f"name must be small letters, digits and hyphens, got {name!r}")
+    _match(list(controls.items()), pictures)
+    begin,kinds = begin or (0,)*len(controls),(*kinds, *[W.SelectionSlider]*(len(controls)-len(kinds)))
+    knobs = [_knob(*c) for c in zip(controls, controls.values(), kinds, begin, strict=True)]
+    stack = _stack(knobs, pictures); lone = pictures
+    for i in still or begin: lone = lone[i]
+    if play:
+        button = W.Play(value=knobs[-1].index, max=len(knobs[-1].options)-1, interval=1200, description='play')
+        W.jslink((button, 'value'), (knobs[-1], 'index')); knobs.insert(len(knobs)-1, button)
+    said = f'<p class="figure-caption" style="line-height:1.5">{caption}</p>'
+    colours = ';'.join(f'--jp-widgets-{part}color:currentcolor' for part in ('','label-','readout-')) # the page's own, light or dark
+    style = f'<style>.symtele-still-{name}{{display:none}} .symtele-control{{{colours}}}</style>'
+    row = W.Box(knobs, layout=W.Layout(flex_flow='row wrap'))
+    shown = Switch([row, stack, W.HTML(said+style)], f'<figure class="symtele-still symtele-still-{name}" style="margin:0">{lone}{said}</figure>')
+    return shown.add_class('symtele-control').add_class(f'symtele-{name}')
+
+def _match(controls, pictures):
+    "Raise unless there is one picture, told in words, for every setting"
+    if not controls:
+        if not re.match('<img [^>]*alt="[^"]', str(pictures)): raise ValueError(f"pictures must be <img> elements with alternative text, got {str(pictures)[:40]!r}")
+        return
+    (label,settings),*rest = controls; one = isinstance(pictures, str)
+    if one or len(pictures)!=len(settings): raise ValueError(f"'{label}' has {len(settings)} settings, but there {'is one picture' if one else f'are {len(pictures)} pictures'} for them")
+    for p in pictures: _match(rest, p)
+
+def _knob(label, settings, kind, at):
+    "One control"
+    buttons = kind is W.ToggleButtons
+    style = dict(description_width='115px', **(dict(button_width='auto') if buttons else {}))
+    layout = W.Layout(width='auto' if buttons else '420px', max_width='98%')
+    return kind(options=[str(s) for s in settings], index=at, description=label, style=style, layout=layout).add_class('widget-inline-hbox')
+
+def _stack(knobs, pictures):
+    "Pages of which a control shows one, linked in the reader's browser; behind each, those of the next control"
+    knob,*rest = knobs
+    stack = W.Stack([_stack(rest, p) if rest else W.HTML(p) for p in pictures], selected_index=knob.index)
+    W.jslink((knob, 'index'), (stack, 'selected_index'))
+    return stack

@@ -10,7 +10,7 @@ __all__ = ['OPTIMIZERS', 'RATES', 'FORMULA', 'ARMS', 'FIG3', 'PLAN', 'MARKS', 'W
            'Rescale', 'Turned', 'solve_last', 'run_whiten', 'descend_from', 'random_net', 'sharpness', 'run_gate',
            'run_deep', 'linear_problem', 'run_linear', 'gd_path', 'stall', 'run_sweep', 'run_safety', 'run_heldout',
            'run_minibatch', 'speed_problem', 'in_turn', 'small_rate', 'speed_runs', 'run_speed', 'run_seeds', 'end',
-           'best_rates', 'per_draw', 'draw_best', 'draw_sweep', 'speed_ratios', 'speed_table']
+           'best_rates', 'per_draw', 'draw_best', 'draw_rate', 'draw_sweep', 'speed_ratios', 'speed_table']
 
 # %% ../nbs/07_mlp.ipynb #da4b9237
 import math, tempfile, time
@@ -678,26 +678,52 @@ def per_draw(
     return [dict(arm=r['arm'], optimizer=r['optimizer'], lr=r['lr'], seed=s, step=cfg['keep'], seconds=r['seconds'], gradients=r['gradients'],
         **{k: [v[i] for v in r[k]] for k in ('loss','gsq')}) for r in rows for i,s in enumerate(cfg['seeds'])]
 
+def _against_rate(ax, rows, cfg, optimizer, arms, step=300, floor=1e-3, top=300.):
+    "Median and range of the loss against the learning rate; where a draw diverged, a cross at the top"
+    for i,arm in enumerate(arms):
+        name,colour,ls = LOOK[arm]; lrs = cfg['rates'][optimizer][arm]
+        ends = [end(next(r for r in rows if (r['optimizer'],r['arm'],r['lr'])==(optimizer,arm,lr)), cfg, step) for lr in lrs]
+        x = [lr*1.05**(i-2.5) for lr in lrs] # side by side
+        clip = lambda k: [min(max(e[k], floor), top) for e in ends]
+        ax.plot(x, clip('loss'), color=colour, ls=ls, marker='o', ms=3.5, label=name); ax.vlines(x, clip('low'), clip('high'), color=colour, lw=.8)
+        gone = [a for a,e in zip(x, ends) if e['diverged']]
+        ax.plot(gone, [top]*len(gone), 'x', color=colour, ms=7)
+    ax.set(xscale='log', yscale='log', xlabel='learning rate')
+
 def draw_best(
     rows:list, # Of `rates`
     cfg:dict, # Its settings
     arms:list, # Which arms
 )->plt.Figure: # One panel per optimizer
     "Loss after 300 steps against the learning rate: median and range, between 1e-3 and 300; where a draw diverged, a cross at the top"
-    with plt.rc_context(STYLE): fig,axes = plt.subplots(1, len(cfg['rates']), figsize=(13,3.8), sharey=True)
-    top,floor = 300.,1e-3
-    for ax,(o,arms_of) in zip(axes, cfg['rates'].items()):
-        for i,arm in enumerate(a for a in arms if a in arms_of):
-            name,colour,ls = LOOK[arm]
-            ends = [end(next(r for r in rows if (r['optimizer'],r['arm'],r['lr'])==(o,arm,lr)), cfg) for lr in arms_of[arm]]
-            x = [lr*1.05**(i-2.5) for lr in arms_of[arm]] # side by side
-            clip = lambda k: [min(max(e[k], floor), top) for e in ends]
-            ax.plot(x, clip('loss'), color=colour, ls=ls, marker='o', ms=3.5, label=name); ax.vlines(x, clip('low'), clip('high'), color=colour, lw=.8)
-            gone = [a for a,e in zip(x, ends) if e['diverged']]
-            ax.plot(gone, [top]*len(gone), 'x', color=colour, ms=7)
-        ax.set(xscale='log', yscale='log', xlabel='learning rate', title=o)
-    axes[0].set(ylabel='loss after 300 steps')
-    with plt.rc_context(STYLE): fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=8)
+    with plt.rc_context(STYLE):
+        fig,axes = plt.subplots(1, len(cfg['rates']), figsize=(13,3.8), sharey=True)
+        for ax,(o,arms_of) in zip(axes, cfg['rates'].items()): _against_rate(ax, rows, cfg, o, [a for a in arms if a in arms_of]); ax.set_title(o)
+        axes[0].set(ylabel='loss after 300 steps')
+        fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=8)
+    return fig
+
+def draw_rate(
+    rows:list, # Of `rates`
+    cfg:dict, # Its settings
+    lr:float, # Learning rate of gradient descent, one of the grid
+    step:int, # One of `cfg["keep"]`
+    arms:list, # Which arms, the base first
+)->plt.Figure: # Two panels with the same vertical axis
+    "Left every draw at one learning rate, a bar at the median, crosses at the top where it diverged; right all rates, with this one marked"
+    lo,top = .3,1500.
+    with plt.rc_context(STYLE):
+        fig,(a,b) = plt.subplots(1, 2, figsize=(7.6,4), sharey=True)
+        for i,arm in enumerate(arms):
+            r = next(r for r in rows if (r['optimizer'],r['arm'],r['lr'])==('GD',arm,lr)); colour = LOOK[arm][1]
+            loss = r['loss'][cfg['keep'].index(step)]; x = [i+.5*(n/(len(loss)-1)-.5) for n in range(len(loss))]; mid = end(r, cfg, step)['loss']
+            for fine,mark in ((True, 'o'), (False, 'x')):
+                some = [(u,min(v, top)) for u,v in zip(x, loss) if math.isfinite(v)==fine]; a.plot([u for u,_ in some], [v for _,v in some], mark, color=colour, alpha=.4, ms=3 if fine else 7)
+            a.plot([i-.35,i+.35], [mid]*2, color=colour, lw=2.4)
+            if arm=='base': a.axhline(mid, color=colour, lw=.8, ls=':')
+        _against_rate(b, rows, cfg, 'GD', arms, step, lo, top); b.axvline(lr, color='k', lw=.8, ls='--')
+        a.set(ylim=(lo,1.3*top), ylabel=f'loss after {step} steps', title=f'{len(loss)} draws at {lr:g}'); b.set_title('medians and ranges at all rates')
+        a.set_xticks(range(len(arms)), [LOOK[arm][0].replace(', ', ',\n').replace("paper's ", "paper's\n") for arm in arms], rotation=60, fontsize=8)
     return fig
 
 # %% ../nbs/07_mlp.ipynb #d02560dd

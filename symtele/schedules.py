@@ -6,11 +6,11 @@
 __all__ = ['WHEN', 'OFTEN', 'MANY', 'TRIGGER', 'study', 'slides', 'experiments', 'SEARCHES', 'OBJECTIVES', 'EXPLORED',
            'draw_schedules', 'stack_sgd', 'Stalled', 'arms_of', 'scheduled', 'run_seed', 'moves_of', 'runs_of', 'mid',
            'draw_when', 'equivalent_rate', 'draw_rates_of', 'Training', 'regression_problem', 'images_problem', 'Trace',
-           'ScheduleRun', 'run_schedule', 'draw_run', 'img', 'setting', 'as_code', 'explorer', 'schedule_grid',
+           'ScheduleRun', 'run_schedule', 'draw_run', 'img_of', 'setting', 'as_code', 'explorer', 'schedule_grid',
            'player', 'at', 'every', 'first', 'rosenbrock_problem', 'booth_problem', 'ellipse_problem']
 
 # %% ../nbs/09_schedules.ipynb #da4b9237
-import base64, html, math
+import html, math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Generator, Tensor, nn
 
-from .experiments import LOOK, STYLE, Experiment, log_axis, picture, rounded
+from .experiments import LOOK, STYLE, Experiment, Switch, img, log_axis, rounded, switch
 from .groups import GL, BatchGL, dot
 from .mlp import OPTIMIZERS, regression, squared
 from .mnist import SCALE, epoch_of, images, mover, net, watch
@@ -391,13 +391,12 @@ def _box(run):
     return _around(torch.cat([run.tele.path, run.base.path, goal, *[m['from'][None] for m in run.tele.moves]]))
 
 # %% ../nbs/09_schedules.ipynb #e1822db4
-def img(
+def img_of(
     run:ScheduleRun, # What to draw
     until:int|None=None, # As in `draw_run`
 )->str: # An <img> element
-    "A drawn run as HTML, with alternative text; a palette PNG inside"
-    data = base64.b64encode(picture(draw_run(run, until), 80)).decode()
-    return f'<img alt="{html.escape(". ".join((run.settings, run.said(until), *run.notes)))}" src="data:image/png;base64,{data}" style="max-width:100%">'
+    "A drawn run as HTML, told in words too"
+    return img(draw_run(run, until), '. '.join((run.settings, run.said(until), *run.notes)), 80)
 
 # %% ../nbs/09_schedules.ipynb #9109c85a
 SEARCHES = { # name -> search of a size, and what the size counts
@@ -486,7 +485,7 @@ def explorer(
         except (TypeError,ValueError,RuntimeError) as e: # what can be drawn is the run without teleports
             wrong,code.value = [f'{e}.'] + ['Ascent, sample and random fit here.']*(isinstance(e, TypeError) and isinstance(p, Training)),''
             run = run_schedule(p, **setting(**values | dict(search='ascent')) | dict(schedule=None), progress=progress)
-        view.value,bar.layout.visibility = img(run),'hidden'
+        view.value,bar.layout.visibility = img_of(run),'hidden'
         says.value = tell(*wrong, *run.notes)
     def settle(change=None):
         "A setting worth a look for the problem chosen; the learning rate alone for a new optimizer"
@@ -501,34 +500,25 @@ def explorer(
     return _place(c, bar, says, view, code)
 
 # %% ../nbs/09_schedules.ipynb #2a459380
-def _switch(control, key, pages):
-    "Pages of which a control shows one, linked in the reader's browser"
-    stack = W.Stack(pages, selected_index=getattr(control, key))
-    W.jslink((control, key), (stack, 'selected_index'))
-    return stack
-
 def schedule_grid(
     problem, # A `Problem` or a `Training`
     starts:list, # Steps of the first teleport, zero-based
     intervals:list, # Steps from one teleport to the next, at least 1; None: only one teleport
+    caption:str, # What to look for, HTML
+    still:tuple=(0,0), # Numbers of the first teleport and the interval of the picture shown without scripts
     **settings, # For `run_schedule`
-)->W.VBox: # Two sliders that need no kernel
+)->Switch: # Two sliders that need no kernel
     "One picture for every first teleport and every interval"
-    look = dict(style=dict(description_width='115px'), layout=W.Layout(width='420px'))
-    start = W.SelectionSlider(options=[str(k) for k in starts], description='first teleport', **look)
-    interval = W.SelectionSlider(options=['only once' if n is None else f'every {n}' for n in intervals], description='interval', **look)
-    picture_of = lambda k,n: W.HTML(img(run_schedule(problem, at(k) if n is None else every(n, start=k), **settings)))
-    rows = [_switch(interval, 'index', [picture_of(k, n) for n in intervals]) for k in starts]
-    return W.VBox([W.Box([start, interval], layout=W.Layout(flex_flow='row wrap')), _switch(start, 'index', rows)]).add_class('symtele-grid')
+    picture_of = lambda k,n: img_of(run_schedule(problem, at(k) if n is None else every(n, start=k), **settings))
+    labels = {'first teleport': starts, 'interval': ['only once' if n is None else f'every {n}' for n in intervals]}
+    return switch(labels, [[picture_of(k, n) for n in intervals] for k in starts], caption, 'grid', still=still)
 
 # %% ../nbs/09_schedules.ipynb #b4c96d80
 def player(
     run:ScheduleRun, # With at least one teleport
-)->W.VBox: # A play button and a slider that need no kernel
+    caption:str, # What to look for, HTML
+)->Switch: # A play button and a slider that need no kernel
     "The run up to each of its teleports, and to its end"
     if not run.tele.moves: raise ValueError(f"run must have a teleport to step through, got none in {run.settings}")
     stops = [m['k'] for m in run.tele.moves] + [len(run.tele.loss)-1]
-    look = dict(style=dict(description_width='115px'), layout=W.Layout(width='420px'))
-    play,slider = W.Play(max=len(stops)-1, interval=1200, description='play'),W.IntSlider(0, 0, len(stops)-1, description='stop', **look)
-    W.jslink((play, 'value'), (slider, 'value'))
-    return W.VBox([W.HBox([play, slider]), _switch(slider, 'value', [W.HTML(img(run, k)) for k in stops])]).add_class('symtele-player')
+    return switch({'step': stops}, [img_of(run, k) for k in stops], caption, 'player', still=(len(stops)-1,), play=True)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['START', 'LAND', 'GOAL', 'PROBLEMS', 'MOMENTUM', 'ARMS', 'MARKS', 'ALL', 'RATES', 'paper', 'starts', 'sizes',
-           'experiments', 'EXPLORED', 'SEARCHES', 'Problem', 'rosenbrock_problem', 'booth_problem', 'ellipse_problem',
-           'quadratic', 'FromAngle', 'Descent', 'descend', 'gd', 'ring', 'draw_descent', 'draw_path', 'arm_settings',
-           'random_starts', 'run_paper', 'run_start', 'paper_jobs', 'start_jobs', 'draw_paper', 'table', 'best_rate',
-           'group_rows', 'draw_starts', 'draw_sizes', 'explore', 'controls']
+           'experiments', 'Problem', 'rosenbrock_problem', 'booth_problem', 'ellipse_problem', 'quadratic', 'FromAngle',
+           'Descent', 'descend', 'gd', 'ring', 'draw_descent', 'draw_path', 'arm_settings', 'random_starts',
+           'run_paper', 'run_start', 'paper_jobs', 'start_jobs', 'draw_paper', 'table', 'best_rate', 'group_rows',
+           'draw_starts', 'draw_sizes', 'Turn', 'turn', 'draw_turn']
 
 # %% ../nbs/06_test_functions.ipynb #da4b9237
-import html, math, time
+import math, time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -23,7 +23,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import Generator, Tensor
 
-from .experiments import LOOK, STYLE, Experiment, band, picture, rounded, show
+from .experiments import LOOK, STYLE, Experiment, band, img, rounded, show, switch
 from .groups import Orthogonal, Rotation, booth, ellipse, rosenbrock
 from .teleport import (Ascent, GreatCircle, Landscape, Stay, as_schedule, at, every, grad_norm, keep, landscape,
     lookahead, reset, teleport)
@@ -283,7 +283,7 @@ def _first(path, moves): return moves[0]['from'] if moves and moves[0]['k']==0 e
 
 def _mark(ax, froms, tos, first, goal):
     dot = lambda ps,**k: ax.plot(*torch.stack(ps).T, ls='', mec='k', mew=.6, zorder=5, **k) if ps else None
-    dot([first], marker='s', color='w', ms=6, label='start')
+    dot([] if first is None else [first], marker='s', color='w', ms=6, label='start')
     dot(froms, marker='o', color=START, ms=6, label='jumps from'); dot(tos, marker='D', color=LAND, ms=5.5, label='lands')
     if goal is not None: dot([goal], marker='*', color=GOAL, ms=13, label='minimum')
 
@@ -500,59 +500,59 @@ def draw_sizes(
     return fig
 
 # %% ../nbs/06_test_functions.ipynb #450ddec8
-EXPLORED = {'Rosenbrock': rosenbrock_problem, 'Booth': booth_problem, 'ellipse': ellipse_problem}
-SEARCHES = {'next step, whole orbit': 'lookahead', 'largest gradient, whole orbit': 'teleport',
-    "the paper's single ascent": 'paper', 'random angle': 'random', 'no teleports': 'base'}
+@dataclass(frozen=True)
+class Turn:
+    "A jump by a given angle, and how gradient descent goes on from there"
+    problem:Problem # With two variables
+    degrees:int # The angle in the chart
+    points:Tensor # The orbit, a point per degree, shape (361, 2)
+    gsq:Tensor # Squared gradient norm there, shape (361,)
+    ahead:Tensor # Loss one step later, shape (361,)
+    run:Descent # From the point landed on
+    base:Descent # From the point jumped from
+    @property
+    def said(self)->str:
+        "What came of it"
+        end = lambda d: f'{d.end[0]:.2g}' if d.end[0]<1e12 else 'diverged'
+        return (f'{self.problem.name}, turned by {self.degrees}°: squared gradient norm {self.gsq[self.degrees]:.3g}\n'
+            f'loss {self.run.loss[0,0]:.3g}, one step later {self.run.loss[1,0]:.2g}, after {len(self.run.loss)-1} steps {end(self.run)}; without the jump {end(self.base)}')
 
-def explore(
-    problem:str='Rosenbrock', # A key of `EXPLORED`
-    x1:float|None=None, # Start; None: the paper's
-    x2:float|None=None,
-    first:int=0, # Step before which the first teleport is due, zero-based
-    interval:int=5, # Steps from one teleport to the next, at most 20 of them; 0: only the first
-    search:str='next step, whole orbit', # A key of `SEARCHES`
-    lr:float|None=None, # Learning rate, positive; None: the paper's
-    steps:int=30, # Steps of gradient descent, at least 1
-    seed:int=0, # Of the searches that draw
-)->plt.Figure:
-    "One run, drawn"
-    for name,value,known in (('problem',problem,EXPLORED), ('search',search,SEARCHES)):
-        if value not in known: raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
-    p = EXPLORED[problem](); lr = p.lr if lr is None else lr
-    start = torch.tensor([s if x is None else x for x,s in zip((x1,x2), p.start)], dtype=torch.float64)
-    due = [first] if not interval else list(range(first, steps, interval))[:20]
-    schedule = None if search=='no teleports' else at(*due) if due else None
-    run = descend(p, start, steps, gd(lr), schedule, target=1e-24, seed=seed, **arm_settings(SEARCHES[search], p, lr))
-    (reached,),(evals,) = run.reach(1e-8); done = len(run.loss)-1
-    if math.isfinite(reached): said = f'{reached:.0f} steps and {evals:.0f} evaluations to 1e-8'
-    else: said = f'loss {run.end[0]:.2g} after {done} steps' if math.isfinite(run.end[0]) else f'diverged within {done} steps'
-    return draw_descent(p, run, title=f'{p.name}, learning rate {lr:.2g}: {said}')
+def turn(
+    problem:Problem, # With two variables, run at its own learning rate
+    w:Tensor, # Where to jump from, shape (2,); not modified
+    degrees:int, # The angle in the chart, from 0 to 360
+    steps:int=20, # Of gradient descent, at least 1
+)->Turn:
+    "Jump by an angle and go on"
+    if problem.n!=2: raise ValueError(f"turn needs a problem with two variables, got {problem.name} with {problem.n}")
+    if degrees not in range(361): raise ValueError(f"degrees must be a whole number from 0 to 360, got {degrees}")
+    points,gsq = ring(problem, w); ahead = problem.loss(w)-ring(problem, w, objective=lookahead(problem.lr))[1]
+    run,base = (descend(problem, start, steps, gd(problem.lr)) for start in (points[degrees], w))
+    return Turn(problem, degrees, points, gsq, ahead, run, base)
 
 # %% ../nbs/06_test_functions.ipynb #d54ad009
-def controls():
-    "Sliders around `explore`, for Jupyter"
-    import ipywidgets as W
-    look = dict(style=dict(description_width='115px'), layout=W.Layout(width='320px')); slow = look|dict(continuous_update=False)
-    c = dict(problem=W.Dropdown(options=list(EXPLORED), description='function', **look), search=W.Dropdown(options=list(SEARCHES), description='search', **look),
-        x1=W.FloatSlider(description='start x₁', **slow), x2=W.FloatSlider(description='start x₂', **slow),
-        first=W.IntSlider(0, 0, 50, description='first teleport', **slow), interval=W.IntSlider(5, 0, 50, description='interval (0: once)', **slow),
-        lr=W.FloatLogSlider(description='learning rate', base=10, min=-4.5, max=-.5, step=.05, readout_format='.2g', **slow),
-        steps=W.IntSlider(30, 1, 300, description='steps', **slow), seed=W.IntSlider(0, 0, 20, description='seed', **slow))
-    image,wrong,settling = W.Image(format='png', layout=W.Layout(max_width='100%')),W.HTML(),[]
-    def draw(change=None):
-        if settling: return
-        try: image.value,wrong.value = picture(explore(**{k: w.value for k,w in c.items()}), 80),''
-        except (ValueError,TypeError) as e: wrong.value = f'<b>{html.escape(str(e))}</b>'
-    def settle(change=None):
-        "Start and learning rate of the paper for the function chosen"
-        p = EXPLORED[c['problem'].value]()
-        settling.append(True)
-        for k,i in (('x1',0),('x2',1)):
-            lo,hi = p.box[2*i],p.box[2*i+1]; c[k].min = min(lo, c[k].max); c[k].max = hi
-            c[k].min,c[k].step,c[k].value = lo,(hi-lo)/80,p.start[i]
-        c['lr'].value = p.lr
-        settling.clear(); draw()
-    for k,w in c.items(): w.observe(settle if k=='problem' else draw, 'value')
-    settle()
-    columns = [W.VBox([c[k] for k in ks], layout=W.Layout(flex='0 0 auto')) for ks in (('problem','search','seed'),('x1','x2','lr'),('first','interval','steps'))]
-    return W.VBox([W.Box(columns, layout=W.Layout(flex_flow='row wrap')), wrong, image])
+def draw_turn(
+    t:Turn, # Of `turn`
+)->plt.Figure:
+    "The jump on the level sets, what is to be seen along the orbit, and the loss of the steps that follow"
+    above = lambda ax,**k: ax.legend(loc='lower center', bbox_to_anchor=(.5,.98), ncols=3, **k)
+    with plt.rc_context(STYLE|{'legend.fontsize': 8, 'legend.columnspacing': 1}):
+        fig,axes = plt.subplot_mosaic([['map','orbit'],['map','loss']], figsize=(7.2,4.3)); goal = torch.tensor(t.problem.target, dtype=t.points.dtype)
+        ax = axes['map']; _level_sets(ax, t.problem, _around(torch.cat([t.points, goal[None]]))); start,landed = t.points[0],t.points[t.degrees]
+        line = LineCollection(torch.stack((t.points[:-1], t.points[1:]), 1), array=t.gsq[:-1], norm=LogNorm(), cmap='viridis', linewidths=2.5)
+        ax.add_collection(line, autolim=False); ax.plot(*t.base.path[:,0].T, '.-', color=LOOK['base'][1], alpha=.5, lw=1, ms=2)
+        path = t.run.path[:,0]; ax.plot(*path[path.isfinite().all(1)].T, '.-', color='k', lw=1.1, ms=2.5)
+        ax.annotate('', landed.tolist(), start.tolist(), arrowprops=dict(arrowstyle='->', color=LAND, lw=1.1, ls='--'))
+        _mark(ax, [start], [landed], None, goal); above(ax, handletextpad=.1)
+        ax = axes['orbit']
+        for y,best,name,label in ((t.gsq, t.gsq.argmax(), 'teleport', 'squared gradient norm'), (t.ahead, t.ahead.argmin(), 'lookahead', 'loss one step later')):
+            colour = LOOK[name][1]; ax.semilogy(y, color=colour, label=label)
+            ax.plot(best, y[best], '*', color=colour, ms=11); ax.plot(t.degrees, y[t.degrees], 'D', color=LAND, mec='k', mew=.6, ms=5.5)
+        ax.axvline(t.degrees, color=LAND, ls='--', lw=.9, zorder=0); ax.set_xticks(range(0, 361, 90)); _plain(ax.yaxis)
+        ax.set_xlabel('angle (degrees); ★ the best of the orbit'); above(ax)
+        ax = axes['loss']; L = t.base.loss[0,0]
+        for d,colour,label in ((t.base, LOOK['base'][1], 'loss without the jump'), (t.run, LOOK['teleport'][1], 'loss after it')):
+            ax.semilogy(d.loss[:,0].clamp(L*1e-6, L*1e12), '.-', color=colour, label=label, ms=4)
+        ax.set(xlabel='steps after the jump', ylim=(L*1e-5, L*3e3)); ax.xaxis.get_major_locator().set_params(integer=True); _plain(ax.yaxis); above(ax)
+        fig.suptitle(t.said, fontsize=10)
+    return fig

@@ -1,6 +1,6 @@
 """What only a browser can tell: controls recompute a run in JupyterLab, and on a page without a kernel they switch pictures.
 Needs Chromium, playwright and, for the page, the two scripts that `make` puts into .venv/js; each test that lacks something says what."""
-import functools, http.server, json, os, secrets, shutil, socket, subprocess, sys, tarfile, threading, time, urllib.request
+import functools, http.server, io, json, math, os, secrets, shutil, socket, subprocess, sys, tarfile, threading, time, urllib.request
 from pathlib import Path
 
 import pytest
@@ -15,16 +15,23 @@ if not CHROMIUM: pytest.skip('no Chromium: apt-get install chromium', allow_modu
 sync_api = pytest.importorskip('playwright.sync_api', reason='no playwright: pip install playwright')
 
 @pytest.fixture(scope='module')
-def browser(tmp_path_factory):
-    "Chromium, with nothing of its own to ask the network"
+def open_browser(tmp_path_factory):
+    "Opens Chromium, with nothing of its own to ask the network"
     quiet = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
         '--disable-component-update', '--disable-sync']
     with sync_api.sync_playwright() as p:
-        context = p.chromium.launch_persistent_context(tmp_path_factory.mktemp('profile'), executable_path=CHROMIUM, args=quiet,
-            viewport={'width': 1300, 'height': 1000})
-        context.set_default_timeout(LIMIT)
-        yield context
-        context.close()
+        def launch(**settings):
+            context = p.chromium.launch_persistent_context(tmp_path_factory.mktemp('profile'), executable_path=CHROMIUM, args=quiet,
+                viewport={'width': 1300, 'height': 1000}, **settings)
+            context.set_default_timeout(LIMIT)
+            return context
+        yield launch
+
+@pytest.fixture(scope='module')
+def browser(open_browser):
+    context = open_browser()
+    yield context
+    context.close()
 
 @pytest.fixture
 def page(browser):
@@ -55,9 +62,18 @@ def press(page, control, box, *keys):
     until(page, lambda: shown(box) not in ([], before), f'another picture after {keys}')
     assert len(shown(box)) == 1
 
+def controls(notebook):
+    "Names of the controls that work without a kernel, as saved in a notebook"
+    saved = json.loads(notebook.read_text(encoding='utf-8'))['metadata'].get('widgets', {}).get('application/vnd.jupyter.widget-state+json', {})
+    classes = [m['state'].get('_dom_classes', []) for m in saved.get('state', {}).values()]
+    return [next(c for c in l if c != 'symtele-control') for l in classes if 'symtele-control' in l]
+
+PAGES = [p for p in sorted((ROOT/'nbs').glob('[!_]*.ipynb')) if controls(p)]
+each_page = pytest.mark.parametrize('notebook', PAGES, ids=lambda p: p.stem)
+
 @pytest.fixture(scope='module')
 def static(tmp_path_factory):
-    "Address of the committed notebook as a page, served with its scripts"
+    "Makes a notebook, as committed or given as text, a page served with its scripts; its address"
     folder = tmp_path_factory.mktemp('page')
     for pattern, endings in SCRIPTS.items():
         found = sorted((Path(sys.prefix)/'js').glob(pattern))
@@ -70,29 +86,91 @@ def static(tmp_path_factory):
     from nbconvert import HTMLExporter
     own = HTMLExporter(require_js_url='@jupyter-widgets/require.js', widget_renderer_url='@jupyter-widgets/html-manager/dist/embed-amd.js',
         mathjax_url='', jquery_url='', mermaid_js_url='')
-    (folder/'schedules.html').write_text(own.from_filename(ROOT/'nbs/09_schedules.ipynb')[0], encoding='utf-8')
     (folder/'favicon.ico').touch() # browsers ask
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{server.server_port}/schedules.html'
+    def serve(notebook, text=None):
+        name = f'{notebook.stem}{"-changed" if text else ""}.html'
+        if not (folder/name).exists():
+            (folder/name).write_text(own.from_file(io.StringIO(text or notebook.read_text(encoding='utf-8')))[0], encoding='utf-8')
+        return f'http://127.0.0.1:{server.server_port}/{name}'
+    yield serve
     server.shutdown()
 
-def test_page_without_kernel(page, static):
+PLACE = """e => e.matches('select') ? [e.selectedIndex, e.options.length-1] : e.matches('.noUi-handle') ? [+e.ariaValueNow, +e.ariaValueMax] :
+    [[...e.children].findIndex(b => b.matches('.mod-active')), e.children.length-1]"""
+
+def settings(page, box, knob):
+    "Stop at every setting of a control, moved by keyboard from the first to the last; each must change the picture"
+    place = lambda: knob.evaluate(PLACE)
+    buttons = knob.locator('button')
+    if buttons.count():
+        for i in range(buttons.count()):
+            if place()[0] != i: press(page, buttons.nth(i), box, 'Enter')
+            yield i
+        return
+    if place()[0]: press(page, knob, box, 'Home')
+    yield 0
+    while place()[0] < place()[1]:
+        press(page, knob, box, 'ArrowDown' if knob.evaluate("e => e.matches('select')") else 'ArrowRight')
+        yield place()[0]
+
+def walk(page, box, knobs):
+    "Pictures at every setting of the first control, and there of the next"
+    if not knobs: return shown(box)
+    return [p for _ in settings(page, box, knobs[0]) for p in walk(page, box, knobs[1:])]
+
+def drive(page, names):
+    "Move every control of a page through all its settings"
+    for name in names:
+        box = page.locator(f'.symtele-control.{name}'); until(page, lambda: len(shown(box)) == 1, f'one picture of {name}')
+        assert not page.locator(name.replace('symtele-', '.symtele-still-')).is_visible(), f'{name}: the still picture is in the way'
+        assert len(box.locator('.figure-caption').inner_text()) > 40, f'{name} says nothing'
+        knobs = [k for k in box.locator('.noUi-handle, select, .widget-toggle-buttons > div:not(.widget-label)').all()]
+        lasts = [k.evaluate(PLACE)[1] for k in knobs]; assert knobs and all(n > 0 for n in lasts)
+        seen = walk(page, box, knobs); assert len(set(seen)) == len(seen) == math.prod(n+1 for n in lasts), f'{name}: pictures are missing or the same'
+        if (play := box.locator('.widget-play button')).count():
+            press(page, knobs[-1], box, 'Home')
+            press(page, play.first, box, 'Enter')
+
+def test_pages_with_controls():
+    "Home, test functions, MLP, schedules: a page that lost its controls is noticed"
+    assert len(PAGES) >= 3, PAGES
+
+@each_page
+def test_page_without_kernel(page, static, notebook):
     "The committed pictures, switched by jslink alone"
-    page.goto(static)
-    panel,grid,film = (page.locator(f'.symtele-{name}') for name in ('explorer', 'grid', 'player'))
-    for box in (panel, grid, film): until(page, lambda: len(shown(box)) == 1, 'one picture')
-    assert all(panel.locator('img, p').evaluate_all("l => l.map(i => i.alt === undefined || i.alt.length > 20)"))
-    first,interval = (grid.locator('.noUi-handle').nth(i) for i in (0, 1))
-    for keys in ('ArrowRight',), ('End',), ('ArrowLeft', 'ArrowLeft'):
-        for control in first, interval: press(page, control, grid, *keys)
-    slider,begun = film.locator('.noUi-handle'),shown(film)
-    press(page, slider, film, 'ArrowRight')
-    press(page, slider, film, 'ArrowLeft'); assert shown(film) == begun
-    press(page, film.locator('.widget-play button').first, film, 'Enter') # play
+    page.goto(static(notebook)); drive(page, controls(notebook))
+    pictures = page.locator('.symtele-control img, .symtele-still img')
+    assert all(n > 20 for n in pictures.evaluate_all('l => l.map(i => i.alt.length)'))
     assert not page.faults, page.faults
+
+def test_broken_link_is_seen(page, static, monkeypatch):
+    "Control of the test above: without its last link a control stays where it is"
+    monkeypatch.setitem(globals(), 'LIMIT', 3_000)
+    nb = json.loads(PAGES[0].read_text(encoding='utf-8')); state = nb['metadata']['widgets']['application/vnd.jupyter.widget-state+json']['state']
+    last = [k for k,m in state.items() if m['model_name'] == 'LinkModel'][-1]; del state[last]
+    page.goto(static(PAGES[0], json.dumps(nb)))
+    with pytest.raises(AssertionError, match='another picture after'): drive(page, controls(PAGES[0]))
+
+@pytest.fixture(scope='module')
+def plain(open_browser):
+    "Chromium that runs no scripts"
+    context = open_browser(java_script_enabled=False)
+    yield context
+    context.close()
+
+@each_page
+def test_page_without_scripts(plain, static, notebook):
+    "Where no script runs, a still picture of each control is there, and says what to look for"
+    page = plain.new_page(); page.goto(static(notebook))
+    for name in controls(notebook):
+        still = page.locator(name.replace('symtele-', '.symtele-still-')); picture = still.locator('img')
+        assert picture.is_visible() and picture.bounding_box()['width'] > 250 and len(picture.get_attribute('alt')) > 20, name
+        assert len(still.locator('.figure-caption').inner_text()) > 40, name
+    page.close()
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
