@@ -3,7 +3,7 @@ that every file, target and snippet the prose names is real. Whatever rewrites f
 import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
-import pytest, yaml
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PROSE = ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md']
@@ -85,19 +85,6 @@ def test_faults_are_seen():
     assert list(faults(dict(cells=[cell()]))) == ['never run: no outputs']
     fine = cell(output_type='display_data', data={'image/png': 'iVBO/tmp/w0/home/ab=', 'text/html': '<a href="https://x.org/home/">'})
     assert not list(faults(dict(cells=[fine])))
-
-def test_pages_are_processed(copy):
-    "nbdev's half of the site, which needs no Quarto: it runs every import, export and show_doc cell again"
-    run('python', '-c', 'import nbdev.serve; nbdev.serve.proc_nbs(n_workers=2)', cwd=copy, package=copy)
-    missing = [p for p in NOTEBOOKS if not (copy/'_proc'/p).is_file()]
-    assert not missing, missing
-
-def test_site_lists_every_notebook():
-    "A notebook missing from the sidebar cannot be found; a listed one that is gone is a dead link"
-    site = yaml.safe_load((ROOT/'_quarto.yml').read_text())
-    listed = [s for s in strings(site['website']['sidebar']) if s.endswith('.ipynb')]
-    assert sorted(listed) == sorted(NOTEBOOKS)
-    assert site['project']['render'][0] == listed[0] == 'nbs/index.ipynb' # where _docs/index.html leads
 
 @pytest.mark.parametrize('page', PROSE)
 def test_prose_names_real_things(page):
