@@ -97,10 +97,12 @@ def test_prose_names_real_things(page):
     assert not dead, dead
 
 def test_readme_code_runs(tmp_path):
-    "The first code a visitor copies"
+    "The first code a visitor copies: each block by itself, in an empty folder, warnings being errors; the teleport it promises is the one it prints"
     blocks = re.findall(r'^```python\n(.*?)^```', (ROOT/'README.md').read_text(encoding='utf-8'), re.M | re.S)
-    assert blocks
-    for block in blocks: run('python', '-c', block, cwd=tmp_path, package=ROOT)
+    said = [run('python', '-W', 'error', '-c', block, cwd=tmp_path, package=ROOT) for block in blocks]
+    assert any("'k': 5, 'accepted': True" in s for s in said), said
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(AssertionError, match='warned'): run('python', '-W', 'error', '-c', 'import warnings; warnings.warn("warned")', cwd=tmp_path, package=ROOT) # control
 
 def test_files_are_small():
     "A clone stays quick and a diff readable: pictures are compressed, data stays outside"
