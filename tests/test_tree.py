@@ -3,7 +3,7 @@ that every file, target and snippet the prose names is real. Whatever rewrites f
 import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
-import pytest
+import pytest, yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PROSE = ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md']
@@ -95,6 +95,28 @@ def test_prose_names_real_things(page):
     dead = [s for s in links if s not in tree() and not (ROOT/s).is_dir()]
     dead += [f'make {t}' for t in re.findall(r'(?:`|^)make ([a-z]+)', text, re.M) if t not in targets]
     assert not dead, dead
+
+def workflow_faults(flow, targets):
+    "What would fail only after a push, or run with more rights than it needs"
+    jobs = flow['jobs']
+    steps = [s for j in jobs.values() for s in j['steps']]
+    said = ' ; '.join(s.get('run', '') for s in steps)
+    yield from (f'no target {t}' for t in re.findall(r'\bmake (\w+)', said) if t not in targets)
+    yield from (f'never makes {t}' for t in ('test', 'docs') if f'make {t}' not in said)
+    yield from (f'not pinned: {s["uses"]}' for s in steps if 'uses' in s and not re.fullmatch(r'[\w-]+(/[\w-]+)+@v\d+', s['uses']))
+    yield from (f'no job {n}' for j in jobs.values() for n in j.get('needs', []) if n not in jobs)
+    yield from (f'{name} may write' for name, j in [('every job', flow), *jobs.items()] if name != 'publish' and 'write' in str(j.get('permissions', 'write' if j is flow else '')))
+    if set(jobs['publish']['needs']) != {'test', 'site'} or "github.ref == 'refs/heads/main'" not in jobs['publish']['if']: yield 'publishes what was not tested'
+    if [s['with']['path'] for s in steps if 'upload-pages-artifact' in s.get('uses', '')] != [yaml.safe_load((ROOT/'_quarto.yml').read_text())['project']['output-dir']]: yield 'publishes another folder'
+
+def test_workflow_can_work():
+    "It runs elsewhere, after a push: its targets, jobs, versions and rights are looked at here"
+    text = (ROOT/'.github/workflows/test.yml').read_text(); targets = re.findall(r'^([a-z]+):', (ROOT/'Makefile').read_text(), re.M)
+    flow = lambda s: list(workflow_faults(yaml.safe_load(s), targets))
+    assert not flow(text)
+    for good, wrong, fault in (('make docs', 'make site', 'no target site'), ('make test', 'true', 'never makes test'), ('checkout@v5', 'checkout@main', 'not pinned: actions/checkout@main'),
+        ('[test, site]', '[site]', 'publishes what was not tested'), ('path: _docs', 'path: docs', 'publishes another folder'), ('contents: read', 'contents: write', 'every job may write')):
+        assert good in text and fault in flow(text.replace(good, wrong)), fault # control
 
 def test_readme_code_runs(tmp_path):
     "The first code a visitor copies: each block by itself, in an empty folder, warnings being errors; the teleport it promises is the one it prints"
