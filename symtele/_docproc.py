@@ -62,14 +62,15 @@ def fields(cls, says):
 
 def call(name, rows): return f"{name}({', '.join(n+('='+d)*bool(d) for n,d,*_ in rows)})"
 
-def table(head, rows): return ['', f'| {head} | | |', '|:---|:---|:---------|', *[f"| {' | '.join(r)} |" for r in rows]]*bool(rows)
+def table(rows): return ['', '| parameter | | |', '|:---|:---|:---------|', *[f"| {' | '.join(r)} |" for r in rows]]*bool(rows)
 
 def method(cls, f, says):
-    "A row of the table of methods"
+    "A line of the list of methods"
     decorators = ' '.join(map(ast.unparse, f.decorator_list))
     rows = arguments(f, says, 'staticmethod' not in decorators)
     what = '; '.join([prose(ast.get_docstring(f)), *[f'<code>{n}</code>: {s}' for n,_,_,s in rows if s]])
-    return f'<code id="{cls.lower()}.{f.name}">{escape(f.name if "property" in decorators else call(f.name, rows))}</code>', typed(f.returns), what
+    returns = f' → {typed(f.returns)}'*bool(f.returns)
+    return f'- <code id="{cls.lower()}.{f.name}">{escape(f.name if "property" in decorators else call(f.name, rows))}</code>{returns}: {what}'
 
 def entry(module, name, url):
     "The API entry of a function or class: source, signature, what it is, parameters, public methods; `url`: where the source of the package is"
@@ -87,14 +88,19 @@ def entry(module, name, url):
         if node.returns: back = [('**returns**', typed(node.returns), prose(says.get(node.returns.lineno, '')))]
     return '\n'.join(['---', '', f"[source]({url}/{module.replace('.', '/')}.py#L{node.lineno}){{style='float:right; font-size:smaller'}}", '',
         f'### {name}', '', '```python', call(name, rows), '```', '', prose(ast.get_docstring(node) or ''),
-        *table('parameter', [(f'<code>{n}</code>', t, says) for n,_,t,says in rows if n!='*']+back), *table('method', methods)])
+        *table([(f'<code>{n}</code>', t, says) for n,_,t,says in rows if n!='*']+back), '', *methods])
 
 class ApiEntries(Processor):
     """What stands on a page for an exported cell: entries made from the package itself, the source folded beneath; tables of values stay open.
     nbdev's own way executes the cells again, where a dataclass has lost its comments and a name two modules share is the first one's, and drops all source."""
     def begin(self):
         names = [c.directives_['default_exp'][0] for c in self.nb.cells if 'default_exp' in c.get('directives_', {})]
-        if names: self.module = f'{get_config().lib_name}.{names[0]}'; self.nb.cells = [new for c in self.nb.cells for new in self.replaced(c)]
+        if not names: return
+        self.module = f'{get_config().lib_name}.{names[0]}'; self.nb.cells = [new for c in self.nb.cells for new in self.replaced(c)]
+        to,own = NbdevLookup().doc,parsed(self.module)[0] # of two modules with a name, nbdev links to the first
+        for a,b in {(to(n), to(f'{self.module}.{n}')) for n in own if to(n)!=to(f'{self.module}.{n}')}:
+            for c in self.nb.cells:
+                if c.cell_type=='markdown': c.source = c.source.replace(f'({a})', f'({b})')
     def replaced(self, cell):
         "The cells that stand for one"
         dirs,module,cfg = cell.get('directives_', {}),import_module(self.module),get_config()
@@ -104,7 +110,7 @@ class ApiEntries(Processor):
         defined = [t.name for t in tree if isinstance(t, DEFS)]
         values = [n.id for t in tree if isinstance(t, ast.Assign) for o in t.targets for n in ast.walk(o) if isinstance(n, ast.Name)]
         out = [mk_cell(entry(self.module, n, f'{cfg.git_url}/blob/{cfg.branch}'), 'markdown') for n in defined if n in module.__all__]
-        values = [f'<code id="{n.lower()}">{n}</code>, {prose(type(getattr(module, n)).__name__)}' for n in values if n in module.__all__]
+        values = [f'<code id="value.{n}">{n}</code>, {prose(type(getattr(module, n)).__name__)}' for n in values if n in module.__all__]
         if values: out.append(mk_cell('\n\n'.join(values), 'markdown'))
         if defined: cell.source = f'#| code-fold: true\n#| code-summary: "Source"\n{cell.source}'
         return out+[cell]

@@ -1,9 +1,10 @@
 """The site, as far as nbdev makes it, with no Quarto: every notebook is processed in a copy of the tree, and what a reader
 could click or look up is followed: links, anchors, source lines, the entry of every public name. Quarto's half needs Quarto."""
-import ast, importlib, json, re, shutil
+import ast, base64, importlib, io, json, re, shutil
 from pathlib import Path
 
 import pytest, yaml
+from PIL import Image
 from test_tree import NOTEBOOKS, ROOT, run, strings, tree
 
 import symtele
@@ -80,6 +81,9 @@ def test_links_lead_somewhere(pages):
     every = [link for cells in pages.values() for link in links(cells)]
     assert all(sum(s in link for link in every) > 50 for s in (SITE, SOURCE)) and any('ipynb' in link for link in every)
     assert not (found := list(dead(pages, files))), '\n'.join(found)
+    strays = {(p, n, to) for p,cells in pages.items() for s in shown(cells) for n,to in re.findall(rf'\[`(\w+)(?:\(\))?`\]\({SITE}nbs/([\w.]+)', s)
+        if to != address(cells) and re.search(rf'^### {n}$', '\n'.join(shown(cells)), re.M)}
+    assert not strays # a page means its own names
 
 def test_dead_links_are_seen():
     "Control of the test above: one page with every kind of link, good and dead"
@@ -97,7 +101,7 @@ def entries(cells):
     "Public name -> its entry on a page; a value has its definition, in the open or folded"
     found = {m[1]: text(c) for c in cells if c['cell_type'] == 'markdown' and SOURCE in text(c) and (m := re.search(r'^### (\w+)$', text(c), re.M))}
     code = '\n'.join(text(c) for c in cells if c['cell_type'] == 'code')
-    return found | {n: s for s in shown(cells) for n in re.findall(r'^<code id="\w+">(\w+)</code>', s, re.M) if re.search(rf'^[\w, ]*\b{n}\b[\w, ]* = ', code, re.M)}
+    return found | {n: s for s in shown(cells) for n in re.findall(r'^<code id="value\.\w+">(\w+)</code>', s, re.M) if re.search(rf'^[\w, ]*\b{n}\b[\w, ]* = ', code, re.M)}
 
 def mute(found, name): return [f'{name}({p})' for p in re.findall(r'^\| <code>\W*(\w+)</code> \|[^|]*\| *\|$', found[name], re.M)]
 
@@ -145,6 +149,25 @@ def test_sidebar_is_the_reading_order():
     for name in {s for s in strings(style) if s.endswith(('.css', '.scss', '.html'))}: assert (ROOT/name).is_file()
     site['website']['sidebar']['contents'].remove(ORDER[3]) # control
     assert sidebar_faults(site)[0] == f'{ORDER[4]} instead of {ORDER[3]}'
+
+def pictures(node):
+    "Every PNG in a notebook, as an output, in HTML or in the state of a widget"
+    for s in strings(node):
+        if s.startswith('iVBOR'): yield s
+        yield from re.findall(r'data:image/png;base64,([\w+/=]+)', s)
+
+def dark(png):
+    "Why a picture would be hard to read on a dark page"
+    with Image.open(io.BytesIO(base64.b64decode(png))) as image: pixels = image.convert('RGBA')
+    if pixels.getchannel('A').getextrema()[0] < 255: return 'transparent'
+    if min(pixels.getpixel((0, 0))) < 250: return 'not on white'
+
+def test_pictures_bring_their_white():
+    "The dark theme shows the same pictures, and their axes are black"
+    found = [(p, dark(s)) for p in NOTEBOOKS for s in pictures(json.loads((ROOT/p).read_text(encoding='utf-8')))]
+    assert len(found) > 50 and not [f for f in found if f[1]]
+    for colour, fault in (((255, 255, 255, 255), None), ((255, 255, 255, 0), 'transparent'), ((0, 0, 0, 255), 'not on white')): # control
+        Image.new('RGBA', (2, 2), colour).save(file := io.BytesIO(), 'png'); assert dark(base64.b64encode(file.getvalue())) == fault
 
 INLINE = r'(?<![\\$])\$(?=\S)(?:[^$\\]|\\.)+?(?<=\S)\$(?!\d)'
 def misread(s):
