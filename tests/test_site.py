@@ -44,7 +44,7 @@ def anchors(cells):
             h = re.sub(r'\[([^]]*)\]\([^)]*\)|<[^>]*>', r'\1', h) # the text of a link
             h = re.sub(r'^[^a-z]+', '', re.sub(r'\s+', '-', re.sub(r'[^\w\s.-]', '', h.lower()).strip())) or 'section'
             seen.append(h if h not in seen else next(n for i in range(1, 99) if (n := f'{h}-{i}') not in seen))
-        seen += re.findall(r'\bid="([^"]+)"|\{#([\w.-]+)', s) and [a or b for a,b in re.findall(r'\bid="([^"]+)"|\{#([\w.-]+)', s)]
+        seen += [a or b for a,b in re.findall(r'\bid="([^"]+)"|\{#([\w.-]+)', s)]
     return set(seen)
 
 def links(cells):
