@@ -86,19 +86,6 @@ def test_faults_are_seen():
     fine = cell(output_type='display_data', data={'image/png': 'iVBO/tmp/w0/home/ab=', 'text/html': '<a href="https://x.org/home/">'})
     assert not list(faults(dict(cells=[fine])))
 
-def test_pages_are_processed(copy):
-    "nbdev's half of the site, which needs no Quarto: it runs every import, export and show_doc cell again"
-    run('python', '-c', 'import nbdev.serve; nbdev.serve.proc_nbs(n_workers=2)', cwd=copy, package=copy)
-    missing = [p for p in NOTEBOOKS if not (copy/'_proc'/p).is_file()]
-    assert not missing, missing
-
-def test_site_lists_every_notebook():
-    "A notebook missing from the sidebar cannot be found; a listed one that is gone is a dead link"
-    site = yaml.safe_load((ROOT/'_quarto.yml').read_text())
-    listed = [s for s in strings(site['website']['sidebar']) if s.endswith('.ipynb')]
-    assert sorted(listed) == sorted(NOTEBOOKS)
-    assert site['project']['render'][0] == listed[0] == 'nbs/index.ipynb' # where _docs/index.html leads
-
 @pytest.mark.parametrize('page', PROSE)
 def test_prose_names_real_things(page):
     "Links into the tree and `make` targets, as written"
@@ -109,11 +96,35 @@ def test_prose_names_real_things(page):
     dead += [f'make {t}' for t in re.findall(r'(?:`|^)make ([a-z]+)', text, re.M) if t not in targets]
     assert not dead, dead
 
+def workflow_faults(flow, targets):
+    "What would fail only after a push, or run with more rights than it needs"
+    jobs = flow['jobs']
+    steps = [s for j in jobs.values() for s in j['steps']]
+    said = ' ; '.join(s.get('run', '') for s in steps)
+    yield from (f'no target {t}' for t in re.findall(r'\bmake (\w+)', said) if t not in targets)
+    yield from (f'never makes {t}' for t in ('test', 'docs') if f'make {t}' not in said)
+    yield from (f'not pinned: {s["uses"]}' for s in steps if 'uses' in s and not re.fullmatch(r'[\w-]+(/[\w-]+)+@v\d+', s['uses']))
+    yield from (f'no job {n}' for j in jobs.values() for n in j.get('needs', []) if n not in jobs)
+    yield from (f'{name} may write' for name, j in [('every job', flow), *jobs.items()] if name != 'publish' and 'write' in str(j.get('permissions', 'write' if j is flow else '')))
+    if set(jobs['publish']['needs']) != {'test', 'site'} or "github.ref == 'refs/heads/main'" not in jobs['publish']['if']: yield 'publishes what was not tested'
+    if [s['with']['path'] for s in steps if 'upload-pages-artifact' in s.get('uses', '')] != [yaml.safe_load((ROOT/'_quarto.yml').read_text())['project']['output-dir']]: yield 'publishes another folder'
+
+def test_workflow_can_work():
+    "It runs elsewhere, after a push: its targets, jobs, versions and rights are looked at here"
+    text = (ROOT/'.github/workflows/test.yml').read_text(); targets = re.findall(r'^([a-z]+):', (ROOT/'Makefile').read_text(), re.M)
+    flow = lambda s: list(workflow_faults(yaml.safe_load(s), targets))
+    assert not flow(text)
+    for good, wrong, fault in (('make docs', 'make site', 'no target site'), ('make test', 'true', 'never makes test'), ('checkout@v5', 'checkout@main', 'not pinned: actions/checkout@main'),
+        ('[test, site]', '[site]', 'publishes what was not tested'), ('path: _docs', 'path: docs', 'publishes another folder'), ('contents: read', 'contents: write', 'every job may write')):
+        assert good in text and fault in flow(text.replace(good, wrong)), fault # control
+
 def test_readme_code_runs(tmp_path):
-    "The first code a visitor copies"
+    "The first code a visitor copies: each block by itself, in an empty folder, warnings being errors; the teleport it promises is the one it prints"
     blocks = re.findall(r'^```python\n(.*?)^```', (ROOT/'README.md').read_text(encoding='utf-8'), re.M | re.S)
-    assert blocks
-    for block in blocks: run('python', '-c', block, cwd=tmp_path, package=ROOT)
+    said = [run('python', '-W', 'error', '-c', block, cwd=tmp_path, package=ROOT) for block in blocks]
+    assert any("'k': 5, 'accepted': True" in s for s in said), said
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(AssertionError, match='warned'): run('python', '-W', 'error', '-c', 'import warnings; warnings.warn("warned")', cwd=tmp_path, package=ROOT) # control
 
 def test_files_are_small():
     "A clone stays quick and a diff readable: pictures are compressed, data stays outside"
