@@ -86,7 +86,7 @@ def formula_ascent(
         W = [v.detach() for v in moved([lr*d for d in torch.autograd.grad(sum(g.square().sum() for g in G), T)])]
     return W
 
-# %% ../nbs/07_mlp.ipynb #0ade7c2d
+# %% ../nbs/07_mlp.ipynb #b1d57811
 class Formula:
     "What the released code does at a teleport, with the interface of `Teleporter`: nothing is checked, nothing refused"
     def __init__(self,
@@ -132,7 +132,7 @@ class Formula:
         "What one move costs in gradients of the same batch, by counted operations"
         return count_flops(lambda: self.ascend(x, y))/count_flops(lambda: torch.autograd.grad(self.loss_fn(self.model(x), y), list(self.model.parameters())))
 
-# %% ../nbs/07_mlp.ipynb #bd307a3e
+# %% ../nbs/07_mlp.ipynb #f1abd670
 OPTIMIZERS = {'GD': lambda p,lr: torch.optim.SGD(p, lr), 'momentum': lambda p,lr: torch.optim.SGD(p, lr, momentum=.9),
     'AdaGrad': lambda p,lr: torch.optim.Adagrad(p, lr, eps=1e-10), 'Adam': lambda p,lr: torch.optim.Adam(p, lr)}
 RATES = {'GD': [3e-5,1e-4,3e-4,5e-4,7e-4,1e-3,1.5e-3,2e-3], 'momentum': [3e-5,7e-5,1.5e-4,3e-4,5e-4,1e-3,2e-3,3e-3], 'AdaGrad': [.01,.03,.1,.2,.4,.8], 'Adam': [.01,.03,.06,.1,.2,.4,.8,1.6,3.2]}
@@ -161,7 +161,7 @@ def watch(
         return dict(loss=L.item(), gsq=dot(c, c).item())
     return look
 
-# %% ../nbs/07_mlp.ipynb #f1abd670
+# %% ../nbs/07_mlp.ipynb #0716d970
 def stacked(
     draws:list, # Of one kind of problem, each a model, X and Y
 )->tuple: # The first model, parameters by name, X, Y; each tensor with one row per draw
@@ -176,7 +176,7 @@ class StackedPull:
     carry:Callable # `carry(c, power)`
     def __call__(self, c, power=1): return self.carry(c, power)
 
-# %% ../nbs/07_mlp.ipynb #1574bddb
+# %% ../nbs/07_mlp.ipynb #9e6a55b6
 def stacked_jump(
     model:nn.Sequential, # As `stacked` makes it
     w:dict, # Parameters, one row per draw; not modified
@@ -198,7 +198,7 @@ def stacked_jump(
     t = vmap(lambda *a: go(*a)[0], randomness='different')(w, x, y)
     return t.w, t.drift, t.accepted, t.steps>0, lambda c,power: vmap(lambda w,x,y,c: go(w, x, y)[1].carry(c, power))(w, x, y, c)
 
-# %% ../nbs/07_mlp.ipynb #0716d970
+# %% ../nbs/07_mlp.ipynb #b3f0c7f6
 def run_all(
     cfg:dict, # Settings of the study
     arm:str, # A key of `ARMS`
@@ -230,7 +230,7 @@ def run_all(
         began = time.perf_counter(); opt.step(); seconds += time.perf_counter()-began
     return out
 
-# %% ../nbs/07_mlp.ipynb #9e6a55b6
+# %% ../nbs/07_mlp.ipynb #91032ad7
 def mover(
     model:nn.Sequential, # Of `regression`
     x:Tensor, # The data
@@ -265,14 +265,14 @@ def run_one(
     record = train(model, squared, opt, lambda e: [(x,y)]*(MARKS[e+1]-MARKS[e]), len(MARKS)-1, watch(x, y), tele, 1, cost)
     return {k: rounded(record[k]) for k in ('loss','gsq','seconds','gradients')} | dict(drift=[m['drift'] for m in record['moves']])
 
-# %% ../nbs/07_mlp.ipynb #b3f0c7f6
+# %% ../nbs/07_mlp.ipynb #472b07b9
 def all_jobs(
     cfg:dict, # Settings of the study
 )->list: # One dict of arguments for `run_all` per run
     "Every arm of every optimizer at its rates"
     return [dict(arm=a, optimizer=o, lr=lr) for o,arms in cfg['rates'].items() for a in arms for lr in arms[a]]
 
-# %% ../nbs/07_mlp.ipynb #12c6fc06
+# %% ../nbs/07_mlp.ipynb #4d134bc0
 @dataclass(frozen=True)
 class Rescale:
     "Search, a control for `Whiten`: its sizes, without its directions; every hidden layer is multiplied by one number"
@@ -302,7 +302,7 @@ def solve_last(
     h = run_model(model[:-1], {k: v for k,v in w.items() if k!=name}, x)
     return {**w, name: torch.linalg.lstsq(h, y).solution.T}
 
-# %% ../nbs/07_mlp.ipynb #4d134bc0
+# %% ../nbs/07_mlp.ipynb #887309d0
 WHITEN = { # arm -> search, by learning rate
     'base': None, 'whiten': lambda lr: Whiten(lr, full_batch=True), 'whiten, short gate': lambda lr: Whiten(lr, full_batch=True, ahead=1, curvature=1.),
     'random': lambda lr: Matched(Whiten(lr, full_batch=True)), 'turned': Turned, 'rescale': Rescale, 'least squares': None}
@@ -346,7 +346,7 @@ def descend_from(
         w = lookahead(lr).step(w, m.gradient); cost += 1
     return out
 
-# %% ../nbs/07_mlp.ipynb #887309d0
+# %% ../nbs/07_mlp.ipynb #0a57cb53
 def random_net(
     seed:int, # Of everything
 )->tuple: # Model, loss function, X, Y
@@ -372,7 +372,7 @@ def sharpness(
         v = torch.func.vjp(torch.func.grad(f), w)[1](v)[0]
     return dot(v, v).sqrt().item()
 
-# %% ../nbs/07_mlp.ipynb #bc33ea4e
+# %% ../nbs/07_mlp.ipynb #7719a1c7
 def run_gate(
     cfg:dict, # Settings
     rate:float, # Learning rate, in units of the largest stable one
@@ -392,7 +392,7 @@ def run_gate(
     at = lambda losses: [losses[k] for k in cfg['keep']]
     return dict(layers=len(model)//2+1, here=at(path(w)), there=at(path(land.move(Whiten(lr, full_batch=True).element(land)).orbit.w)))
 
-# %% ../nbs/07_mlp.ipynb #7719a1c7
+# %% ../nbs/07_mlp.ipynb #63266754
 def run_deep(
     cfg:dict, # Settings
     arm:str, # A key of `WHITEN`
@@ -432,7 +432,7 @@ def run_linear(
     row = descend_from(model, squared, x, y, GL(wire(model, x)), {**cfg, 'goal': cfg['goal']*best}, arm, lr, seed, best)
     return dict(excess=rounded((L-best)/best for L in row['loss'][:4]+row['loss'][-1:]), steps=len(row['loss'])-1, cost=row['cost'][-1], drift=row['drift'])
 
-# %% ../nbs/07_mlp.ipynb #63266754
+# %% ../nbs/07_mlp.ipynb #b6692ea5
 @lru_cache
 def gd_path(
     seed:int, # Number of the draw
@@ -478,7 +478,7 @@ def run_sweep(
     return dict(speedup_seconds=k0*base['step_seconds']/(k*base['step_seconds']+mine['seconds']), speedup_stall=k0/(k+mine['cost']), speedup_goal=k0/(to+mine['cost']),
         loss=mine['losses'][k] if k<math.inf else math.inf, goal=goal, cost=mine['cost'], drift=mine['drift'], refused=mine['refused'], diverged=not math.isfinite(mine['losses'][-1]))
 
-# %% ../nbs/07_mlp.ipynb #b6692ea5
+# %% ../nbs/07_mlp.ipynb #972a67c4
 SAFETY = {'base': None, 'Ascent()': Ascent(), 'Ascent(growth=4)': Ascent(growth=4.)}
 
 def run_safety(
@@ -501,7 +501,7 @@ def run_safety(
     return dict(diverged=(ends>first).sum().item(), ends=rounded(ends.sort().values[[int(q*(len(ends)-1)) for q in (.05,.5,.95)]]),
         drift=max((t.drift.max().item() for t in moves), default=0.), refused=sum((~t.accepted).sum().item() for t in moves))
 
-# %% ../nbs/07_mlp.ipynb #972a67c4
+# %% ../nbs/07_mlp.ipynb #cb7a1d77
 HELDOUT = {'base': None, 'random': lambda lr: Matched(Ascent()), 'teleport': lambda lr: Ascent(), 'whiten': lambda lr: Whiten(lr, full_batch=True)}
 
 def run_heldout(
@@ -525,7 +525,7 @@ def run_heldout(
         w = lookahead(lr).step(w, m.gradient)
     return {k: rounded(v) for k,v in out.items()}
 
-# %% ../nbs/07_mlp.ipynb #fc074d50
+# %% ../nbs/07_mlp.ipynb #5b384ce3
 def run_minibatch(
     cfg:dict, # Settings
     arm:str, # "random", "teleport" or "whiten"
@@ -544,7 +544,7 @@ def run_minibatch(
     losses = lambda w: [loss(w, x[:20]).item(), held(w, x[1437:]).item()]
     return dict(before=rounded(losses(w)), after=rounded(losses(t.w)), step=rounded(losses(step(w))), step_after=rounded(losses(step(t.w))), drift=t.drift.item(), moved=t.steps.item()>0)
 
-# %% ../nbs/07_mlp.ipynb #5b384ce3
+# %% ../nbs/07_mlp.ipynb #af3e1334
 NETS = { # name -> widths from the data up, samples, most training steps an ascent step should cost
     '4-5-6-7-8': ((5,6,7,8), 4, .5), '64, 3 layers': ((64,)*4, 64, .7), '128, 3': ((128,)*4, 128, 1.1), '256, 3': ((256,)*4, 256, 1.6), '128, 5': ((128,)*6, 128, 1.6),
     '128, 8': ((128,)*9, 128, 1.9), '784-16-10-10, batch 20': ((784,16,10,10), 20, .7), 'batch 200': ((784,16,10,10), 200, .8)}
@@ -575,7 +575,7 @@ def in_turn(
     if unit: t |= {f'seconds_ratio_{k}': t[f'seconds_{k}']/t[f'seconds_{unit}'] for k in runs}
     return {k: rounded(v.quantile(v.new_tensor([.25,.5,.75])).tolist()) for k,v in t.items()}
 
-# %% ../nbs/07_mlp.ipynb #5eed0f01
+# %% ../nbs/07_mlp.ipynb #761f22b2
 def small_rate(
     model:nn.Sequential, # Of `mlp`; not modified
     x:Tensor, # The batch
@@ -607,10 +607,10 @@ def speed_runs(
 def run_speed(
     cfg:dict, # Settings
     net:str, # A key of `NETS`
-)->dict: # Seconds, median and quartiles over the rounds: of a training step, and per ascent step of three teleports
+)->dict: # Seconds, quartiles over the rounds: of a training step, per ascent step of three teleports, and of a teleport with a single step over as many
     "What a teleport of some ascent steps costs beside ordinary training steps of the same network, in turn in one process"
-    problem,steps = speed_problem(*NETS[net][:2]),cfg['ascent']
-    return in_turn(speed_runs(*problem, steps, small_rate(*problem, steps)), cfg['rounds'], steps)
+    problem,steps = speed_problem(*NETS[net][:2]),cfg['ascent']; rate = small_rate(*problem, steps)
+    return in_turn(speed_runs(*problem, steps, rate) | dict(single=speed_runs(*problem, 1, rate)['fixed']), cfg['rounds'], steps)
 
 def run_seeds(
     cfg:dict, # Settings
@@ -623,7 +623,7 @@ def run_seeds(
     runs = dict(loop=lambda: [one({k: t[i] for k,t in w.items()}, x[i], y[i]) for i in range(seeds)], batch=lambda: vmap(one)(w, x, y))
     return in_turn(runs, cfg['rounds']//4)
 
-# %% ../nbs/07_mlp.ipynb #af3e1334
+# %% ../nbs/07_mlp.ipynb #0286dd55
 TUNED = { # the best rates, as the report asserts
     'GD': {'base': 0.0007, 'reset': 0.0007, 'random': 0.001, 'teleport': 0.0007, 'formula': 0.0007, 'lookahead': 0.0007, 'whiten': 0.001},
     'momentum': {'base': 0.001, 'reset': 0.002, 'random': 0.001, 'teleport': 0.001, 'formula': 0.001, 'lookahead': 0.001, 'teleport, reset': 0.002, 'teleport, transport': 0.001, 'whiten': 0.001, 'whiten, reset': 0.0003},
@@ -651,7 +651,7 @@ speed = Experiment('mlp_speed', dict(ascent=8, rounds=40), lambda cfg: [dict(net
 seeds = Experiment('mlp_seeds', dict(ascent=8, rounds=40), lambda cfg: [dict(seeds=50)], run_seeds, workers=1)
 experiments = [rates, curves, loops, whiten, gate, deep, linear, sweep, safety, heldout, minibatch, speed, seeds]
 
-# %% ../nbs/07_mlp.ipynb #761f22b2
+# %% ../nbs/07_mlp.ipynb #98fbc42f
 def end(
     row:dict, # A row of `rates` or `curves`
     cfg:dict, # Its settings
@@ -726,7 +726,7 @@ def draw_rate(
         a.set_xticks(range(len(arms)), [LOOK[arm][0].replace(', ', ',\n').replace("paper's ", "paper's\n") for arm in arms], rotation=60, fontsize=8)
     return fig
 
-# %% ../nbs/07_mlp.ipynb #d02560dd
+# %% ../nbs/07_mlp.ipynb #d54ad009
 def draw_sweep(
     rows:list, # Of `sweep`
 )->plt.Figure: # Two rows of three maps
@@ -745,26 +745,29 @@ def draw_sweep(
             line[0].set_ylabel(names[0])
     return fig
 
-# %% ../nbs/07_mlp.ipynb #1f1362ea
+# %% ../nbs/07_mlp.ipynb #b74f5ee9
 def speed_ratios(
     rows:list, # Of `speed`
-)->dict: # Network -> what -> its cost in training steps, from medians
+    steps:int, # In an ascent
+)->dict: # Network -> what -> its cost in training steps, from medians; "more" is what a further step adds
     "Costs of an ascent step in units of a training step"
-    return {r['net']: {k: r[f'seconds_{k}'][1]/r['seconds_train'][1] for k in ('fixed','trust','formula')} for r in rows}
+    more = lambda r: (steps*(r['seconds_fixed'][1]-r['seconds_single'][1]))/(steps-1)/r['seconds_train'][1]
+    return {r['net']: {k: r[f'seconds_{k}'][1]/r['seconds_train'][1] for k in ('fixed','trust','formula')} | dict(more=more(r)) for r in rows}
 
 def speed_table(
     rows:list, # Of `speed`
+    steps:int, # In an ascent
 )->str: # A line per network
     "The costs of an ascent step as a table"
-    lines = [f"{'network':24} {'training step':>13} {'fixed':>6} {'trust':>6} {'formula':>8} {'aim':>5}"]
-    for r,q in zip(rows, speed_ratios(rows).values()):
+    lines = [f"{'network':24} {'training step':>13} {'fixed':>6} {'each more':>10} {'trust':>6} {'formula':>8} {'aim':>5}"]
+    for r,q in zip(rows, speed_ratios(rows, steps).values()):
         t,aim = r['seconds_train'][1],NETS[r['net']][2]
-        lines.append(f"{r['net']:24} {t*1e6:10.0f} µs {q['fixed']:6.2f} {q['trust']:6.2f} {q['formula']:8.2f} {aim:5}{'' if q['fixed']<=aim else '  not reached'}")
+        lines.append(f"{r['net']:24} {t*1e6:10.0f} µs {q['fixed']:6.2f} {q['more']:10.2f} {q['trust']:6.2f} {q['formula']:8.2f} {aim:5}{'' if q['fixed']<=aim else '  not reached'}")
     return '\n'.join(lines)
 
-# %% ../nbs/07_mlp.ipynb #d54ad009
+# %% ../nbs/07_mlp.ipynb #1d513c0b
 def _main():
     "Command line of `python -m symtele.mlp`: what a teleport costs on this machine"
-    with tempfile.TemporaryDirectory() as folder: print(speed_table(speed.run(folder)))
+    with tempfile.TemporaryDirectory() as folder: print(speed_table(speed.run(folder), speed.config["ascent"]))
 
 if __name__=='__main__' and '__file__' in globals(): _main()
