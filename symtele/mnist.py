@@ -225,7 +225,7 @@ SCALE = dict(arms=[a for a in ARMS if a!='gentle'], data='MNIST', batch=20, imag
 LOOKS = [*range(1,11),12,14,16,18,20,25,30,35,40,45,50,55,60,65,70,75,80]
 small = Experiment('mnist_small', {**SCALE, 'images': 24000, 'hidden': [16,10], 'epochs': 2, 'points': 4, 'rates': RATES, 'seeds': [0,1,2,3,4]}, jobs, run_one)
 tuning = Experiment('mnist_tuning', {**SCALE, 'arms': list(ARMS), 'hidden': [512,512], 'epochs': 3, 'points': 1, 'rates': {'SGD': [.02,.05,.1,.2], 'AdaGrad': [.002,.005,.01,.02]}, 'seeds': [0]}, jobs, run_one)
-sgd = Experiment('mnist_sgd', {**SCALE, 'hidden': [512,512], 'epochs': 80, 'points': LOOKS, 'rates': {'SGD': [.002]}, 'seeds': [0,1]}, jobs, run_one)
+sgd = Experiment('mnist_sgd', {**SCALE, 'hidden': [512,512], 'epochs': 80, 'points': LOOKS, 'rates': {'SGD': [.002]}, 'seeds': [0,1,2]}, jobs, run_one)
 speed = Experiment('mnist_speed', dict(steps=100, rounds=10), lambda cfg: [dict(hidden=h, batch=b) for h in ([16,10],[512,512]) for b in (20,200)], run_speed, workers=1)
 
 # %% ../nbs/08_mnist.ipynb #887309d0
@@ -269,7 +269,7 @@ def prepared(
     if not out.accepted: raise ValueError(f"{arm}: {out.reason}")
     return put(inputs), tele.history
 
-# %% ../nbs/08_mnist.ipynb #0a57cb54
+# %% ../nbs/08_mnist.ipynb #bc33ea4e
 def run_inputs(
     cfg:dict, # Settings of the study
     arm:str, # A key of `INPUTS`
@@ -292,7 +292,7 @@ PLAN = {'SGD': {'base': [.3,.4,.5,.6], 'ridge': [.4,.5,.6,.8,1.], 'top': [.6,.8,
 inputs = Experiment('mnist_inputs', dict(data='MNIST', hidden=[512,512], batch=200, images=48000, epochs=2, points=2, seeds=[0,1,2,3,4], plan=PLAN), input_jobs, run_inputs)
 experiments = [small, tuning, sgd, inputs, speed]
 
-# %% ../nbs/08_mnist.ipynb #fc074d50
+# %% ../nbs/08_mnist.ipynb #cb7a1d77
 def last(
     rows:list, # Rows of a study
     **where, # Values that must match, such as arm="base"
@@ -323,7 +323,7 @@ def summary(
     return dict(arm=arm, optimizer=optimizer, lr=lr, seeds=len(mine), diverged=sum(math.isinf(r['train_loss']) for r in mine),
         **{k: median(r[k] for r in mine) for k in ('train_loss','valid_loss','valid_error','gradients','seconds')}, drift=max((m['drift'] for m in moves), default=0.), held_out=max(map(change, moves), default=0.))
 
-# %% ../nbs/08_mnist.ipynb #ca3512f4
+# %% ../nbs/08_mnist.ipynb #af3e1334
 def draw_training(
     rows:list, # Rows of one optimizer and rate per arm
     look:dict, # arm -> (label, colour, line style)
@@ -343,7 +343,7 @@ def draw_training(
     fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=6); fig.suptitle(title)
     return fig
 
-# %% ../nbs/08_mnist.ipynb #fe2ef495
+# %% ../nbs/08_mnist.ipynb #827bfc45
 def draw_rates(
     rows:list, # Rows of a study
     look:dict, # arm -> (label, colour, line style)
@@ -367,7 +367,7 @@ def draw_rates(
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside lower center', ncols=6)
     return fig
 
-# %% ../nbs/08_mnist.ipynb #e1822db4
+# %% ../nbs/08_mnist.ipynb #b7eb6c68
 def draw_inputs(
     rows:list, # Rows of `inputs`
     plan:dict, # optimizer -> arms
