@@ -114,3 +114,20 @@ class ApiEntries(Processor):
         if values: out.append(mk_cell('\n\n'.join(values), 'markdown'))
         if defined: cell.source = f'#| code-fold: true\n#| code-summary: "Source"\n{cell.source}'
         return out+[cell]
+
+def blocks(text):
+    "Pairs: whether these lines are a table, two or more with columns in them, and the lines"
+    out = []
+    for l in text.splitlines(): 
+        if out and out[-1][0]==bool(re.search(r'\S {2,}\S', l)): out[-1][1].append(l)
+        else: out.append((bool(re.search(r'\S {2,}\S', l)), [l]))
+    return [(columns and len(ls)>1, '\n'.join(ls)) for columns,ls in out]
+
+class WholeTables(Processor):
+    "On a page printed sentences wrap; the lines of a printed table stay whole, in a box that moves sideways"
+    def cell(self, cell):
+        for i,o in enumerate(cell.get('outputs', [])):
+            parts = blocks(''.join(o['text'])) if o['output_type']=='stream' else []
+            if not any(t for t,_ in parts): continue
+            page = ''.join(f'<pre{" class=symtele-table"*t}>{escape(lines)}</pre>' for t,lines in parts if lines.strip())
+            cell.outputs[i] = dict(output_type='display_data', metadata={}, data={'text/html': page})

@@ -229,11 +229,11 @@ def cost_table(
     rows:list, # Of `figure`
 )->str: # A line per network of Fig. 6
     "Fig. 6 as a table"
-    lines = [f"{'width':>5} {'layers':>6} {'training step':>14} " + ' '.join(f'{LINES[k][0]:>24}' for k in LINES) + f" {'counted':>8} {'aim':>4}"]
+    lines = [f"{'width':>5} {'layers':>6} {'training step':>14} " + ' '.join(f'{LINES[k][0]:>20}' for k in LINES) + f" {'counted':>8} {'aim':>4}"]
     for r in squares(rows):
         aim,q = AIMS.get((r['width'],r['layers'])),{k: total(r, k) for k in LINES}
-        cells = [f'{m:10.2f} ({lo:5.2f} to {hi:5.2f})' for lo,m,hi in q.values()]
-        lines.append(f"{r['width']:5} {r['layers']:6} {r['seconds_train'][1]*1e5:11.0f} µs " + ' '.join(f'{c:>24}' for c in cells)
+        cells = [f'{m:.2f} ({lo:.1f} to {hi:.1f})' for lo,m,hi in q.values()]
+        lines.append(f"{r['width']:5} {r['layers']:6} {r['seconds_train'][1]*1e5:11.0f} µs " + ' '.join(f'{c:>20}' for c in cells)
             + f" {by_count(r):8.2f} {aim or '':>4}" + ('' if not aim or q['fixed'][1]<=aim else '  not reached'))
     return '\n'.join(lines)
 

@@ -9,6 +9,7 @@ from test_tree import NOTEBOOKS, ROOT, run, strings, tree
 
 import symtele
 from nbdev.config import get_config
+from symtele._docproc import blocks
 
 CFG = get_config(path=ROOT)
 SITE,SOURCE = f'{CFG.doc_host}{CFG.doc_baseurl}/',f'{CFG.git_url}/blob/{CFG.branch}/'
@@ -139,6 +140,16 @@ def test_pages_are_light(pages):
     size = {p: len(json.dumps(cells)) for p,cells in pages.items()}
     saved = {p: len((ROOT/p).read_bytes()) for p in pages} # widgets and their pictures are in the metadata
     assert max(max(size[p], saved[p]) for p in pages) < 3e6
+
+def test_printed_tables_stay_whole(pages):
+    "Every line of Fig. 6's table is in one box that does not wrap; sentences are not, and a page without tables is left as it is"
+    printed = [o for c in json.loads((ROOT/'nbs/10_runtime.ipynb').read_text(encoding='utf-8'))['cells'] for o in c.get('outputs', []) if 'plain runs' in ''.join(o.get('text', ''))]
+    lines = ''.join(printed[0]['text']).splitlines(); table = [l for l in lines if re.search('[0-9] +[0-9]+ +[0-9]+ µs', l)]
+    boxes = [b for h in shown(pages['nbs/10_runtime.ipynb']) for b in re.findall('<pre class=symtele-table>(.*?)</pre>', h, re.S)]
+    box, = (b for b in boxes if table[0] in b)
+    assert len(table) == 9 and all(l in box.splitlines() for l in table) and lines[-1] not in box
+    assert [t for t,_ in blocks('One sentence.\nAnother, with  a gap.\nA third.')] == [False]*3 # control: one line is no table
+    assert not any('symtele-table' in h for h in shown(pages['nbs/02_wiring.ipynb']))
 
 def test_sidebar_is_the_reading_order():
     "A notebook missing from the sidebar cannot be found; a listed one that is gone is a dead link"
