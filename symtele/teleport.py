@@ -418,7 +418,7 @@ class ChainNorm(Landscape):
     def climb(self, rate=None, norm=None):
         if all(l.trail is None for l in self.chain.links): return super().climb(rate, norm)
         if norm is not None: rate = norm/sum((t.square().sum() for t in self.rise.values())).sqrt().clamp_min(1e-300)
-        return self.by({k: t*rate for k,t in self.rise.items()})
+        return self.by({k: t*rate if isinstance(t, Factors) else (t*rate).to(self.chain.x.dtype) for k,t in self.rise.items()})
 
 # %% ../nbs/03_teleport.ipynb #f1f836cb
 CLOSED = {(objective,law): land for law in ('linear','chart') for objective,land in ((grad_norm,PulledNorm), (lookahead,PulledDecrease))} | {(grad_norm,'batch'): ChainNorm}
