@@ -4,6 +4,7 @@ from functools import cache
 from html import escape
 from importlib import import_module
 from io import StringIO
+from itertools import groupby
 from pathlib import Path
 from tokenize import COMMENT, generate_tokens
 
@@ -117,11 +118,8 @@ class ApiEntries(Processor):
 
 def blocks(text):
     "Pairs: whether these lines are a table, two or more with columns in them, and the lines"
-    out = []
-    for l in text.splitlines(): 
-        if out and out[-1][0]==bool(re.search(r'\S {2,}\S', l)): out[-1][1].append(l)
-        else: out.append((bool(re.search(r'\S {2,}\S', l)), [l]))
-    return [(columns and len(ls)>1, '\n'.join(ls)) for columns,ls in out]
+    groups = [(columns, list(ls)) for columns,ls in groupby(text.splitlines(), lambda l: bool(re.search(r'\S {2,}\S', l)))]
+    return [(columns and len(ls)>1, '\n'.join(ls)) for columns,ls in groups]
 
 class WholeTables(Processor):
     "On a page printed sentences wrap; the lines of a printed table stay whole, in a box that moves sideways"

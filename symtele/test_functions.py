@@ -269,8 +269,7 @@ def draw_path(
     if rings:
         every = torch.cat([g for _,g in rings]); norm = LogNorm(max(every.min(), every.max()*1e-12), every.max())
         for p,g in rings:
-            line = LineCollection(torch.stack((p[:-1], p[1:]), 1), array=g[:-1], norm=norm, cmap='viridis', linewidths=2.5)
-            ax.add_collection(line, autolim=False)
+            line = _orbit(ax, p, g, norm)
         _bar(line, cax, '‖∇L‖² on the orbit')
     else: cax.remove()
     for leg in _legs(path, moves): ax.plot(*leg.T, '.-', color='k', lw=1.1, ms=2.5)
@@ -280,6 +279,9 @@ def draw_path(
     ax.set_title('parameters'); ax.legend(loc='best', fontsize=8, handletextpad=.2, frameon=True, framealpha=.8)
 
 def _first(path, moves): return moves[0]['from'] if moves and moves[0]['k']==0 else path[0]
+
+def _orbit(ax, points, gsq, norm):
+    return ax.add_collection(LineCollection(torch.stack((points[:-1], points[1:]), 1), array=gsq[:-1], norm=norm, cmap='viridis', linewidths=2.5), autolim=False)
 
 def _mark(ax, froms, tos, first, goal):
     dot = lambda ps,**k: ax.plot(*torch.stack(ps).T, ls='', mec='k', mew=.6, zorder=5, **k) if ps else None
@@ -539,8 +541,7 @@ def draw_turn(
     with plt.rc_context(STYLE|{'legend.fontsize': 8, 'legend.columnspacing': 1}):
         fig,axes = plt.subplot_mosaic([['map','orbit'],['map','loss']], figsize=(7.2,4.3)); goal = torch.tensor(t.problem.target, dtype=t.points.dtype)
         ax = axes['map']; _level_sets(ax, t.problem, _around(torch.cat([t.points, goal[None]]))); start,landed = t.points[0],t.points[t.degrees]
-        line = LineCollection(torch.stack((t.points[:-1], t.points[1:]), 1), array=t.gsq[:-1], norm=LogNorm(), cmap='viridis', linewidths=2.5)
-        ax.add_collection(line, autolim=False); ax.plot(*t.base.path[:,0].T, '.-', color=LOOK['base'][1], alpha=.5, lw=1, ms=2)
+        _orbit(ax, t.points, t.gsq, LogNorm()); ax.plot(*t.base.path[:,0].T, '.-', color=LOOK['base'][1], alpha=.5, lw=1, ms=2)
         path = t.run.path[:,0]; ax.plot(*path[path.isfinite().all(1)].T, '.-', color='k', lw=1.1, ms=2.5)
         ax.annotate('', landed.tolist(), start.tolist(), arrowprops=dict(arrowstyle='->', color=LAND, lw=1.1, ls='--'))
         _mark(ax, [start], [landed], None, goal); above(ax, handletextpad=.1)

@@ -1,11 +1,11 @@
 """The site, as far as nbdev makes it, with no Quarto: every notebook is processed in a copy of the tree, and what a reader
 could click or look up is followed: links, anchors, source lines, the entry of every public name. Quarto's half needs Quarto."""
-import ast, base64, importlib, io, json, re, shutil
+import ast, base64, importlib, io, json, re
 from pathlib import Path
 
 import pytest, yaml
 from PIL import Image
-from test_tree import NOTEBOOKS, ROOT, run, strings, tree
+from test_tree import NOTEBOOKS, ROOT, copied, run, strings, tree
 
 import symtele
 from nbdev.config import get_config
@@ -18,10 +18,7 @@ ORDER = ['nbs/index.ipynb', *sorted(p for p in NOTEBOOKS if p != 'nbs/index.ipyn
 @pytest.fixture(scope='module')
 def pages(tmp_path_factory):
     "Path of each notebook -> its cells as Quarto gets them"
-    copy = tmp_path_factory.mktemp('site')
-    for p in tree():
-        (copy/p).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT/p, copy/p)
+    copy = copied(tmp_path_factory.mktemp('site'))
     said = run('python', '-c', 'import nbdev.serve; nbdev.serve.proc_nbs(n_workers=0)', cwd=copy, package=copy)
     assert 'Quarto' not in said # nbdev's commands would try to install it
     return {p: json.loads((copy/'_proc'/p).read_text(encoding='utf-8'))['cells'] for p in NOTEBOOKS}

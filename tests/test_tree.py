@@ -15,13 +15,15 @@ def tree():
 
 NOTEBOOKS = [p for p in tree() if p.endswith('.ipynb')]
 
-@pytest.fixture
-def copy(tmp_path):
-    "A throw-away copy of the tree"
+def copied(to):
+    "The tree, copied into a folder; the folder"
     for p in tree():
-        (tmp_path/p).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT/p, tmp_path/p)
-    return tmp_path
+        (to/p).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT/p, to/p)
+    return to
+
+@pytest.fixture
+def copy(tmp_path): return copied(tmp_path)
 
 def run(*cmd, cwd, package):
     "Run a command of this environment in `cwd`, importing symtele from the tree `package`; fail with its words"
