@@ -214,10 +214,14 @@ def _run_jobs(run_one, cfg, jobs, workers):
         for job in jobs: yield job, run_one(cfg, **job)
         return
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context('spawn'), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting = {pool.submit(run_one, cfg, **job): job for job in jobs}
+        waiting,wrong = {pool.submit(run_one, cfg, **job): job for job in jobs},None
         try:
-            for f in as_completed(waiting): yield waiting[f], f.result()
-        finally: pool.shutdown(cancel_futures=True)
+            for f in as_completed(waiting):
+                if wrong := f.exception(): break
+                yield waiting.pop(f), f.result()
+        finally: pool.shutdown(cancel_futures=True) # what is running ends
+        yield from ((job, f.result()) for f,job in waiting.items() if not f.cancelled() and not f.exception())
+        if wrong: raise wrong
 
 # %% ../nbs/04_experiments.ipynb #0a57cb53
 def differences(
