@@ -194,12 +194,13 @@ def run_one(
     optimizer:str, # A key of `OPTIMIZERS`
     lr:float, # Learning rate
     seed:int, # Of the weights, the order of the batches and the search
+    schedule=None, # When to teleport, in epochs; None: at the study's "teleport_epoch"
 )->dict: # What `kept` keeps
     "One training run of a study"
     data = images(cfg['data'])
     model = net(data.x.shape[1], *cfg['hidden'], 10, seed=seed)
     opt = OPTIMIZERS[optimizer](model.parameters(), lr=lr)
-    tele = mover(model, opt, arm, data, at(cfg['teleport_epoch']), cfg['batches'], seed)
+    tele = mover(model, opt, arm, data, schedule or at(cfg['teleport_epoch']), cfg['batches'], seed)
     batch = data.x[:cfg['batch']],data.y[:cfg['batch']]
     cost = 0. if tele is None else tele.price(*batch) if arm in FORMULA else gradient_equivalents(tele, *batch)
     record = train(model, F.cross_entropy, opt, epoch_of(cfg, data, seed), cfg['epochs'], watch(data), tele, cfg['points'], cost, in_place_sgd(model, lr) if optimizer=='SGD' else None)
@@ -226,7 +227,7 @@ LOOKS = [*range(1,11),12,14,16,18,20,25,30,35,40,45,50,55,60,65,70,75,80]
 small = Experiment('mnist_small', {**SCALE, 'images': 24000, 'hidden': [16,10], 'epochs': 2, 'points': 4, 'rates': RATES, 'seeds': [0,1,2,3,4]}, jobs, run_one)
 tuning = Experiment('mnist_tuning', {**SCALE, 'arms': list(ARMS), 'hidden': [512,512], 'epochs': 3, 'points': 1, 'rates': {'SGD': [.02,.05,.1,.2], 'AdaGrad': [.002,.005,.01,.02]}, 'seeds': [0]}, jobs, run_one)
 sgd = Experiment('mnist_sgd', {**SCALE, 'hidden': [512,512], 'epochs': 80, 'points': LOOKS, 'rates': {'SGD': [.002]}, 'seeds': [0,1,2]}, jobs, run_one)
-adagrad = Experiment('mnist_adagrad', {**sgd.config, 'rates': {'AdaGrad': [.002]}, 'seeds': [0]}, jobs, run_one)
+adagrad = Experiment('mnist_adagrad', {**sgd.config, 'rates': {'AdaGrad': [.002]}}, jobs, run_one)
 speed = Experiment('mnist_speed', dict(steps=100, rounds=10), lambda cfg: [dict(hidden=h, batch=b) for h in ([16,10],[512,512]) for b in (20,200)], run_speed, workers=1)
 
 # %% ../nbs/08_mnist.ipynb #887309d0
