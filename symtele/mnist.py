@@ -6,7 +6,8 @@
 __all__ = ['ARMS', 'FORMULA', 'OPTIMIZERS', 'RATES', 'COLUMNS', 'SCALE', 'LOOKS', 'small', 'tuning', 'sgd', 'adagrad', 'speed',
            'INPUTS', 'PLAN', 'inputs', 'experiments', 'Images', 'mnist', 'digits', 'images', 'net', 'in_place_sgd',
            'run_speed', 'watch', 'marks', 'epoch_of', 'mover', 'run_one', 'kept', 'jobs', 'input_map', 'prepared',
-           'run_inputs', 'input_jobs', 'last', 'best_rate', 'summary', 'draw_training', 'draw_rates', 'draw_inputs']
+           'run_inputs', 'input_jobs', 'last', 'best_rate', 'held_out', 'summary', 'draw_training', 'draw_rates',
+           'draw_inputs']
 
 # %% ../nbs/08_mnist.ipynb #da4b9237
 import math, os, time
@@ -200,7 +201,7 @@ def run_one(
     data = images(cfg['data'])
     model = net(data.x.shape[1], *cfg['hidden'], 10, seed=seed)
     opt = OPTIMIZERS[optimizer](model.parameters(), lr=lr)
-    tele = mover(model, opt, arm, data, schedule or at(cfg['teleport_epoch']), cfg['batches'], seed)
+    tele = mover(model, opt, arm, data, at(cfg['teleport_epoch']) if schedule is None else schedule, cfg['batches'], seed)
     batch = data.x[:cfg['batch']],data.y[:cfg['batch']]
     cost = 0. if tele is None else tele.price(*batch) if arm in FORMULA else gradient_equivalents(tele, *batch)
     record = train(model, F.cross_entropy, opt, epoch_of(cfg, data, seed), cfg['epochs'], watch(data), tele, cfg['points'], cost, in_place_sgd(model, lr) if optimizer=='SGD' else None)
@@ -312,6 +313,12 @@ def best_rate(
     mine = last(rows, arm=arm, optimizer=optimizer)
     return min(dict.fromkeys(r['lr'] for r in mine), key=lambda lr: median(r[by] for r in mine if r['lr']==lr))
 
+def held_out(
+    m:dict, # A move of a row
+)->float: # Infinite where that loss is not finite
+    "Relative change of the held-out loss by a move"
+    return abs(m['probe_after']/m['probe_before']-1) if math.isfinite(m['probe_after']+m['probe_before']) else math.inf
+
 def summary(
     rows:list, # Rows of a study
     arm:str, # One of its arms
@@ -321,9 +328,8 @@ def summary(
     "One line of a table"
     lr = best_rate(rows, arm, optimizer) if lr is None else lr
     mine = last(rows, arm=arm, optimizer=optimizer, lr=lr); moves = [m for r in mine for m in r['moves']]
-    change = lambda m: abs(m['probe_after']/m['probe_before']-1) if math.isfinite(m['probe_after']+m['probe_before']) else math.inf
     return dict(arm=arm, optimizer=optimizer, lr=lr, seeds=len(mine), diverged=sum(math.isinf(r['train_loss']) for r in mine),
-        **{k: median(r[k] for r in mine) for k in ('train_loss','valid_loss','valid_error','gradients','seconds')}, drift=max((m['drift'] for m in moves), default=0.), held_out=max(map(change, moves), default=0.))
+        **{k: median(r[k] for r in mine) for k in ('train_loss','valid_loss','valid_error','gradients','seconds')}, drift=max((m['drift'] for m in moves), default=0.), held_out=max(map(held_out, moves), default=0.))
 
 # %% ../nbs/08_mnist.ipynb #af3e1334
 def draw_training(

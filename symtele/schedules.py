@@ -26,7 +26,7 @@ from torch import Generator, Tensor, nn
 from .experiments import LOOK, STYLE, Experiment, Switch, img, log_axis, rounded, switch
 from .groups import GL, BatchGL, dot
 from .mlp import OPTIMIZERS, regression, squared
-from .mnist import LOOKS, SCALE, epoch_of, images, mover, net, run_one, watch
+from .mnist import LOOKS, SCALE, epoch_of, held_out, images, mover, net, run_one, watch
 from .test_functions import LAND, Problem, _around, _plain, booth_problem, descend, draw_path, ellipse_problem, rosenbrock_problem
 from .teleport import (Ascent, GreatCircle, Grid, Random, Sample, Teleporter, as_schedule, at, every, first, grad_norm,
     lookahead, loss_of, measure)
