@@ -155,21 +155,24 @@ def save_run(
     path, # File to write; the old one stays until the new one is whole
     cfg:dict, # Settings, JSON values only
     rows:list, # One dict per job
+    made:tuple|list=(), # Environments that earlier rows were made in; this one is added
 ):
     "Write a results file"
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dict(config=cfg, environment=environment(), rows=rows), indent=None, separators=(',',':')).replace('{"arm"', '\n{"arm"')
+    made = [*made, *([now] if (now := environment()) not in made else [])]
+    text = json.dumps(dict(config=cfg, environments=made, rows=rows), indent=None, separators=(',',':')).replace('{"arm"', '\n{"arm"')
     part = path.with_suffix('.part'); part.write_text(text+'\n')
     os.replace(part, path)
 
 def load_run(
     path, # File to read
     cfg:dict, # The settings it must have been made with
+    but:tuple=(), # Names of settings that may differ
 )->list: # Its rows
     "Read a results file; raise if it was made with other settings"
-    file = json.loads(Path(path).read_text()); found = file['config']
-    if found!=(cfg := json.loads(json.dumps(cfg))):
-        raise ValueError(f"{path} was made with other settings: {[f'{k}: {found.get(k)} there, {cfg.get(k)} here' for k in sorted({*found,*cfg}) if found.get(k)!=cfg.get(k)]}")
+    file = json.loads(Path(path).read_text()); found,cfg = file['config'],json.loads(json.dumps(cfg))
+    if wrong := [f'{k}: {found.get(k)} there, {cfg.get(k)} here' for k in sorted({*found,*cfg}-{*but}) if found.get(k)!=cfg.get(k)]:
+        raise ValueError(f"{path} was made with other settings: {wrong}")
     return file['rows']
 
 # %% ../nbs/04_experiments.ipynb #d435a6cd
@@ -181,23 +184,25 @@ class Experiment:
     jobs:Callable # `jobs(config)` -> list of dicts, each the arguments of one job
     run_one:Callable # `run_one(config, **job)` -> dict, a function that can be imported by name
     workers:int|None=None # Processes, one thread each; None: one per core, 0: in this process; 1 where seconds are the result
+    grows:tuple=('seeds',) # Names of settings that only list jobs, which `run_one` does not read
 
-    def run(self, 
+    def run(self,
         folder='results', # Where the file is or goes
         workers:int|None=None, # None: those of the experiment
     )->list: # One row per job: the job, and what `run_one` returned
         "Run the jobs that the file does not have yet"
         path = Path(folder)/f'{self.name}.json'
-        rows = load_run(path, self.config) if path.exists() else []
+        rows,made = (load_run(path, self.config, self.grows), self.made(folder)) if path.exists() else ([], [])
         jobs = self.jobs(self.config); done = [{k: r[k] for k in jobs[0]} for r in rows]
+        if lost := [j for j in done if j not in jobs]: raise ValueError(f"{path} has {len(lost)} rows that these settings do not list, such as {lost[0]}; move it away to begin anew")
         todo = [j for j in jobs if j not in done]
         bar = tqdm(total=len(jobs), initial=len(done), desc=self.name, leave=False, disable=bool(os.environ.get('TQDM_DISABLE')))
         for job,row in _run_jobs(self.run_one, self.config, todo, self.workers if workers is None else workers):
-            rows.append({**job, **row}); save_run(path, self.config, self.sort(rows)); bar.update()
+            rows.append({**job, **row}); save_run(path, self.config, self.sort(rows), made); bar.update()
         bar.close()
         return self.sort(rows)
     def load(self, folder='results')->list: "The rows of the file, complete and made with these settings"; return _complete(self, load_run(Path(folder)/f'{self.name}.json', self.config))
-    def made(self, folder='results')->dict: "The `environment` that the file was made in"; return json.loads((Path(folder)/f'{self.name}.json').read_text())['environment']
+    def made(self, folder='results')->list: "The environments that rows of the file were made in, the last one last"; return json.loads((Path(folder)/f'{self.name}.json').read_text())['environments']
     def sort(self, rows):
         jobs = self.jobs(self.config)
         return sorted(rows, key=lambda r: jobs.index({k: r[k] for k in jobs[0]}))
