@@ -903,6 +903,7 @@ def second_moment(
     x:Tensor, # Data, shape (n, features)
 )->Tensor: # XᵀX/n, shape (features, features), float64
     "The second moment of data about zero"
+    if x.ndim!=2 or not len(x): raise ValueError(f"x must have shape (n, features) with n of at least 1, got {tuple(x.shape)}")
     return wide(x.mT@x)/len(x)
 
 def ridge_whitener(
@@ -910,7 +911,10 @@ def ridge_whitener(
     ridge:float=30/785, # λ as a share of the trace of C, positive
 )->Tensor: # M, same shape and type
     "M ∝ (C + λI)^(-1/2), scaled so that tr(MCMᵀ) = tr C"
-    if not ridge>0: raise ValueError(f"ridge must be positive, got {ridge}")
+    if not 0<ridge<math.inf: raise ValueError(f"ridge must be positive and finite, got {ridge}")
+    if moment.ndim!=2 or moment.shape[0]!=moment.shape[1] or not torch.allclose(moment, moment.mT, rtol=1e-5, atol=1e-6*moment.abs().max().item()):
+        raise ValueError(f"moment must be a symmetric matrix, got {'one that is not symmetric' if moment.ndim==2 else 'a tensor'} of shape {tuple(moment.shape)}")
+    if not 0<moment.trace()<math.inf: raise ValueError(f"moment must have a positive, finite trace, got {moment.trace().item():.3g}")
     e,v = torch.linalg.eigh(moment)
     root = (e.clamp_min(0)+ridge*e.sum())**-.5
     return (v*root)@v.mT*(e.sum()/(e*root**2).sum())**.5
