@@ -276,7 +276,7 @@ if __name__=='__main__' and '__file__' in globals(): _main()
 # %% ../nbs/04_experiments.ipynb #cb4e5208
 LOOK = { # arm -> (label, colour, line style)
     'base': ('base', '#444444', '-'), 'reset': ('reset only', '#b0843b', (0,(1,1))), 'random': ('random, same size', '#9467bd', (0,(4,2))),
-    'GL': ('teleport, GL', '#1f77b4', '-'), 'BatchGL': ('teleport, BatchGL', '#d62728', (0,(6,1,1,1))), 'teleport': ('teleport', '#1f77b4', '-'),
+    'GL': ('teleport, GL', '#1f77b4', '-'), 'BatchGL': ('teleport, BatchGL', '#d62728', (0,(6,1,1,1))), 'random BatchGL': ('random, BatchGL', '#f4a582', (0,(4,2))), 'teleport': ('teleport', '#1f77b4', '-'),
     'formula': ("the paper's formula", '#8c564b', (0,(3,1,1,1))), 'gentle': ("the formula, 1e-5", '#c49c94', (0,(3,1,1,1))), 'whiten': ('whitening', '#17becf', '-'), 'rescale': ('sizes only', '#e377c2', (0,(4,2,1,2))), 'least squares': ('least squares', '#7f7f7f', (0,(1,2))),
     'paper': ('teleport, one ascent', '#2ca02c', (0,(6,1,1,1,1,1))), 'lookahead': ('teleport, next step', '#e6550d', (0,(8,1))), 'every step': ('teleport, next step, at every step', '#8c2d04', (0,(3,1))),
 }
@@ -298,7 +298,7 @@ def log_axis(
     ax.set_yscale('log')
     lo,hi = ax.get_ylim()
     if hi<100*lo:
-        ax.yaxis.set_major_locator(LogLocator(subs=(1,2,3,5)))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1,2,3,5) if hi>10*lo else (1,1.5,2,3,4,6,8) if hi>3*lo else (1,1.2,1.4,1.7,2,2.5,3,3.5,4,5,6,7,8)))
         ax.yaxis.set_major_formatter(lambda v,_: f'{v:g}'); ax.yaxis.set_minor_formatter(NullFormatter())
 
 def draw_curves(
@@ -374,7 +374,7 @@ def switch(
     for i in still or begin: lone = lone[i]
     if play:
         button = W.Play(value=knobs[-1].index, max=len(knobs[-1].options)-1, interval=1200, description='play')
-        W.jslink((button, 'value'), (knobs[-1], 'index')); knobs.insert(len(knobs)-1, button)
+        W.jslink((button, 'value'), (knobs[-1], 'index')); knobs[-1:] = [W.HBox([button, knobs[-1]], layout=W.Layout(flex_flow='row wrap'))]
     said = f'<p class="figure-caption" style="line-height:1.5">{caption}</p>'
     colours = ';'.join(f'--jp-widgets-{part}color:currentcolor' for part in ('','label-','readout-')) # the page's own, light or dark
     style = f'<style>.symtele-still-{name}{{display:none}} .symtele-control{{{colours}}}</style>'

@@ -129,6 +129,7 @@ def descend(
     state:Callable=keep, # `keep` or `reset` the optimizer at teleports
     target:float=0., # Rows at or below this loss teleport no more; the run ends when all are there, or lost
     seed:int=0, # Row i searches with seed + i
+    progress:Callable|None=None, # Called as `progress(k, steps)` before every step
 )->Descent:
     "Minimise, teleporting where the schedule says so"
     if steps<1: raise ValueError(f"descend(steps=...) must be at least 1, got {steps}")
@@ -140,7 +141,8 @@ def descend(
     w = start.detach().clone().reshape(-1, problem.n).requires_grad_(); opt = optimizer([w])
     rngs,evals,moves,record = [Generator().manual_seed(seed+i) for i in range(len(w))], torch.zeros(len(w), dtype=torch.long), [], []
     for k in range(steps+1):
-        if k<steps and due(k): 
+        if progress: progress(k, steps)
+        if k<steps and due(k):
             if search is not None: evals = evals + _jump(problem, w, k, search, objective, target, rngs, moves)
             state(opt, None, None)
         opt.zero_grad(); L = problem.losses(w); L.sum().backward()
@@ -241,7 +243,7 @@ def draw_descent(
 def _bar(image, cax, label):
     "A colour bar under an axis"
     bar = cax.figure.colorbar(image, cax=cax, orientation='horizontal', label=label); lo,hi = image.norm.vmin,image.norm.vmax
-    subs = (1,) if hi>100*lo else (1,2,5) if hi>9*lo else (1,2,3,4,6,8)
+    subs = (1,) if hi>100*lo else (1,2,5) if hi>5*lo else (1,2,3,4,6,8)
     bar.ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=6)); _plain(bar.ax.xaxis)
 
 def _plain(axis):
@@ -262,12 +264,13 @@ def draw_path(
     path:Tensor, # Points, shape (K+1, 2)
     moves:list, # Of a `Descent`, one row of it
     box:tuple|None=None, # x₁ from, to, x₂ from, to; None: the path and the orbits of its first teleports
+    later:tuple|list=(), # Moves that are not drawn, but have a say in the colours
 ):
-    "A path on the level sets, with the orbits it jumped along"
+    "A path on the level sets, with the orbits of its first four jumps"
     goal,rings = torch.tensor(problem.target, dtype=path.dtype),[ring(problem, m['from']) for m in moves[:4]]
     _level_sets(ax, problem, box or _around(torch.cat([path[:200], goal[None], *[p for p,_ in rings]])))
     if rings:
-        every = torch.cat([g for _,g in rings]); norm = LogNorm(max(every.min(), every.max()*1e-12), every.max())
+        every = torch.cat([g for _,g in rings+[ring(problem, m['from']) for m in later[:4-len(rings)]]]); norm = LogNorm(max(every.min(), every.max()*1e-12), every.max())
         for p,g in rings:
             line = _orbit(ax, p, g, norm)
         _bar(line, cax, '‖∇L‖² on the orbit')
@@ -276,7 +279,7 @@ def draw_path(
     arrow = dict(arrowstyle='->', color=LAND, lw=1.1, ls='--', shrinkA=3, shrinkB=3)
     for m in moves: ax.annotate('', m['to'].tolist(), m['from'].tolist(), arrowprops=arrow, annotation_clip=True)
     _mark(ax, [m['from'] for m in moves], [m['to'] for m in moves], _first(path, moves), goal)
-    ax.set_title('parameters'); ax.legend(loc='best', fontsize=8, handletextpad=.2, frameon=True, framealpha=.8)
+    ax.set_title('parameters' if len(moves)<5 else 'parameters, and the orbits of the first four jumps'); ax.legend(loc='best', fontsize=8, handletextpad=.2, frameon=True, framealpha=.8)
 
 def _first(path, moves): return moves[0]['from'] if moves and moves[0]['k']==0 else path[0]
 
