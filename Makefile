@@ -40,7 +40,7 @@ test: .venv/.installed ## run every notebook as a test, then tests/
 	@echo "== tree"
 	$(BIN)/python -m pytest tests --durations 5
 
-reproduce: .venv/.installed ## recompute every experiment into _results and compare with nbs/results (about six hours; resumes)
+reproduce: .venv/.installed ## recompute every experiment into _results and compare with nbs/results (six to ten hours; resumes)
 	@set -e; for name in $(EXPERIMENTS); do $(BIN)/python -m symtele.experiments $$name --into _results; done
 
 # A real kernel, so that widgets are saved too. It knows no directives: slow cells run.

@@ -211,8 +211,8 @@ def test_live_explorer(page, lab):
     press(page, row('interval').locator('.noUi-handle'), panel, 'ArrowRight'); code('every(6, start=0)')
     press(page, row('climb').locator('button').first, panel, 'Enter'); code('objective=grad_norm')
     press(page, *pick('problem', 'ArrowDown')); code('booth_problem()')
-    press(page, row('angles').locator('.noUi-handle'), panel, 'Home'); says('GreatCircle(n, rounds) needs n of at least 3') # drawn without teleports
-    press(page, *pick('search', 'End')); code('Random(norm=1)')
+    press(page, row('angles').locator('.noUi-handle'), panel, 'Home'); code('GreatCircle(n=3')
+    press(page, *pick('search', 'End')); code('Random(norm=0.5)'); assert row('norm').locator('.widget-readout').inner_text() == '0.5'
     press(page, row('learning rate').locator('.noUi-handle'), panel, 'End'); says('It diverged at step')
     press(page, *pick('problem', 'ArrowDown', 'ArrowDown')); code('regression_problem()')
     press(page, *pick('search', 'Home')); says('GreatCircle searches rotations')
