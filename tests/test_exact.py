@@ -164,8 +164,8 @@ def least_squares(seed, crowded):
     (loss,w,x,wiring),rng = bind(net),lambda: Generator().manual_seed(seed); group = LeastSquares(wiring)
     with pytest.raises(ValueError, match='not an exact symmetry'): teleport(loss, w, group, x, search=Random(1))
     out,orbit = teleport(loss, w, group, x, search=Random(1), tol=net.eps**(2/3), rng=rng()),group.orbit(w, x)
-    rel,ratio,_ = judge(net, net.w, arrays(orbit.act(orbit.random(rng(), 1))))
-    return dict(group='LeastSquares', dtype=net.dt.name, crowded=crowded, rel=rel, ratio=ratio, accepted=bool(out.accepted), bitwise=out.accepted or same(arrays(out.w), net.w))
+    rel,*ratios = judge(net, net.w, arrays(orbit.act(orbit.random(rng(), 1))))
+    return dict(group='LeastSquares', dtype=net.dt.name, crowded=crowded, rel=rel, ratio=np.max(ratios), accepted=bool(out.accepted), bitwise=out.accepted or same(arrays(out.w), net.w))
 
 def worker(): torch.set_num_threads(1); np.seterr(all='ignore')
 @pytest.fixture(scope='module')
@@ -217,7 +217,7 @@ def test_no_move_is_excused_by_the_weights_it_made(rows, key):
 
 def test_least_squares_drifts_and_is_refused(rows):
     q = [r for r in rows if r['group']=='LeastSquares']; c = drifts(rows, 'float64', True)
-    assert all(r['ratio']<=1 if r['accepted'] else r['bitwise'] and not r['ratio']<.3 for r in q) # the bound alone decides, SLACK is not in it
+    assert all(r['ratio']<=1 if r['accepted'] else r['bitwise'] and not r['ratio']<.3 for r in q) # the bound alone decides: SLACK is not in it, and new weights widen it a hundredfold at most
     assert len(c)>=30 and np.median([r['rel'] for r in c])>1e-5 and share(c)<.3
 
 def read(net):
