@@ -236,7 +236,7 @@ SCALE = dict(arms=[a for a in ARMS if a!='gentle'], data='MNIST', batch=20, imag
 LISTS = 'seeds','rates','arms' # settings that only list jobs
 LOOKS = [*range(1,11),12,14,16,18,20,25,30,35,40,45,50,55,60,65,70,75,80]
 small = Experiment('mnist_small', {**SCALE, 'images': 24000, 'hidden': [16,10], 'epochs': 2, 'points': 4, 'rates': RATES, 'seeds': [0,1,2,3,4]}, jobs, run_one, grows=LISTS)
-tuning = Experiment('mnist_tuning', {**SCALE, 'arms': list(ARMS), 'hidden': [512,512], 'epochs': 3, 'points': 1, 'rates': {'SGD': [.02,.05,.1,.2], 'AdaGrad': [.002,.005,.01,.02]}, 'seeds': [0]}, jobs, run_one, grows=LISTS)
+tuning = Experiment('mnist_tuning', {**SCALE, 'arms': list(ARMS), 'hidden': [512,512], 'epochs': 3, 'points': 1, 'rates': {'SGD': [.02,.05,.1,.2], 'AdaGrad': [.002,.005,.01,.02]}, 'seeds': [0,1,2]}, jobs, run_one, grows=LISTS)
 sgd = Experiment('mnist_sgd', {**SCALE, 'hidden': [512,512], 'epochs': 80, 'points': LOOKS, 'rates': {'SGD': [.002]}, 'seeds': [0,1,2]}, jobs, run_one, grows=LISTS)
 adagrad = Experiment('mnist_adagrad', {**sgd.config, 'rates': {'AdaGrad': [.002]}}, jobs, run_one, grows=LISTS)
 speed = Experiment('mnist_speed', dict(steps=100, rounds=10), lambda cfg: [dict(hidden=h, batch=b) for h in ([16,10],[512,512]) for b in (20,200)], run_speed, workers=1)
