@@ -8,7 +8,17 @@ __all__ = ['FLOPS', 'LOOK', 'STYLE', 'distance', 'Matched', 'count_flops', 'grad
            'log_axis', 'draw_curves', 'picture', 'show', 'img', 'Switch', 'switch']
 
 # %% ../nbs/04_experiments.ipynb #da4b9237
-import argparse, base64, html, importlib, io, json, math, os, platform, re, time
+import argparse
+import base64
+import html
+import importlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from copy import deepcopy
@@ -21,14 +31,15 @@ import ipywidgets as W
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from IPython.display import HTML, Image as DisplayImage, display
+from IPython.display import HTML, display
+from IPython.display import Image as DisplayImage
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 from torch import Generator, Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from .groups import dot
@@ -36,371 +47,732 @@ from .teleport import Landscape, Teleporter, first, readable
 
 # %% ../nbs/04_experiments.ipynb #c1dfd96e
 def distance(
-    a, # Parameters: a Tensor or a dict of Tensors
-    b, # The same names and shapes
-)->Tensor: # ‖a - b‖, shape (), float64
+    a,  # Parameters: a Tensor or a dict of Tensors
+    b,  # The same names and shapes
+) -> Tensor:  # ‖a - b‖, shape (), float64
     "How far two sets of parameters are apart"
-    d = pytree.tree_map(lambda p,q: (p-q).double(), a, b)
+    d = pytree.tree_map(lambda p, q: (p - q).double(), a, b)
     return dot(d, d).sqrt()
 
 # %% ../nbs/04_experiments.ipynb #902ba3cd
 @dataclass(frozen=True)
 class Matched:
     "Search: a random element that moves the parameters as far as `search` does"
-    search:Callable # The search whose ‖w'-w‖ is matched
-    def __call__(self, land:Landscape, rng:Generator)->Landscape:
-        if land.orbit.discrete or land.orbit.size==1: raise TypeError("Matched needs a continuous orbit of more than one coordinate; use Random(norm)")
+
+    search: Callable  # The search whose ‖w'-w‖ is matched
+
+    def __call__(self, land: Landscape, rng: Generator) -> Landscape:
+        if land.orbit.discrete or land.orbit.size == 1:
+            raise TypeError(
+                "Matched needs a continuous orbit of more than one coordinate; use Random(norm)"
+            )
         goal = distance(self.search(land, rng).orbit.w, land.orbit.w)
-        if readable(goal) and not goal: return land
-        z = land.orbit.random(rng, 1.)
-        far = lambda s: distance(land.orbit.act(z*s), land.orbit.w)
-        lo,hi = torch.zeros_like(goal),torch.full_like(goal, 1e-3)
-        for _ in range(30): hi = torch.where(far(hi)<goal, hi*2, hi)
-        for _ in range(40): mid = (lo+hi)/2; low = far(mid)<goal; lo,hi = torch.where(low, mid, lo),torch.where(low, hi, mid)
-        if readable(hi) and (far(hi)-goal).abs()>1e-3*goal: raise ValueError(f"no element in this direction moves the parameters as far as {goal.item():.3g}")
-        return land.move(z*hi)
+        if readable(goal) and not goal:
+            return land
+        z = land.orbit.random(rng, 1.0)
+
+        def far(s):
+            return distance(land.orbit.act(z * s), land.orbit.w)
+
+        lo, hi = torch.zeros_like(goal), torch.full_like(goal, 1e-3)
+        for _ in range(30):
+            hi = torch.where(far(hi) < goal, hi * 2, hi)
+        for _ in range(40):
+            mid = (lo + hi) / 2
+            low = far(mid) < goal
+            lo, hi = torch.where(low, mid, lo), torch.where(low, hi, mid)
+        if readable(hi) and (far(hi) - goal).abs() > 1e-3 * goal:
+            raise ValueError(
+                f"no element in this direction moves the parameters as far as {goal.item():.3g}"
+            )
+        return land.move(z * hi)
 
 # %% ../nbs/04_experiments.ipynb #b1d57811
-def _square(s, c): return int(c*math.prod(s[:-2])*s[-1]**3)
-def _qr(a, *_, **k): m,n = sorted(a[-2:], reverse=True); return int(math.prod(a[:-2])*4*(m*n*n-n**3/3))
-def _solve(a, b, *_, **k): return _square(a, 2/3) + 2*math.prod(a)*b[-1]
-def _triangular(a, b, *_, **k): return math.prod(b)*a[-1]
-def _svd(a, *_, **k): return 14*math.prod(a)*min(a[-2:])
-def _lstsq(a, b, *_, **k): return _qr(a) + 2*math.prod(a)*b[-1]
+def _square(s, c):
+    return int(c * math.prod(s[:-2]) * s[-1] ** 3)
+
+
+def _qr(a, *_, **k):
+    m, n = sorted(a[-2:], reverse=True)
+    return int(math.prod(a[:-2]) * 4 * (m * n * n - n**3 / 3))
+
+
+def _solve(a, b, *_, **k):
+    return _square(a, 2 / 3) + 2 * math.prod(a) * b[-1]
+
+
+def _triangular(a, b, *_, **k):
+    return math.prod(b) * a[-1]
+
+
+def _svd(a, *_, **k):
+    return 14 * math.prod(a) * min(a[-2:])
+
+
+def _lstsq(a, b, *_, **k):
+    return _qr(a) + 2 * math.prod(a) * b[-1]
+
+
 _ATEN = torch.ops.aten
-FLOPS = { # factorisations that FlopCounterMode does not know, in floating-point operations for real matrices
-    _ATEN.linalg_qr: _qr, _ATEN._linalg_solve_ex: _solve, _ATEN.linalg_solve_triangular: _triangular,
-    _ATEN.linalg_inv_ex: lambda a,*_,**k: _square(a, 2), _ATEN.linalg_cholesky_ex: lambda a,*_,**k: _square(a, 1/3), _ATEN.cholesky_inverse: lambda a,*_,**k: _square(a, 2/3), _ATEN.linalg_matrix_exp: lambda a,*_,**k: _square(a, 20),
-    _ATEN._linalg_eigh: lambda a,*_,**k: _square(a, 9), _ATEN._linalg_svd: _svd, _ATEN.linalg_pinv: lambda a,*_,**k: _svd(a) + 2*math.prod(a)*min(a[-2:]), _ATEN.linalg_lstsq: _lstsq,
+FLOPS = {  # factorisations that FlopCounterMode does not know, in floating-point operations for real matrices
+    _ATEN.linalg_qr: _qr,
+    _ATEN._linalg_solve_ex: _solve,
+    _ATEN.linalg_solve_triangular: _triangular,
+    _ATEN.linalg_inv_ex: lambda a, *_, **k: _square(a, 2),
+    _ATEN.linalg_cholesky_ex: lambda a, *_, **k: _square(a, 1 / 3),
+    _ATEN.cholesky_inverse: lambda a, *_, **k: _square(a, 2 / 3),
+    _ATEN.linalg_matrix_exp: lambda a, *_, **k: _square(a, 20),
+    _ATEN._linalg_eigh: lambda a, *_, **k: _square(a, 9),
+    _ATEN._linalg_svd: _svd,
+    _ATEN.linalg_pinv: lambda a, *_, **k: (
+        _svd(a) + 2 * math.prod(a) * min(a[-2:])
+    ),
+    _ATEN.linalg_lstsq: _lstsq,
 }
 
+
 def count_flops(
-    f:Callable, # Called once with no arguments
-)->int: # Floating-point operations of the products, factorisations and solves in it
+    f: Callable,  # Called once with no arguments
+) -> (
+    int
+):  # Floating-point operations of the products, factorisations and solves in it
     "Count what a computation costs; elementwise operations are not counted"
-    with FlopCounterMode(display=False, custom_mapping=FLOPS) as m: f()
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as m:
+        f()
     return m.get_total_flops()
 
 # %% ../nbs/04_experiments.ipynb #7b52009b
 def gradient_equivalents(
-    tele:Teleporter, # Neither it nor its model is changed
-    x:Tensor, # A batch
-    y:Tensor, # Its targets
-)->float: # Cost of one move over the cost of one gradient of the same batch
+    tele: Teleporter,  # Neither it nor its model is changed
+    x: Tensor,  # A batch
+    y: Tensor,  # Its targets
+) -> float:  # Cost of one move over the cost of one gradient of the same batch
     "What one move of a `Teleporter` costs, in gradients, by counted operations"
     model = deepcopy(tele.model)
-    twin = Teleporter(model, tele.loss_fn, tele.group, schedule=first(2), objective=tele.objective, search=tele.search, tol=tele.tol, inputs=deepcopy(tele.inputs))
+    twin = Teleporter(
+        model,
+        tele.loss_fn,
+        tele.group,
+        schedule=first(2),
+        objective=tele.objective,
+        search=tele.search,
+        tol=tele.tol,
+        inputs=deepcopy(tele.inputs),
+    )
     with torch.random.fork_rng():
-        twin.step(x, y) # the wiring is read once, which is not counted
+        twin.step(x, y)  # the wiring is read once, which is not counted
         one = count_flops(lambda: tele.loss_fn(model(x), y).backward())
-        return count_flops(lambda: twin.step(x, y))/one
+        return count_flops(lambda: twin.step(x, y)) / one
 
 # %% ../nbs/04_experiments.ipynb #1574bddb
 def rounded(
-    values:Iterable, # Numbers
-)->list: # Floats
+    values: Iterable,  # Numbers
+) -> list:  # Floats
     "Numbers as a results file keeps them, to six digits"
-    return [float(f'{v:.6g}') for v in values]
+    return [float(f"{v:.6g}") for v in values]
 
 # %% ../nbs/04_experiments.ipynb #0716d970
 def train(
-    model:nn.Module, # Trained in place
-    loss_fn:Callable, # `(output, y) -> ()`
-    optimizer, # Any of torch.optim
-    epoch:Callable, # `epoch(i)` -> the mini-batches (x, y) of epoch i, zero-based
-    epochs:int, # How many
-    watch:Callable, # `watch(model)` -> dict of floats, called before the first step and at every point
-    tele:Teleporter|None=None, # Teleports before the forward pass, with k the epoch
-    points:int|list=1, # How many points of the record an epoch has; or the numbers of epochs after which there is one
-    cost:float=0., # Price of one move in gradients, as `gradient_equivalents` counts it
-    advance:Callable|None=None, # `advance(x, y)`, one step of training; None: by autograd and `optimizer`
-)->dict: # Lists of equal length: step, epoch, seconds, gradients, and what `watch` returns; and `moves`, the teleporter's history
+    model: nn.Module,  # Trained in place
+    loss_fn: Callable,  # `(output, y) -> ()`
+    optimizer,  # Any of torch.optim
+    epoch: Callable,  # `epoch(i)` -> the mini-batches (x, y) of epoch i, zero-based
+    epochs: int,  # How many
+    watch: Callable,  # `watch(model)` -> dict of floats, called before the first step and at every point
+    tele: Teleporter
+    | None = None,  # Teleports before the forward pass, with k the epoch
+    points: int
+    | list = 1,  # How many points of the record an epoch has; or the numbers of epochs after which there is one
+    cost: float = 0.0,  # Price of one move in gradients, as `gradient_equivalents` counts it
+    advance: Callable
+    | None = None,  # `advance(x, y)`, one step of training; None: by autograd and `optimizer`
+) -> dict:  # Lists of equal length: step, epoch, seconds, gradients, and what `watch` returns; and `moves`, the teleporter's history
     "Train, and keep a record in steps, seconds and gradients"
-    record,seconds,step,moves = [],0.,0,lambda: len(tele.history) if tele else 0
-    def by_autograd(x, y): optimizer.zero_grad(); loss_fn(model(x), y).backward(); optimizer.step()
+    record, seconds, step, moves = (
+        [],
+        0.0,
+        0,
+        lambda: len(tele.history) if tele else 0,
+    )
+
+    def by_autograd(x, y):
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+
     advance = advance or by_autograd
-    gone = False # whether a number was not finite: the rest of the record is inf, and no time is spent on it
+    gone = False  # whether a number was not finite: the rest of the record is inf, and no time is spent on it
+
     def note(e):
         nonlocal gone
-        seen = dict.fromkeys(names, math.inf) if gone else {k: v if math.isfinite(v) else math.inf for k,v in watch(model).items()}
-        record.append(dict(step=step, epoch=e, seconds=seconds, gradients=step+cost*moves(), **seen)); gone = gone or math.inf in seen.values()
+        seen = (
+            dict.fromkeys(names, math.inf)
+            if gone
+            else {
+                k: v if math.isfinite(v) else math.inf
+                for k, v in watch(model).items()
+            }
+        )
+        record.append(
+            dict(
+                step=step,
+                epoch=e,
+                seconds=seconds,
+                gradients=step + cost * moves(),
+                **seen,
+            )
+        )
+        gone = gone or math.inf in seen.values()
         return seen
-    names = note(0.)
+
+    names = note(0.0)
     for e in range(epochs):
-        batches = list(epoch(e)); marks = {round(len(batches)*(i+1)/points) for i in range(points)} if isinstance(points, int) else {len(batches)} if e+1 in points else set()
-        for i,(x,y) in enumerate(batches):
+        batches = list(epoch(e))
+        marks = (
+            {round(len(batches) * (i + 1) / points) for i in range(points)}
+            if isinstance(points, int)
+            else {len(batches)}
+            if e + 1 in points
+            else set()
+        )
+        for i, (x, y) in enumerate(batches):
             began = time.perf_counter()
             if tele and not gone:
-                try: tele.step(x, y, k=e)
-                except ValueError: # what has diverged cannot be teleported; the record shows it
-                    with torch.no_grad(): fine = loss_fn(model(x), y).isfinite().all() and all(p.isfinite().all() for p in model.parameters())
-                    if fine: raise
-            if not gone: advance(x, y)
-            seconds += time.perf_counter()-began; step += 1
-            if i+1 in marks: note(e+(i+1)/len(batches))
-    return {k: [r[k] for r in record] for k in record[0]} | {'moves': tele.history if tele else []}
+                try:
+                    tele.step(x, y, k=e)
+                except (
+                    ValueError
+                ):  # what has diverged cannot be teleported; the record shows it
+                    with torch.no_grad():
+                        fine = loss_fn(model(x), y).isfinite().all() and all(
+                            p.isfinite().all() for p in model.parameters()
+                        )
+                    if fine:
+                        raise
+            if not gone:
+                advance(x, y)
+            seconds += time.perf_counter() - began
+            step += 1
+            if i + 1 in marks:
+                note(e + (i + 1) / len(batches))
+    return {k: [r[k] for r in record] for k in record[0]} | {
+        "moves": tele.history if tele else []
+    }
 
 # %% ../nbs/04_experiments.ipynb #12c6fc06
-def processor()->str:
+def processor() -> str:
     "The name of this machine's processor, as far as it tells"
-    try: return next(line.split(':', 1)[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+    try:
+        return next(
+            line.split(":", 1)[1].strip()
+            for line in open("/proc/cpuinfo")
+            if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
-def environment()->dict:
+
+def environment() -> dict:
     "What a result depends on besides its settings"
     from symtele import __version__
-    return dict(symtele=__version__, torch=torch.__version__, python=platform.python_version(), device='cpu', processor=processor(), cores=os.cpu_count(), machine=platform.machine())
+
+    return dict(
+        symtele=__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        device="cpu",
+        processor=processor(),
+        cores=os.cpu_count(),
+        machine=platform.machine(),
+    )
+
 
 def save_run(
-    path, # File to write; the old one stays until the new one is whole
-    cfg:dict, # Settings, JSON values only
-    rows:list, # One dict per job
-    made:tuple|list=(), # Environments that earlier rows were made in; this one is added
+    path,  # File to write; the old one stays until the new one is whole
+    cfg: dict,  # Settings, JSON values only
+    rows: list,  # One dict per job
+    made: tuple
+    | list = (),  # Environments that earlier rows were made in; this one is added
 ):
     "Write a results file"
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     made = [*made, *([now] if (now := environment()) not in made else [])]
-    text = json.dumps(dict(config=cfg, environments=made, rows=rows), indent=None, separators=(',',':')).replace('{"arm"', '\n{"arm"')
-    part = path.with_suffix('.part'); part.write_text(text+'\n')
+    text = json.dumps(
+        dict(config=cfg, environments=made, rows=rows),
+        indent=None,
+        separators=(",", ":"),
+    ).replace('{"arm"', '\n{"arm"')
+    part = path.with_suffix(".part")
+    part.write_text(text + "\n")
     os.replace(part, path)
 
+
 def load_run(
-    path, # File to read
-    cfg:dict, # The settings it must have been made with
-    but:tuple=(), # Names of settings that may differ
-)->list: # Its rows
+    path,  # File to read
+    cfg: dict,  # The settings it must have been made with
+    but: tuple = (),  # Names of settings that may differ
+) -> list:  # Its rows
     "Read a results file; raise if it was made with other settings"
-    file = json.loads(Path(path).read_text()); found,cfg = file['config'],json.loads(json.dumps(cfg))
-    if wrong := [f'{k}: {found.get(k)} there, {cfg.get(k)} here' for k in sorted({*found,*cfg}-{*but}) if found.get(k)!=cfg.get(k)]:
+    file = json.loads(Path(path).read_text())
+    found, cfg = file["config"], json.loads(json.dumps(cfg))
+    if wrong := [
+        f"{k}: {found.get(k)} there, {cfg.get(k)} here"
+        for k in sorted({*found, *cfg} - {*but})
+        if found.get(k) != cfg.get(k)
+    ]:
         raise ValueError(f"{path} was made with other settings: {wrong}")
-    return file['rows']
+    return file["rows"]
 
 # %% ../nbs/04_experiments.ipynb #d435a6cd
 @dataclass(frozen=True)
 class Experiment:
     "Settings, the jobs they stand for, and a function that runs one of them"
-    name:str # Of the results file
-    config:dict # Settings, JSON values only
-    jobs:Callable # `jobs(config)` -> list of dicts, each the arguments of one job
-    run_one:Callable # `run_one(config, **job)` -> dict, a function that can be imported by name
-    workers:int|None=None # Processes, one thread each; None: one per core, 0: in this process; 1 where seconds are the result
-    grows:tuple=('seeds',) # Names of settings that only list jobs, which `run_one` does not read
 
-    def run(self,
-        folder='results', # Where the file is or goes
-        workers:int|None=None, # None: those of the experiment
-    )->list: # One row per job: the job, and what `run_one` returned
+    name: str  # Of the results file
+    config: dict  # Settings, JSON values only
+    jobs: Callable  # `jobs(config)` -> arguments of each job
+    run_one: Callable  # `run_one(config, **job)` -> dict, a function that can be imported by name
+    workers: int | None = None  # Processes; None: one per core, 0: this one
+    grows: tuple = ("seeds",)  # Settings that only list jobs
+
+    def run(
+        self,
+        folder="results",  # Where the file is or goes
+        workers: int | None = None,  # None: those of the experiment
+    ) -> list:  # One row per job: the job, and what `run_one` returned
         "Run the jobs that the file does not have yet"
-        path = Path(folder)/f'{self.name}.json'
-        rows,made = (load_run(path, self.config, self.grows), self.made(folder)) if path.exists() else ([], [])
-        jobs = self.jobs(self.config); done = [{k: r[k] for k in jobs[0]} for r in rows]
-        if lost := [j for j in done if j not in jobs]: raise ValueError(f"{path} has {len(lost)} rows that these settings do not list, such as {lost[0]}; move it away to begin anew")
+        path = Path(folder) / f"{self.name}.json"
+        rows, made = (
+            (load_run(path, self.config, self.grows), self.made(folder))
+            if path.exists()
+            else ([], [])
+        )
+        jobs = self.jobs(self.config)
+        done = [{k: r[k] for k in jobs[0]} for r in rows]
+        if lost := [j for j in done if j not in jobs]:
+            raise ValueError(
+                f"{path} has {len(lost)} rows that these settings do not list, such as {lost[0]}; move it away to begin anew"
+            )
         todo = [j for j in jobs if j not in done]
-        bar = tqdm(total=len(jobs), initial=len(done), desc=self.name, leave=False, disable=bool(os.environ.get('TQDM_DISABLE')))
-        for job,row in _run_jobs(self.run_one, self.config, todo, self.workers if workers is None else workers):
-            rows.append({**job, **row}); save_run(path, self.config, self.sort(rows), made); bar.update()
+        bar = tqdm(
+            total=len(jobs),
+            initial=len(done),
+            desc=self.name,
+            leave=False,
+            disable=bool(os.environ.get("TQDM_DISABLE")),
+        )
+        for job, row in _run_jobs(
+            self.run_one,
+            self.config,
+            todo,
+            self.workers if workers is None else workers,
+        ):
+            rows.append({**job, **row})
+            save_run(path, self.config, self.sort(rows), made)
+            bar.update()
         bar.close()
         return self.sort(rows)
-    def load(self, folder='results')->list: "The rows of the file, complete and made with these settings"; return _complete(self, load_run(Path(folder)/f'{self.name}.json', self.config))
-    def made(self, folder='results')->list: "The environments that rows of the file were made in, the last one last"; return json.loads((Path(folder)/f'{self.name}.json').read_text())['environments']
+
+    def load(self, folder="results") -> list:
+        "The rows of the file, complete and made with these settings"
+        return _complete(
+            self, load_run(Path(folder) / f"{self.name}.json", self.config)
+        )
+
+    def made(self, folder="results") -> list:
+        "The environments that rows of the file were made in, the last one last"
+        return json.loads((Path(folder) / f"{self.name}.json").read_text())[
+            "environments"
+        ]
+
     def sort(self, rows):
         jobs = self.jobs(self.config)
         return sorted(rows, key=lambda r: jobs.index({k: r[k] for k in jobs[0]}))
 
+
 def _complete(e, rows):
     "The rows of an experiment, or an error that counts what is missing"
-    if len(rows)<(n := len(e.jobs(e.config))): raise ValueError(f"{e.name}.json has {len(rows)} of {n} jobs; run the experiment again, it goes on from there")
+    if len(rows) < (n := len(e.jobs(e.config))):
+        raise ValueError(
+            f"{e.name}.json has {len(rows)} of {n} jobs; run the experiment again, it goes on from there"
+        )
     return rows
 
 # %% ../nbs/04_experiments.ipynb #4d134bc0
 def _run_jobs(run_one, cfg, jobs, workers):
     "Pairs of job and result, as they finish; `workers` processes of one thread each, or this one"
-    if workers==0:
-        for job in jobs: yield job, run_one(cfg, **job)
+    if workers == 0:
+        for job in jobs:
+            yield job, run_one(cfg, **job)
         return
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context('spawn'), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting,wrong = {pool.submit(run_one, cfg, **job): job for job in jobs},None
+    with ProcessPoolExecutor(
+        workers or os.cpu_count(),
+        mp_context=get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    ) as pool:
+        waiting, wrong = (
+            {pool.submit(run_one, cfg, **job): job for job in jobs},
+            None,
+        )
         try:
             for f in as_completed(waiting):
-                if wrong := f.exception(): break
+                if wrong := f.exception():
+                    break
                 yield waiting.pop(f), f.result()
-        finally: pool.shutdown(cancel_futures=True) # what is running ends
-        yield from ((job, f.result()) for f,job in waiting.items() if not f.cancelled() and not f.exception())
-        if wrong: raise wrong
+        finally:
+            pool.shutdown(cancel_futures=True)  # what is running ends
+        yield from (
+            (job, f.result())
+            for f, job in waiting.items()
+            if not f.cancelled() and not f.exception()
+        )
+        if wrong:
+            raise wrong
 
 # %% ../nbs/04_experiments.ipynb #0a57cb53
 def differences(
-    a:list, # Rows of one run
-    b:list, # Rows of another, in the same order
-    rtol:float=1e-3, # Relative difference that counts as the same, meant for float32 on another processor
-)->list: # (row number, key, largest relative difference), worst first
+    a: list,  # Rows of one run
+    b: list,  # Rows of another, in the same order
+    rtol: float = 1e-3,  # Relative difference that counts as the same, meant for float32 on another processor
+) -> list:  # (row number, key, largest relative difference), worst first
     "Where two runs of an experiment differ; seconds and drifts, which are rounding, are left out"
     out = []
-    for i,(p,q) in enumerate(zip(a, b, strict=True)):
-        for k in sorted(set(p)|set(q)):
-            if 'seconds' in k or k=='drift': continue
-            keep = lambda t: [{n: x for n,x in m.items() if n not in ('drift','seconds')} for m in t] if k=='moves' else t
-            u,v = (pytree.tree_leaves(keep(r.get(k))) for r in (p,q))
-            far = math.inf if len(u)!=len(v) else max((0. if s==t else abs(s-t)/max(abs(s),abs(t)) if all(isinstance(n, (int,float)) and math.isfinite(n) for n in (s,t)) else math.inf for s,t in zip(u,v)), default=0.)
-            if far>rtol: out.append((i, k, far))
+    for i, (p, q) in enumerate(zip(a, b, strict=True)):
+        for k in sorted(set(p) | set(q)):
+            if "seconds" in k or k == "drift":
+                continue
+
+            def keep(t):
+                return (
+                    [
+                        {
+                            n: x
+                            for n, x in m.items()
+                            if n not in ("drift", "seconds")
+                        }
+                        for m in t
+                    ]
+                    if k == "moves"
+                    else t
+                )
+
+            u, v = (pytree.tree_leaves(keep(r.get(k))) for r in (p, q))
+            far = (
+                math.inf
+                if len(u) != len(v)
+                else max(
+                    (
+                        0.0
+                        if s == t
+                        else abs(s - t) / max(abs(s), abs(t))
+                        if all(
+                            isinstance(n, (int, float)) and math.isfinite(n)
+                            for n in (s, t)
+                        )
+                        else math.inf
+                        for s, t in zip(u, v)
+                    ),
+                    default=0.0,
+                )
+            )
+            if far > rtol:
+                out.append((i, k, far))
     return sorted(out, key=lambda t: -t[2])
 
 # %% ../nbs/04_experiments.ipynb #22d200f8
 def reproduce(
-    names:list, # Modules of symtele, such as "mnist"
-    into, # Folder for the new results
-    against='nbs/results', # Folder of the committed ones
-)->int: # How many experiments differ
+    names: list,  # Modules of symtele, such as "mnist"
+    into,  # Folder for the new results
+    against="nbs/results",  # Folder of the committed ones
+) -> int:  # How many experiments differ
     "Recompute experiments and say where they differ from the committed results"
     worse = 0
     for name in names:
-        for e in importlib.import_module(f'symtele.{name}').experiments:
-            old,rows = e.load(against),e.run(into)
+        for e in importlib.import_module(f"symtele.{name}").experiments:
+            old, rows = e.load(against), e.run(into)
             diff = differences(rows, old)
             worse += bool(diff)
-            print(f'{e.name}: {len(rows)} jobs, ' + ('every number agrees, seconds and drifts aside' if not diff else f'{len(diff)} columns differ by more than 0.1 %'))
-            for i,k,far in diff[:10]: print(f"  {({n: rows[i][n] for n in e.jobs(e.config)[0]})} {k}: {far:.1%}")
+            print(
+                f"{e.name}: {len(rows)} jobs, "
+                + (
+                    "every number agrees, seconds and drifts aside"
+                    if not diff
+                    else f"{len(diff)} columns differ by more than 0.1 %"
+                )
+            )
+            for i, k, far in diff[:10]:
+                print(
+                    f"  { ({n: rows[i][n] for n in e.jobs(e.config)[0]}) } {k}: {far:.1%}"
+                )
     return worse
+
 
 def _main(argv=None):
     "Command line of `python -m symtele.experiments`"
-    p = argparse.ArgumentParser(prog='python -m symtele.experiments', description=reproduce.__doc__)
-    p.add_argument('names', nargs='+', help='modules with experiments, such as mnist')
-    p.add_argument('--into', default='_results', help='folder for the new results; what is there is resumed')
-    p.add_argument('--against', default='nbs/results', help='folder of the committed results')
+    p = argparse.ArgumentParser(
+        prog="python -m symtele.experiments", description=reproduce.__doc__
+    )
+    p.add_argument(
+        "names", nargs="+", help="modules with experiments, such as mnist"
+    )
+    p.add_argument(
+        "--into",
+        default="_results",
+        help="folder for the new results; what is there is resumed",
+    )
+    p.add_argument(
+        "--against", default="nbs/results", help="folder of the committed results"
+    )
     a = p.parse_args(argv)
-    raise SystemExit('They differ.' if reproduce(a.names, a.into, a.against) else None)
+    raise SystemExit(
+        "They differ." if reproduce(a.names, a.into, a.against) else None
+    )
 
-if __name__=='__main__' and '__file__' in globals(): _main()
+
+if __name__ == "__main__" and "__file__" in globals():
+    _main()
 
 # %% ../nbs/04_experiments.ipynb #cb4e5208
-LOOK = { # arm -> (label, colour, line style)
-    'base': ('base', '#444444', '-'), 'reset': ('reset only', '#b0843b', (0,(1,1))), 'random': ('random, same size', '#9467bd', (0,(4,2))),
-    'GL': ('teleport, GL', '#1f77b4', '-'), 'BatchGL': ('teleport, BatchGL', '#d62728', (0,(6,1,1,1))), 'random BatchGL': ('random, BatchGL', '#f4a582', (0,(4,2))), 'teleport': ('teleport', '#1f77b4', '-'),
-    'formula': ("the paper's formula", '#8c564b', (0,(3,1,1,1))), 'gentle': ("the formula, 1e-5", '#c49c94', (0,(3,1,1,1))), 'whiten': ('whitening', '#17becf', '-'), 'rescale': ('sizes only', '#e377c2', (0,(4,2,1,2))), 'least squares': ('least squares', '#7f7f7f', (0,(1,2))),
-    'paper': ('teleport, one ascent', '#2ca02c', (0,(6,1,1,1,1,1))), 'lookahead': ('teleport, next step', '#e6550d', (0,(8,1))), 'every step': ('teleport, next step, at every step', '#8c2d04', (0,(3,1))),
+LOOK = {  # arm -> (label, colour, line style)
+    "base": ("base", "#444444", "-"),
+    "reset": ("reset only", "#b0843b", (0, (1, 1))),
+    "random": ("random, same size", "#9467bd", (0, (4, 2))),
+    "GL": ("teleport, GL", "#1f77b4", "-"),
+    "BatchGL": ("teleport, BatchGL", "#d62728", (0, (6, 1, 1, 1))),
+    "random BatchGL": ("random, BatchGL", "#f4a582", (0, (4, 2))),
+    "teleport": ("teleport", "#1f77b4", "-"),
+    "formula": ("the paper's formula", "#8c564b", (0, (3, 1, 1, 1))),
+    "gentle": ("the formula, 1e-5", "#c49c94", (0, (3, 1, 1, 1))),
+    "whiten": ("whitening", "#17becf", "-"),
+    "rescale": ("sizes only", "#e377c2", (0, (4, 2, 1, 2))),
+    "least squares": ("least squares", "#7f7f7f", (0, (1, 2))),
+    "paper": ("teleport, one ascent", "#2ca02c", (0, (6, 1, 1, 1, 1, 1))),
+    "lookahead": ("teleport, next step", "#e6550d", (0, (8, 1))),
+    "every step": ("teleport, next step, at every step", "#8c2d04", (0, (3, 1))),
 }
-STYLE = {'figure.constrained_layout.use': True, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.alpha': .25,
-    'legend.frameon': False, 'lines.linewidth': 1.6, 'font.size': 10}
+STYLE = {
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "font.size": 10,
+}
 
 # %% ../nbs/04_experiments.ipynb #b6692ea5
 def band(
-    curves:Iterable, # Lists of equal length, one per seed
-)->tuple[list,list,list]: # Median, smallest and largest at every point
+    curves: Iterable,  # Lists of equal length, one per seed
+) -> tuple[list, list, list]:  # Median, smallest and largest at every point
     "Median and range over seeds"
     cols = list(zip(*curves, strict=True))
-    return [median(c) for c in cols], [min(c) for c in cols], [max(c) for c in cols]
+    return (
+        [median(c) for c in cols],
+        [min(c) for c in cols],
+        [max(c) for c in cols],
+    )
+
 
 def log_axis(
-    ax, # Axis to change, already drawn on
+    ax,  # Axis to change, already drawn on
 ):
     "A logarithmic vertical axis with plain numbers where it spans less than two decades"
-    ax.set_yscale('log')
-    lo,hi = ax.get_ylim()
-    if hi<100*lo:
-        ax.yaxis.set_major_locator(LogLocator(subs=(1,2,3,5) if hi>10*lo else (1,1.5,2,3,4,6,8) if hi>3*lo else (1,1.2,1.4,1.7,2,2.5,3,3.5,4,5,6,7,8)))
-        ax.yaxis.set_major_formatter(lambda v,_: f'{v:g}'); ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_yscale("log")
+    lo, hi = ax.get_ylim()
+    if hi < 100 * lo:
+        ax.yaxis.set_major_locator(
+            LogLocator(
+                subs=(1, 2, 3, 5)
+                if hi > 10 * lo
+                else (1, 1.5, 2, 3, 4, 6, 8)
+                if hi > 3 * lo
+                else (1, 1.2, 1.4, 1.7, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
+            )
+        )
+        ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+
 
 def draw_curves(
-    rows:list, # Rows of an experiment, each with "arm" and the columns below
-    x:str, # Column of the horizontal axis, the same for all seeds of an arm; for seconds, the median is taken
-    ys:dict, # Column -> label of its axis
-    log:tuple=(), # Columns on a logarithmic axis
-    title:str='', # Of the whole figure
-)->Figure: # One panel per column
+    rows: list,  # Rows of an experiment, each with "arm" and the columns below
+    x: str,  # Column of the horizontal axis, the same for all seeds of an arm; for seconds, the median is taken
+    ys: dict,  # Column -> label of its axis
+    log: tuple = (),  # Columns on a logarithmic axis
+    title: str = "",  # Of the whole figure
+) -> Figure:  # One panel per column
     "Median curves with the range over seeds, one colour per arm"
     with plt.rc_context(STYLE):
-        fig,axes = plt.subplots(1, len(ys), figsize=(4.2*len(ys), 3.4), squeeze=False)
-        for ax,(y,label) in zip(axes[0], ys.items()):
-            for arm in dict.fromkeys(r['arm'] for r in rows):
-                mine = [r for r in rows if r['arm']==arm]
-                name,colour,ls = LOOK[arm]
-                mid,lo,hi = band(r[y] for r in mine); at = band(r[x] for r in mine)[0]
-                ax.plot(at, mid, color=colour, ls=ls, label=name); ax.fill_between(at, lo, hi, color=colour, alpha=.12, lw=0)
+        fig, axes = plt.subplots(
+            1, len(ys), figsize=(4.2 * len(ys), 3.4), squeeze=False
+        )
+        for ax, (y, label) in zip(axes[0], ys.items()):
+            for arm in dict.fromkeys(r["arm"] for r in rows):
+                mine = [r for r in rows if r["arm"] == arm]
+                name, colour, ls = LOOK[arm]
+                mid, lo, hi = band(r[y] for r in mine)
+                at = band(r[x] for r in mine)[0]
+                ax.plot(at, mid, color=colour, ls=ls, label=name)
+                ax.fill_between(at, lo, hi, color=colour, alpha=0.12, lw=0)
             ax.set(xlabel=x, ylabel=label)
-            if y in log: log_axis(ax)
+            if y in log:
+                log_axis(ax)
         names = axes[0][0].get_legend_handles_labels()
-        fig.legend(*names, loc='outside lower center', ncols=3 if len(names[1])>3*len(ys)-1 else 6); fig.suptitle(title)
+        fig.legend(
+            *names,
+            loc="outside lower center",
+            ncols=3 if len(names[1]) > 3 * len(ys) - 1 else 6,
+        )
+        fig.suptitle(title)
     return fig
 
 # %% ../nbs/04_experiments.ipynb #fc074d50
 def picture(
-    fig:Figure, # Closed afterwards
-    dpi:int=100, # Pixels per inch
-)->bytes: # A PNG file
+    fig: Figure,  # Closed afterwards
+    dpi: int = 100,  # Pixels per inch
+) -> bytes:  # A PNG file
     "A figure as a PNG with a palette of 256 colours"
-    plt.close(fig); canvas = FigureCanvasAgg(fig); fig.set_dpi(dpi); canvas.draw()
-    out = io.BytesIO(); Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB').quantize(256, Image.Quantize.FASTOCTREE).save(out, 'PNG', optimize=True)
+    plt.close(fig)
+    canvas = FigureCanvasAgg(fig)
+    fig.set_dpi(dpi)
+    canvas.draw()
+    out = io.BytesIO()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(
+        256, Image.Quantize.FASTOCTREE
+    ).save(out, "PNG", optimize=True)
     return out.getvalue()
 
+
 def show(
-    fig:Figure, # Closed afterwards
+    fig: Figure,  # Closed afterwards
 ):
     "Display a figure in a notebook as a small PNG"
     display(DisplayImage(picture(fig)))
 
 # %% ../nbs/04_experiments.ipynb #e299b21a
 def img(
-    fig:Figure, # Closed afterwards
-    alt:str, # What it shows, for those who do not see it
-    dpi:int=100, # Pixels per inch
-)->str: # An <img> element that shrinks with the page
+    fig: Figure,  # Closed afterwards
+    alt: str,  # What it shows, for those who do not see it
+    dpi: int = 100,  # Pixels per inch
+) -> str:  # An <img> element that shrinks with the page
     "A figure as HTML, a palette PNG inside"
-    if not alt.strip(): raise ValueError(f"img(alt=...) must say what the picture shows, got {alt!r}")
+    if not alt.strip():
+        raise ValueError(
+            f"img(alt=...) must say what the picture shows, got {alt!r}"
+        )
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(picture(fig, dpi)).decode()}" style="max-width:100%">'
+
 
 class Switch(W.VBox):
     "Controls and their pictures; displayed, also a still picture that hides as soon as the controls are there"
-    def __init__(self, children, still:str): super().__init__(children); self.still = still
-    def _ipython_display_(self): display(HTML(self.still)); display(super()._repr_mimebundle_(), raw=True)
+
+    def __init__(self, children, still: str):
+        super().__init__(children)
+        self.still = still
+
+    def _ipython_display_(self):
+        display(HTML(self.still))
+        display(super()._repr_mimebundle_(), raw=True)
 
 # %% ../nbs/04_experiments.ipynb #55a753a0
 def switch(
-    controls:dict, # Label -> its settings, for each control; usually one or two
-    pictures:list, # Of `img`, one per setting; for two controls a list of such lists, one per setting of the first
-    caption:str, # What to look for, as HTML
-    name:str, # CSS class symtele-`name`, its own on a page
-    kinds:tuple=(), # How a setting is chosen, per control: W.SelectionSlider, the default, W.Dropdown or W.ToggleButtons
-    begin:tuple|None=None, # Number of the setting to begin at, per control, zero-based; None: the first of each
-    still:tuple|None=None, # Those of the picture that is shown without scripts; None: where the controls begin
-    play:bool=False, # Whether a button steps the last control
-)->Switch: # With the classes symtele-control and symtele-`name`
+    controls: dict,  # Label -> its settings, for each control; usually one or two
+    pictures: list,  # Of `img`, one per setting; for two controls a list of such lists, one per setting of the first
+    caption: str,  # What to look for, as HTML
+    name: str,  # CSS class symtele-`name`, its own on a page
+    kinds: tuple = (),  # How a setting is chosen, per control: W.SelectionSlider, the default, W.Dropdown or W.ToggleButtons
+    begin: tuple
+    | None = None,  # Number of the setting to begin at, per control, zero-based; None: the first of each
+    still: tuple
+    | None = None,  # Those of the picture that is shown without scripts; None: where the controls begin
+    play: bool = False,  # Whether a button steps the last control
+) -> Switch:  # With the classes symtele-control and symtele-`name`
     "Controls that switch pictures in the reader's browser"
-    if not re.fullmatch('[a-z][a-z0-9-]*', name): raise ValueError(f"name must be small letters, digits and hyphens, got {name!r}")
+    if not re.fullmatch("[a-z][a-z0-9-]*", name):
+        raise ValueError(
+            f"name must be small letters, digits and hyphens, got {name!r}"
+        )
     _match(list(controls.items()), pictures)
-    begin,kinds = begin or (0,)*len(controls),(*kinds, *[W.SelectionSlider]*(len(controls)-len(kinds)))
-    knobs = [_knob(*c) for c in zip(controls, controls.values(), kinds, begin, strict=True)]
-    stack = _stack(knobs, pictures); lone = pictures
-    for i in still or begin: lone = lone[i]
+    begin, kinds = (
+        begin or (0,) * len(controls),
+        (*kinds, *[W.SelectionSlider] * (len(controls) - len(kinds))),
+    )
+    knobs = [
+        _knob(*c)
+        for c in zip(controls, controls.values(), kinds, begin, strict=True)
+    ]
+    stack = _stack(knobs, pictures)
+    lone = pictures
+    for i in still or begin:
+        lone = lone[i]
     if play:
-        button = W.Play(value=knobs[-1].index, max=len(knobs[-1].options)-1, interval=1200, description='play')
-        W.jslink((button, 'value'), (knobs[-1], 'index')); knobs[-1:] = [W.HBox([button, knobs[-1]], layout=W.Layout(flex_flow='row wrap'))]
+        button = W.Play(
+            value=knobs[-1].index,
+            max=len(knobs[-1].options) - 1,
+            interval=1200,
+            description="play",
+        )
+        W.jslink((button, "value"), (knobs[-1], "index"))
+        knobs[-1:] = [
+            W.HBox([button, knobs[-1]], layout=W.Layout(flex_flow="row wrap"))
+        ]
     said = f'<p class="figure-caption" style="line-height:1.5">{caption}</p>'
-    colours = ';'.join(f'--jp-widgets-{part}color:currentcolor' for part in ('','label-','readout-')) # the page's own, light or dark
-    style = f'<style>.symtele-still-{name}{{display:none}} .symtele-control{{{colours}}}</style>'
-    row = W.Box(knobs, layout=W.Layout(flex_flow='row wrap'))
-    shown = Switch([row, stack, W.HTML(said+style)], f'<figure class="symtele-still symtele-still-{name}" style="margin:0">{lone}{said}</figure>')
-    return shown.add_class('symtele-control').add_class(f'symtele-{name}')
+    colours = ";".join(
+        f"--jp-widgets-{part}color:currentcolor"
+        for part in ("", "label-", "readout-")
+    )  # the page's own, light or dark
+    style = f"<style>.symtele-still-{name}{{display:none}} .symtele-control{{{colours}}}</style>"
+    row = W.Box(knobs, layout=W.Layout(flex_flow="row wrap"))
+    shown = Switch(
+        [row, stack, W.HTML(said + style)],
+        f'<figure class="symtele-still symtele-still-{name}" style="margin:0">{lone}{said}</figure>',
+    )
+    return shown.add_class("symtele-control").add_class(f"symtele-{name}")
+
 
 def _match(controls, pictures):
     "Raise unless there is one picture, told in words, for every setting"
     if not controls:
-        if not re.match('<img [^>]*alt="[^"]', str(pictures)): raise ValueError(f"pictures must be <img> elements with alternative text, got {str(pictures)[:40]!r}")
+        if not re.match('<img [^>]*alt="[^"]', str(pictures)):
+            raise ValueError(
+                f"pictures must be <img> elements with alternative text, got {str(pictures)[:40]!r}"
+            )
         return
-    (label,settings),*rest = controls; one = isinstance(pictures, str)
-    if one or len(pictures)!=len(settings): raise ValueError(f"'{label}' has {len(settings)} settings, but there {'is one picture' if one else f'are {len(pictures)} pictures'} for them")
-    for p in pictures: _match(rest, p)
+    (label, settings), *rest = controls
+    one = isinstance(pictures, str)
+    if one or len(pictures) != len(settings):
+        raise ValueError(
+            f"'{label}' has {len(settings)} settings, but there {'is one picture' if one else f'are {len(pictures)} pictures'} for them"
+        )
+    for p in pictures:
+        _match(rest, p)
+
 
 def _knob(label, settings, kind, at):
     "One control"
     buttons = kind is W.ToggleButtons
-    style = dict(description_width='115px', **(dict(button_width='auto') if buttons else {}))
-    layout = W.Layout(width='auto' if buttons else '420px', max_width='98%')
-    return kind(options=[str(s) for s in settings], index=at, description=label, style=style, layout=layout).add_class('widget-inline-hbox')
+    style = dict(
+        description_width="115px",
+        **(dict(button_width="auto") if buttons else {}),
+    )
+    layout = W.Layout(width="auto" if buttons else "420px", max_width="98%")
+    return kind(
+        options=[str(s) for s in settings],
+        index=at,
+        description=label,
+        style=style,
+        layout=layout,
+    ).add_class("widget-inline-hbox")
+
 
 def _stack(knobs, pictures):
     "Pages of which a control shows one, linked in the reader's browser; behind each, those of the next control"
-    knob,*rest = knobs
-    stack = W.Stack([_stack(rest, p) if rest else W.HTML(p) for p in pictures], selected_index=knob.index)
-    W.jslink((knob, 'index'), (stack, 'selected_index'))
+    knob, *rest = knobs
+    stack = W.Stack(
+        [_stack(rest, p) if rest else W.HTML(p) for p in pictures],
+        selected_index=knob.index,
+    )
+    W.jslink((knob, "index"), (stack, "selected_index"))
     return stack

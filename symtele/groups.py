@@ -20,795 +20,1427 @@ from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
-from torch._C import _functorch # asking costs less than failing
+from torch._C import _functorch  # asking costs less than failing
 from torch.func import functional_call, grad, vjp
 from torch.utils._pytree import tree_map
 
 # %% ../nbs/01_groups.ipynb #902ba3cd
 def check_close(
-    a:Tensor, # Any shape; shape, dtype and device must equal those of `b`
-    b:Tensor, # Expected value
-    rtol:float=1e-9, # Relative tolerance, meant for float64
-    atol:float=1e-12, # Absolute tolerance, in the units of `b`
+    a: Tensor,  # Any shape; shape, dtype and device must equal those of `b`
+    b: Tensor,  # Expected value
+    rtol: float = 1e-9,  # Relative tolerance, meant for float64
+    atol: float = 1e-12,  # Absolute tolerance, in the units of `b`
 ):
     "Fail unless `a` and `b` agree; never broadcasts"
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 # %% ../nbs/01_groups.ipynb #b1d57811
 def dot(
-    a:Tensor|dict, # Parameters, or a covector of the same names and shapes
-    b:Tensor|dict, # The same names and shapes
-)->Tensor: # Sum of all products, shape ()
+    a: Tensor | dict,  # Parameters, or a covector of the same names and shapes
+    b: Tensor | dict,  # The same names and shapes
+) -> Tensor:  # Sum of all products, shape ()
     "Inner product of two sets of parameters"
-    if isinstance(a, Tensor): return (a*b).sum()
-    return sum((a[k]*b[k]).sum() for k in a)
+    if isinstance(a, Tensor):
+        return (a * b).sum()
+    return sum((a[k] * b[k]).sum() for k in a)
 
 # %% ../nbs/01_groups.ipynb #bd307a3e
 def readable(
-    t:Tensor, # Any tensor
-)->bool: # False inside `torch.func.vmap`
+    t: Tensor,  # Any tensor
+) -> bool:  # False inside `torch.func.vmap`
     "Whether a value can be looked at"
     while _functorch.is_functorch_wrapped_tensor(t):
-        if _functorch.is_batchedtensor(t): return False
+        if _functorch.is_batchedtensor(t):
+            return False
         t = _functorch.get_unwrapped(t)
     return True
 
+
 def eager(
-    *tensors:Tensor, # Any tensors
-)->bool: # False inside a transform of `torch.func`, and where one of them is part of a graph
+    *tensors: Tensor,  # Any tensors
+) -> bool:  # False inside a transform of `torch.func`, and where one of them is part of a graph
     "Whether ordinary autograd may be used, and values looked at that nothing will be differentiated by"
-    try: torch.empty(0).requires_grad_()
-    except RuntimeError: return False
+    try:
+        torch.empty(0).requires_grad_()
+    except RuntimeError:
+        return False
     return not any(t.requires_grad for t in tensors)
 
 # %% ../nbs/01_groups.ipynb #fa35e192
 def wide(
-    t:Tensor, # Any floating tensor; not modified
-)->Tensor: # The same values in float64, float32 where the device has nothing wider
+    t: Tensor,  # Any floating tensor; not modified
+) -> (
+    Tensor
+):  # The same values in float64, float32 where the device has nothing wider
     "The precision in which group elements live"
-    return t if t.device.type=='mps' else t.double()
+    return t if t.device.type == "mps" else t.double()
 
 # %% ../nbs/01_groups.ipynb #1574bddb
 @dataclass(frozen=True)
 class Rule:
     "How one space of a model moves under a group, and why"
-    kind:str # "gl", "batch", "scale", "perm", "chart", "lsq" or "fixed"
-    why:str # One sentence for people
+
+    kind: str  # "gl", "batch", "scale", "perm", "chart", "lsq" or "fixed"
+    why: str  # One sentence for people
 
 # %% ../nbs/01_groups.ipynb #0716d970
 class Orbit:
     "The points a group reaches from parameters `w`, addressed by flat elements `xi` of shape (size,); nothing is modified"
-    start:Tensor|dict # Parameters where the orbit began
-    batch:Tensor|None # The batch there, or None
-    w:Tensor|dict # Parameters here
-    x:Tensor|None # The batch as seen from here
-    at:Tensor|dict # How far we have come from the start, as the group stores it
-    law:str # "linear", "chart", "batch" or "lsq": how `act` depends on `w`
-    size:int # Coordinates of an element
-    discrete:bool # True where an element is an int64 permutation
-    report:dict # Name of each space -> `Rule`
-    period = None # Where a circle of elements closes: t·xi is the identity at t = `period`, for a unit xi along the slope of an objective
 
-    def zero(self)->Tensor: "The identity, shape (size,)"; raise NotImplementedError
-    def inverse(self, xi:Tensor)->Tensor: "The element that undoes `xi` (size,), shape (size,)"; raise NotImplementedError
-    def to(self, xi:Tensor)->'Orbit': "The same orbit seen from `act(xi)`; no forward pass, no factorisation"; raise NotImplementedError
-    def onward(self, xi:Tensor, w=None): "The action of `xi` on `w`, by default the parameters here: then `act(xi)`, to rounding; differentiable in both"; raise NotImplementedError
-    def nudge(self, xi:Tensor, w): "`onward` to first order in `xi`: at the identity it has the same value and slope, and no exponential"; return self.onward(xi, w)
-    def data(self, xi:Tensor, x:Tensor)->Tensor: "Data `x` seen from `act(xi)` (Z22 Alg. 3); the same `x` where the data do not move"; raise NotImplementedError
-    def carry_data(self, x:Tensor)->Tensor: "Data at the start of the orbit, seen from here"; raise NotImplementedError
-    def pull(self, xi:Tensor, c): "J⁻ᵀc: the covector `c` at `w`, seen from `act(xi)` (Z22 Prop. 5.1)"; raise NotImplementedError
-    def draw(self, rng:Generator)->Tensor: "Standard normal coordinates, or a uniform permutation, on the CPU"; raise NotImplementedError
-    def slope_of_pull(self, c)->Tensor: "d‖pull(ξ, c)‖²/dξ at the identity, shape (size,)"; raise NotImplementedError
-    def carry(self, c): "The covector `c` at the start of the orbit, seen from here"; raise NotImplementedError
+    start: Tensor | dict  # Parameters where the orbit began
+    batch: Tensor | None  # The batch there, or None
+    w: Tensor | dict  # Parameters here
+    x: Tensor | None  # The batch as seen from here
+    at: Tensor | dict  # The way from the start, as the group stores it
+    law: str  # "linear", "chart", "batch" or "lsq": how `act` depends on `w`
+    size: int  # Coordinates of an element
+    discrete: bool  # True where an element is an int64 permutation
+    report: dict  # Name of each space -> `Rule`
+    period = None  # Where a circle of elements closes: t·xi is the identity at t = `period`, for a unit xi along the slope of an objective
 
-    def act(self, xi:Tensor):
+    def zero(self) -> Tensor:
+        "The identity, shape (size,)"
+        raise NotImplementedError
+
+    def inverse(self, xi: Tensor) -> Tensor:
+        "The element that undoes `xi` (size,), shape (size,)"
+        raise NotImplementedError
+
+    def to(self, xi: Tensor) -> "Orbit":
+        "The same orbit seen from `act(xi)`; no forward pass, no factorisation"
+        raise NotImplementedError
+
+    def onward(self, xi: Tensor, w=None):
+        "The action of `xi` on `w`, by default the parameters here: then `act(xi)`, to rounding; differentiable in both"
+        raise NotImplementedError
+
+    def nudge(self, xi: Tensor, w):
+        "`onward` to first order in `xi`: at the identity it has the same value and slope, and no exponential"
+        return self.onward(xi, w)
+
+    def data(self, xi: Tensor, x: Tensor) -> Tensor:
+        "Data `x` seen from `act(xi)` (Z22 Alg. 3); the same `x` where the data do not move"
+        raise NotImplementedError
+
+    def carry_data(self, x: Tensor) -> Tensor:
+        "Data at the start of the orbit, seen from here"
+        raise NotImplementedError
+
+    def pull(self, xi: Tensor, c):
+        "J⁻ᵀc: the covector `c` at `w`, seen from `act(xi)` (Z22 Prop. 5.1)"
+        raise NotImplementedError
+
+    def draw(self, rng: Generator) -> Tensor:
+        "Standard normal coordinates, or a uniform permutation, on the CPU"
+        raise NotImplementedError
+
+    def slope_of_pull(self, c) -> Tensor:
+        "d‖pull(ξ, c)‖²/dξ at the identity, shape (size,)"
+        raise NotImplementedError
+
+    def carry(self, c):
+        "The covector `c` at the start of the orbit, seen from here"
+        raise NotImplementedError
+
+    def act(self, xi: Tensor):
         "New parameters, differentiable in `xi` and in the parameters the orbit began with"
         return self.to(xi).w
-    def random(self, rng:Generator, norm:float)->Tensor:
+
+    def random(self, rng: Generator, norm: float) -> Tensor:
         "A random element, shape (size,), with Euclidean norm `norm` (at least 0); a permutation is uniform unless `norm` is 0"
-        if not 0<=norm<math.inf: raise ValueError(f"random(norm=...) must be finite and at least 0, got {norm}")
-        if norm==0: return self.zero()
+        if not 0 <= norm < math.inf:
+            raise ValueError(
+                f"random(norm=...) must be finite and at least 0, got {norm}"
+            )
+        if norm == 0:
+            return self.zero()
         z = self.draw(rng)
-        return (z if self.discrete else z*(norm/z.norm())).to(self.zero())
-    def choose(self, ok:Tensor, other:'Orbit')->'Orbit':
+        return (z if self.discrete else z * (norm / z.norm())).to(self.zero())
+
+    def choose(self, ok: Tensor, other: "Orbit") -> "Orbit":
         "`other` where `ok`, else this one; both must have begun at the same place"
-        return replace(self, at=tree_map(lambda a,b: torch.where(ok, b, a), self.at, other.at))
+        return replace(
+            self,
+            at=tree_map(lambda a, b: torch.where(ok, b, a), self.at, other.at),
+        )
 
 # %% ../nbs/01_groups.ipynb #b3f0c7f6
 def check_element(
-    orbit:Orbit, # The orbit that `xi` is meant for
-    xi:Tensor, # Candidate element
+    orbit: Orbit,  # The orbit that `xi` is meant for
+    xi: Tensor,  # Candidate element
 ):
     "Raise unless `xi` has the shape and type of an element of `orbit`"
-    if not isinstance(xi, Tensor): raise TypeError(f"xi must be a Tensor of shape ({orbit.size},), got {type(xi).__name__}")
-    if xi.shape!=(orbit.size,): raise ValueError(f"xi must have shape ({orbit.size},), got {tuple(xi.shape)}")
-    if orbit.discrete==xi.is_floating_point():
-        raise TypeError(f"xi must be {'int64' if orbit.discrete else 'floating'}, got {xi.dtype}")
+    if not isinstance(xi, Tensor):
+        raise TypeError(
+            f"xi must be a Tensor of shape ({orbit.size},), got {type(xi).__name__}"
+        )
+    if xi.shape != (orbit.size,):
+        raise ValueError(
+            f"xi must have shape ({orbit.size},), got {tuple(xi.shape)}"
+        )
+    if orbit.discrete == xi.is_floating_point():
+        raise TypeError(
+            f"xi must be {'int64' if orbit.discrete else 'floating'}, got {xi.dtype}"
+        )
 
 # %% ../nbs/01_groups.ipynb #472b07b9
 @dataclass(frozen=True)
 class Chart:
     "An invertible map h in which a loss is a squared length"
-    to:Callable # h: parameters (n,) -> coordinates (n,)
-    back:Callable # h⁻¹: coordinates (n,) -> parameters (n,)
-    affine:bool=False # True where h is linear plus a constant; the action is then linear
 
-    def loss(self, w:Tensor)->Tensor:
+    to: Callable  # h: parameters (n,) -> coordinates (n,)
+    back: Callable  # h⁻¹: coordinates (n,) -> parameters (n,)
+    affine: bool = False  # Whether h is linear plus a constant
+
+    def loss(self, w: Tensor) -> Tensor:
         "‖h(w)‖², shape ()"
         return self.to(w).square().sum()
 
 # %% ../nbs/01_groups.ipynb #d435a6cd
 def _rosenbrock_to(w):
-    if w.shape[-1]%2: raise ValueError(f"rosenbrock needs an even number of variables, got {w.shape[-1]}")
-    x,y = w.unflatten(-1, (-1,2)).unbind(-1)
-    return torch.stack((10*(x**2-y), x-1), -1).flatten(-2)
+    if w.shape[-1] % 2:
+        raise ValueError(
+            f"rosenbrock needs an even number of variables, got {w.shape[-1]}"
+        )
+    x, y = w.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((10 * (x**2 - y), x - 1), -1).flatten(-2)
+
 
 def _rosenbrock_back(y):
-    u,v = y.unflatten(-1, (-1,2)).unbind(-1)
-    return torch.stack((v+1, (v+1)**2-u/10), -1).flatten(-2)
+    u, v = y.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((v + 1, (v + 1) ** 2 - u / 10), -1).flatten(-2)
+
 
 rosenbrock = Chart(_rosenbrock_to, _rosenbrock_back)
 
 # %% ../nbs/01_groups.ipynb #f6e1126c
 def _booth_to(w):
-    x,y = w.unbind(-1)
-    return torch.stack((x+2*y-7, 2*x+y-5), -1)
+    x, y = w.unbind(-1)
+    return torch.stack((x + 2 * y - 7, 2 * x + y - 5), -1)
+
 
 def _booth_back(y):
-    u,v = y.unbind(-1)
-    return torch.stack((-u/3+2*v/3+1, 2*u/3-v/3+3), -1)
+    u, v = y.unbind(-1)
+    return torch.stack((-u / 3 + 2 * v / 3 + 1, 2 * u / 3 - v / 3 + 3), -1)
+
 
 booth = Chart(_booth_to, _booth_back, affine=True)
 
 # %% ../nbs/01_groups.ipynb #887309d0
 def ellipse(
-    lam:float, # Ratio of the half-axes, positive
-)->Chart: # Chart of x₁² + λ²x₂² on parameters of shape (2,)
+    lam: float,  # Ratio of the half-axes, positive
+) -> Chart:  # Chart of x₁² + λ²x₂² on parameters of shape (2,)
     "The ellipse of Z22 (20), minimum at the origin"
-    if not lam>0: raise ValueError(f"ellipse(lam=...) must be positive, got {lam}")
-    s = lambda w: w.new_tensor([1., lam])
-    return Chart(lambda w: w*s(w), lambda y: y/s(y), affine=True)
+    if not lam > 0:
+        raise ValueError(f"ellipse(lam=...) must be positive, got {lam}")
+
+    def s(w):
+        return w.new_tensor([1.0, lam])
+
+    return Chart(lambda w: w * s(w), lambda y: y / s(y), affine=True)
 
 # %% ../nbs/01_groups.ipynb #22d200f8
 def skew_matrix(
-    xi:Tensor, # Upper triangle, row by row and with its sign changed, shape (n(n-1)/2,)
-    n:int, # Dimensions
-)->Tensor: # Shape (n, n), equal to minus its transpose
+    xi: Tensor,  # Upper triangle, row by row and with its sign changed, shape (n(n-1)/2,)
+    n: int,  # Dimensions
+) -> Tensor:  # Shape (n, n), equal to minus its transpose
     "An infinitesimal rotation; in two dimensions its angle is `xi`"
-    i,j = torch.triu_indices(n, n, 1, device=xi.device)
-    upper = xi.new_zeros(n, n).index_put((i,j), -xi)
-    return upper-upper.T
+    i, j = torch.triu_indices(n, n, 1, device=xi.device)
+    upper = xi.new_zeros(n, n).index_put((i, j), -xi)
+    return upper - upper.T
+
 
 def rotation_matrix(
-    xi:Tensor, # Angle (1,) in radians when n = 2, else the n(n-1)/2 entries of a skew matrix
-    n:int, # Dimensions
-)->Tensor: # Rotation, shape (n, n)
+    xi: Tensor,  # Angle (1,) in radians when n = 2, else the n(n-1)/2 entries of a skew matrix
+    n: int,  # Dimensions
+) -> Tensor:  # Rotation, shape (n, n)
     "The matrix exponential of `skew_matrix`"
-    if n>2: return torch.linalg.matrix_exp(skew_matrix(xi, n))
-    c,s = xi.cos(),xi.sin()
-    return torch.stack((torch.cat((c,-s)), torch.cat((s,c))))
+    if n > 2:
+        return torch.linalg.matrix_exp(skew_matrix(xi, n))
+    c, s = xi.cos(), xi.sin()
+    return torch.stack((torch.cat((c, -s)), torch.cat((s, c))))
 
 # %% ../nbs/01_groups.ipynb #63266754
 @dataclass(frozen=True)
 class ChartOrbit(Orbit):
     "Rotations in the coordinates of a chart"
-    chart:Chart # The chart
-    start:Tensor # Parameters where the orbit began, shape (n,)
-    at:Tensor # Rotation from there to here, shape (n, n)
-    batch:Tensor|None=None # Not used by the action; handed on to the loss
-    discrete,period = False,2*math.pi
+
+    chart: Chart  # The chart
+    start: Tensor  # Parameters where the orbit began, shape (n,)
+    at: Tensor  # Rotation from there to here, shape (n, n)
+    batch: Tensor | None = None  # Not used by the action; handed on to the loss
+    discrete, period = False, 2 * math.pi
 
     @property
-    def law(self): return 'linear' if self.chart.affine else 'chart'
+    def law(self):
+        return "linear" if self.chart.affine else "chart"
+
     @property
-    def size(self): n = len(self.start); return n*(n-1)//2
+    def size(self):
+        n = len(self.start)
+        return n * (n - 1) // 2
+
     @property
-    def report(self): return {'chart': Rule('chart', f'a rotation of {len(self.start)} coordinates, exact everywhere')}
+    def report(self):
+        return {
+            "chart": Rule(
+                "chart",
+                f"a rotation of {len(self.start)} coordinates, exact everywhere",
+            )
+        }
+
     @property
-    def hidden(self): return {}
+    def hidden(self):
+        return {}
+
     @property
-    def x(self): return self.batch
+    def x(self):
+        return self.batch
+
     @cached_property
     def w(self):
-        w = wide(self.start); y = self.chart.to(w)
-        return (w + (self.chart.back(self.at@y) - self.chart.back(y))).to(self.start.dtype)
-    def zero(self): return wide(self.start).new_zeros(self.size)
-    def draw(self, rng): return torch.randn(self.size, generator=rng, dtype=torch.float64)
-    def inverse(self, xi): check_element(self, xi); return -xi
-    def to(self, xi): check_element(self, xi); return replace(self, at=rotation_matrix(wide(xi), len(self.start))@self.at)
-    def onward(self, xi, w=None): w = self.w if w is None else w; return self.chart.back(rotation_matrix(wide(xi), len(self.start))@self.chart.to(wide(w))).to(w.dtype)
-    def nudge(self, xi, w): y = self.chart.to(wide(w)); return self.chart.back(y+skew_matrix(wide(xi), len(y))@y).to(w.dtype)
-    def pull(self, xi, c): return self._pull(rotation_matrix(wide(xi), len(self.start)), self.to(xi).w, c)
-    def carry(self, c): return self._pull(self.at, self.w, c)
+        w = wide(self.start)
+        y = self.chart.to(w)
+        return (w + (self.chart.back(self.at @ y) - self.chart.back(y))).to(
+            self.start.dtype
+        )
+
+    def zero(self):
+        return wide(self.start).new_zeros(self.size)
+
+    def draw(self, rng):
+        return torch.randn(self.size, generator=rng, dtype=torch.float64)
+
+    def inverse(self, xi):
+        check_element(self, xi)
+        return -xi
+
+    def to(self, xi):
+        check_element(self, xi)
+        return replace(
+            self, at=rotation_matrix(wide(xi), len(self.start)) @ self.at
+        )
+
+    def onward(self, xi, w=None):
+        w = self.w if w is None else w
+        return self.chart.back(
+            rotation_matrix(wide(xi), len(self.start)) @ self.chart.to(wide(w))
+        ).to(w.dtype)
+
+    def nudge(self, xi, w):
+        y = self.chart.to(wide(w))
+        return self.chart.back(y + skew_matrix(wide(xi), len(y)) @ y).to(w.dtype)
+
+    def pull(self, xi, c):
+        return self._pull(
+            rotation_matrix(wide(xi), len(self.start)), self.to(xi).w, c
+        )
+
+    def carry(self, c):
+        return self._pull(self.at, self.w, c)
+
     def _pull(self, r, w, c):
-        undo = lambda w: self.chart.back(r.T@self.chart.to(wide(w))).to(w.dtype)
+        def undo(w):
+            return self.chart.back(r.T @ self.chart.to(wide(w))).to(w.dtype)
+
         return vjp(undo, w)[1](c)[0]
+
     def slope_of_pull(self, c):
-        near = lambda xi: torch.eye(len(self.start), dtype=xi.dtype, device=xi.device)+skew_matrix(xi, len(self.start)) # a rotation to first order
-        return grad(lambda xi: self._pull(near(xi), self.nudge(xi, self.w), c).square().sum())(self.zero())
-    def data(self, xi, x): return x
-    def carry_data(self, x): return x
+        def near(xi):
+            return torch.eye(
+                len(self.start), dtype=xi.dtype, device=xi.device
+            ) + skew_matrix(xi, len(self.start))  # a rotation to first order
+
+        return grad(
+            lambda xi: (
+                self._pull(near(xi), self.nudge(xi, self.w), c).square().sum()
+            )
+        )(self.zero())
+
+    def data(self, xi, x):
+        return x
+
+    def carry_data(self, x):
+        return x
 
 # %% ../nbs/01_groups.ipynb #cb4e5208
 @dataclass(frozen=True)
 class Rotation:
     "Rotations in a chart (Z22 §6.1, App. B.1): exact on every input"
-    chart:Chart # Where the loss is a squared length
+
+    chart: Chart  # Where the loss is a squared length
     exact = True
 
-    def on(self, wiring)->'Rotation': "Itself: the chart is all it needs"; return self
+    def on(self, wiring) -> "Rotation":
+        "Itself: the chart is all it needs"
+        return self
+
     def orbit(
         self,
-        w:Tensor, # Parameters, shape (n,), n at least 2
-        x:Tensor|None=None, # Handed on to the loss, not used by the action
-    )->ChartOrbit:
+        w: Tensor,  # Parameters, shape (n,), n at least 2
+        x: Tensor | None = None,  # Handed on to the loss, not used by the action
+    ) -> ChartOrbit:
         "The orbit of `w`; an element is an angle in radians, shape (1,), or n(n-1)/2 entries of a skew matrix"
-        if not isinstance(w, Tensor): raise TypeError(f"Rotation moves one Tensor of shape (n,), got {type(w).__name__}")
-        if w.ndim!=1 or len(w)<2: raise ValueError(f"Rotation needs w of shape (n,) with n at least 2, got {tuple(w.shape)}")
-        return ChartOrbit(self.chart, w, torch.eye(len(w), dtype=wide(w).dtype, device=w.device), x)
+        if not isinstance(w, Tensor):
+            raise TypeError(
+                f"Rotation moves one Tensor of shape (n,), got {type(w).__name__}"
+            )
+        if w.ndim != 1 or len(w) < 2:
+            raise ValueError(
+                f"Rotation needs w of shape (n,) with n at least 2, got {tuple(w.shape)}"
+            )
+        return ChartOrbit(
+            self.chart,
+            w,
+            torch.eye(len(w), dtype=wide(w).dtype, device=w.device),
+            x,
+        )
 
 # %% ../nbs/01_groups.ipynb #f1f836cb
 def check_symmetry(
-    orbit:Orbit, # Freshly made at the parameters and the batch in question, float64; not after `to`
-    loss:Callable, # `(w) -> ()`, the function that must not change
-    rng:Generator, # Draws the elements
-    norm:float=.3, # Size of the random elements
-    rtol:float=1e-9, # Relative tolerance of every comparison
+    orbit: Orbit,  # Freshly made at the parameters and the batch in question, float64; not after `to`
+    loss: Callable,  # `(w) -> ()`, the function that must not change
+    rng: Generator,  # Draws the elements
+    norm: float = 0.3,  # Size of the random elements
+    rtol: float = 1e-9,  # Relative tolerance of every comparison
 ):
     "Fail unless identity, invariance, composition, inverse and `pull` hold along one random path of two moves"
-    close = lambda a,b: tree_map(lambda a,b: check_close(a, b, rtol, rtol), a, b)
-    tree_map(lambda a,b: check_close(a, b, 0, 0), orbit.act(orbit.zero()), orbit.start)
-    L,c = loss(orbit.start),grad(loss)(orbit.start)
+
+    def close(a, b):
+        return tree_map(lambda a, b: check_close(a, b, rtol, rtol), a, b)
+
+    tree_map(
+        lambda a, b: check_close(a, b, 0, 0), orbit.act(orbit.zero()), orbit.start
+    )
+    L, c = loss(orbit.start), grad(loss)(orbit.start)
     for _ in range(2):
-        xi,eta = orbit.random(rng, norm),orbit.random(rng, norm)
+        xi, eta = orbit.random(rng, norm), orbit.random(rng, norm)
         there = orbit.to(xi)
         close(loss(there.w), L)
         close(orbit.pull(xi, c), grad(loss)(there.w))
         close(there.onward(there.inverse(xi)), orbit.w)
         close(there.onward(eta), there.act(eta))
-        orbit,c = there,grad(loss)(there.w)
+        orbit, c = there, grad(loss)(there.w)
 
 # %% ../nbs/01_groups.ipynb #0286dd55
 @dataclass(frozen=True)
 class Orthogonal:
     "Rotations that keep ½wᵀAw (Z22 (18)-(19)): exact on every input"
-    A:Tensor # Symmetric positive-definite matrix, shape (n, n)
+
+    A: Tensor  # Symmetric positive-definite matrix, shape (n, n)
     exact = True
 
     def __post_init__(self):
         A = self.A
-        if not isinstance(A, Tensor): raise TypeError(f"Orthogonal(A) needs a Tensor, got {type(A).__name__}")
-        if not A.isfinite().all(): raise ValueError(f"Orthogonal(A) holds {(~A.isfinite()).sum().item()} values that are nan or infinite")
-        if A.ndim!=2 or A.shape[0]!=A.shape[1]: raise ValueError(f"Orthogonal(A) needs a square matrix, got shape {tuple(A.shape)}")
-        if not torch.allclose(A, A.T): raise ValueError("Orthogonal(A) needs a symmetric matrix, and A differs from its transpose")
-        lam,q = torch.linalg.eigh(wide(A))
-        if not lam[0]>lam[-1]*1e-14: raise ValueError(f"Orthogonal(A) needs a positive-definite matrix, got smallest eigenvalue {lam[0].item():.3g}")
-        root,inv = q*lam.sqrt()@q.T, q/lam.sqrt()@q.T
-        object.__setattr__(self, 'chart', Chart(lambda w: root@w, lambda y: inv@y, affine=True))
-    def on(self, wiring)->'Orthogonal': "Itself: the matrix is all it needs"; return self
+        if not isinstance(A, Tensor):
+            raise TypeError(
+                f"Orthogonal(A) needs a Tensor, got {type(A).__name__}"
+            )
+        if not A.isfinite().all():
+            raise ValueError(
+                f"Orthogonal(A) holds {(~A.isfinite()).sum().item()} values that are nan or infinite"
+            )
+        if A.ndim != 2 or A.shape[0] != A.shape[1]:
+            raise ValueError(
+                f"Orthogonal(A) needs a square matrix, got shape {tuple(A.shape)}"
+            )
+        if not torch.allclose(A, A.T):
+            raise ValueError(
+                "Orthogonal(A) needs a symmetric matrix, and A differs from its transpose"
+            )
+        lam, q = torch.linalg.eigh(wide(A))
+        if not lam[0] > lam[-1] * 1e-14:
+            raise ValueError(
+                f"Orthogonal(A) needs a positive-definite matrix, got smallest eigenvalue {lam[0].item():.3g}"
+            )
+        root, inv = q * lam.sqrt() @ q.T, q / lam.sqrt() @ q.T
+        object.__setattr__(
+            self,
+            "chart",
+            Chart(lambda w: root @ w, lambda y: inv @ y, affine=True),
+        )
+
+    def on(self, wiring) -> "Orthogonal":
+        "Itself: the matrix is all it needs"
+        return self
+
     def orbit(
         self,
-        w:Tensor, # Parameters, shape (n,)
-        x:Tensor|None=None, # Handed on to the loss, not used by the action
-    )->ChartOrbit:
+        w: Tensor,  # Parameters, shape (n,)
+        x: Tensor | None = None,  # Handed on to the loss, not used by the action
+    ) -> ChartOrbit:
         "The orbit of `w`: elements as for `Rotation`"
-        if isinstance(w, Tensor) and len(self.A)!=len(w): raise ValueError(f"Orthogonal(A) has n = {len(self.A)}, but w has {len(w)} entries")
+        if isinstance(w, Tensor) and len(self.A) != len(w):
+            raise ValueError(
+                f"Orthogonal(A) has n = {len(self.A)}, but w has {len(w)} entries"
+            )
         return Rotation(self.chart).orbit(w, x)
 
 # %% ../nbs/01_groups.ipynb #fe2ef495
-KINDS = frozenset({'gl','scale','perm'})
+KINDS = frozenset({"gl", "scale", "perm"})
+
 
 @dataclass(frozen=True)
 class Slot:
     "One parameter axis that carries a hidden space; from `start` it is indexed (copy, before, size, after)"
-    param:str # Name of the parameter
-    axis:int # Which axis, at least 0
-    dual:bool=False # False: the axis moves by g. True: by g⁻ᵀ
-    start:int=0 # Where on the axis the space begins, zero-based
-    before:int=1 # Repeats outside `size`
-    after:int=1 # Repeats inside `size`, such as the pixels of a flattened channel
-    kinds:frozenset=KINDS # The kinds of element that move this axis (a slope per unit is permuted, not scaled)
+
+    param: str  # Name of the parameter
+    axis: int  # Which axis, at least 0
+    dual: bool = False  # False: the axis moves by g. True: by g⁻ᵀ
+    start: int = 0  # Where on the axis the space begins, zero-based
+    before: int = 1  # Repeats outside `size`
+    after: int = 1  # Repeats inside `size`, such as pixels of a channel
+    kinds: frozenset = KINDS  # The kinds of element that move this axis (a slope per unit is permuted, not scaled)
 
 # %% ../nbs/01_groups.ipynb #64e095fe
 @dataclass(frozen=True)
 class Tap:
     "Where the batch action can enter: h = sigma(z), z = the output of `layer`"
-    layer:str # Module name of an affine layer, with `weight` (out, in) and perhaps `bias` (out,)
-    sigma:Callable # (z, w) -> h, elementwise, shape kept
-    inverse:Callable # (h, w) -> z, NaN outside the range of sigma
-    slopes:Callable|None=None # z -> (σ'(z), σ''(z)), the second None where it is 0 everywhere; None: take them by autograd
-    below:frozenset|None=None # Names of all the parameters that h depends on; None: not known
+
+    layer: str  # Module name of an affine layer, with `weight` (out, in) and perhaps `bias` (out,)
+    sigma: Callable  # (z, w) -> h, elementwise, shape kept
+    inverse: Callable  # (h, w) -> z, NaN outside the range of sigma
+    slopes: Callable | None = None  # z -> (σ'(z), σ''(z) or None for 0)
+    below: frozenset | None = None  # All parameters that h depends on, if known
 
 # %% ../nbs/01_groups.ipynb #2e01e174
 @dataclass(frozen=True)
 class Space:
     "One hidden space: its size, the axes that carry it, and what may move it"
-    name:str # A name for people, usually that of the layer that makes it
-    size:int # Units
-    slots:tuple # `Slot`s
-    commutes:frozenset=frozenset() # Subset of {"gl", "scale", "perm"}: what every op on the path commutes with
-    copies:int=1 # Independent copies, each with an element of its own (attention heads)
-    tap:Tap|None=None # For the batch action
-    why:str='' # Why `commutes` is not larger, for the report
-    data:bool=False # True for the space of the inputs: the data move too (Z22 Alg. 3)
+
+    name: str  # A name for people, usually that of the layer that makes it
+    size: int  # Units
+    slots: tuple  # `Slot`s
+    commutes: frozenset = frozenset()  # Subset of {"gl", "scale", "perm"}: what every op on the path commutes with
+    copies: int = 1  # Independent copies (attention heads)
+    tap: Tap | None = None  # For the batch action
+    why: str = ""  # Why `commutes` is not larger, for the report
+    data: bool = False  # Whether it is the space of the data (Z22 Alg. 3)
 
     def __post_init__(self):
-        if self.size<1 or self.copies<1: raise ValueError(f"Space({self.name!r}) needs size and copies of at least 1, got {self.size} and {self.copies}")
-        if not set(self.commutes)<=KINDS: raise ValueError(f"Space({self.name!r}, commutes=...) knows gl, scale and perm, got {set(self.commutes)}")
-        object.__setattr__(self, 'slots', tuple(self.slots)); object.__setattr__(self, 'commutes', frozenset(self.commutes))
-    def shape(self, *dims)->tuple: "`dims`, with the copies in front where there is more than one"; return (self.copies,)*(self.copies>1)+dims
+        if self.size < 1 or self.copies < 1:
+            raise ValueError(
+                f"Space({self.name!r}) needs size and copies of at least 1, got {self.size} and {self.copies}"
+            )
+        if not set(self.commutes) <= KINDS:
+            raise ValueError(
+                f"Space({self.name!r}, commutes=...) knows gl, scale and perm, got {set(self.commutes)}"
+            )
+        object.__setattr__(self, "slots", tuple(self.slots))
+        object.__setattr__(self, "commutes", frozenset(self.commutes))
+
+    def shape(self, *dims) -> tuple:
+        "`dims`, with the copies in front where there is more than one"
+        return (self.copies,) * (self.copies > 1) + dims
 
 # %% ../nbs/01_groups.ipynb #e1822db4
 @dataclass(frozen=True)
 class Wiring:
     "Which parameter axes carry which hidden space of a model"
-    spaces:tuple # `Space`s; a name may occur once
-    model:nn.Module|None=None # Runs the batch where activations are asked for; not modified
+
+    spaces: tuple  # `Space`s; a name may occur once
+    model: nn.Module | None = None  # Runs the batch; not modified
 
     def __post_init__(self):
-        object.__setattr__(self, 'spaces', tuple(self.spaces))
+        object.__setattr__(self, "spaces", tuple(self.spaces))
         names = [s.name for s in self.spaces]
-        if twice := {n for n in names if names.count(n)>1}: raise ValueError(f"Wiring has two spaces named {sorted(twice)}")
+        if twice := {n for n in names if names.count(n) > 1}:
+            raise ValueError(f"Wiring has two spaces named {sorted(twice)}")
+
     @cached_property
-    def plans(self)->dict: "What a group has decided about parameters and activations of some shapes, so that it need not decide again"; return {}
-    def __getitem__(self, name:str)->Space: "The space called `name`"; return {s.name: s for s in self.spaces}[name]
-    def check(self, w:dict):
+    def plans(self) -> dict:
+        "What a group has decided about parameters and activations of some shapes, so that it need not decide again"
+        return {}
+
+    def __getitem__(self, name: str) -> Space:
+        "The space called `name`"
+        return {s.name: s for s in self.spaces}[name]
+
+    def check(self, w: dict):
         "Raise unless every slot that can move fits the parameters `w`"
         for s in [s for s in self.spaces if s.commutes or s.tap]:
             for t in s.slots:
-                if t.param not in w: raise ValueError(f"space {s.name!r} needs parameter {t.param!r}; w has {sorted(w)}")
-                p,need = w[t.param], t.start + s.copies*t.before*s.size*t.after
-                if t.axis>=p.ndim or p.shape[t.axis]<need:
-                    raise ValueError(f"space {s.name!r} needs {need} entries on axis {t.axis} of {t.param!r}, which has shape {tuple(p.shape)}")
+                if t.param not in w:
+                    raise ValueError(
+                        f"space {s.name!r} needs parameter {t.param!r}; w has {sorted(w)}"
+                    )
+                p, need = (
+                    w[t.param],
+                    t.start + s.copies * t.before * s.size * t.after,
+                )
+                if t.axis >= p.ndim or p.shape[t.axis] < need:
+                    raise ValueError(
+                        f"space {s.name!r} needs {need} entries on axis {t.axis} of {t.param!r}, which has shape {tuple(p.shape)}"
+                    )
 
 # %% ../nbs/01_groups.ipynb #8effee40
 def undone(
-    t:Tensor|None, # T, shape (d, d); the logarithm of a diagonal, shape (d,); or None for no step
-    rows:Tensor, # Shape (n, d)
-)->Tensor: # Each times (I+T)⁻¹
+    t: Tensor
+    | None,  # T, shape (d, d); the logarithm of a diagonal, shape (d,); or None for no step
+    rows: Tensor,  # Shape (n, d)
+) -> Tensor:  # Each times (I+T)⁻¹
     "Rows after a step has moved the space they are dual to"
-    if t is None: return rows
-    if t.ndim<2: return rows/t.exp()
-    size,small = t.norm().item() if readable(t) else math.inf, 16*torch.finfo(t.dtype).eps # the norm is that of all singular values together
-    if not size<.5: return torch.linalg.solve_ex(torch.eye(len(t), dtype=t.dtype, device=t.device)+t, rows, left=False)[0]
+    if t is None:
+        return rows
+    if t.ndim < 2:
+        return rows / t.exp()
+    size, small = (
+        t.norm().item() if readable(t) else math.inf,
+        16 * torch.finfo(t.dtype).eps,
+    )  # the norm is that of all singular values together
+    if not size < 0.5:
+        return torch.linalg.solve_ex(
+            torch.eye(len(t), dtype=t.dtype, device=t.device) + t,
+            rows,
+            left=False,
+        )[0]
     sign = -1
-    while size**4>small: rows,t,size,sign = torch.addmm(rows, rows, t, alpha=sign),t@t,size*size,1
-    y,error = rows,size
-    while error>small: y,error = torch.addmm(rows, y, t, alpha=sign),error*size
+    while size**4 > small:
+        rows, t, size, sign = (
+            torch.addmm(rows, rows, t, alpha=sign),
+            t @ t,
+            size * size,
+            1,
+        )
+    y, error = rows, size
+    while error > small:
+        y, error = torch.addmm(rows, y, t, alpha=sign), error * size
     return y
 
 # %% ../nbs/01_groups.ipynb #667be543
 class Matrices:
     "g = I + T, coordinates T of shape (d, d)"
-    def shape(self, space): return space.shape(space.size, space.size)
-    def zero(self, space): return torch.zeros(self.shape(space), dtype=torch.float64)
-    def then(self, a, b): return a + b + b@a
-    def inverse(self, a): return -self.solve(a, a)
-    def move(self, e, t): return t + e@t.to(e.dtype)
-    def dual(self, e, t): 
-        if e.dtype==t.dtype or len(e)>1: return self.solve(e.mT.to(t.dtype), t)
-        e,rows = e[0,0],t.mT
-        return t - undone(e, rows.flatten(0, -2).to(e.dtype)@e).reshape(rows.shape).mT
-    def solve(self, e, t): 
+
+    def shape(self, space):
+        return space.shape(space.size, space.size)
+
+    def zero(self, space):
+        return torch.zeros(self.shape(space), dtype=torch.float64)
+
+    def then(self, a, b):
+        return a + b + b @ a
+
+    def inverse(self, a):
+        return -self.solve(a, a)
+
+    def move(self, e, t):
+        return t + e @ t.to(e.dtype)
+
+    def dual(self, e, t):
+        if e.dtype == t.dtype or len(e) > 1:
+            return self.solve(e.mT.to(t.dtype), t)
+        e, rows = e[0, 0], t.mT
+        return (
+            t
+            - undone(e, rows.flatten(0, -2).to(e.dtype) @ e)
+            .reshape(rows.shape)
+            .mT
+        )
+
+    def solve(self, e, t):
         # solve_ex does not raise: a singular g gives inf or nan, and the move is refused where it is measured
-        return torch.linalg.solve_ex(e + torch.eye(e.shape[-1], dtype=e.dtype, device=e.device), t)[0]
-    def gram(self, m): return m@m.mT
+        return torch.linalg.solve_ex(
+            e + torch.eye(e.shape[-1], dtype=e.dtype, device=e.device), t
+        )[0]
+
+    def gram(self, m):
+        return m @ m.mT
 
 # %% ../nbs/01_groups.ipynb #5a5b0f9b
 class Diagonals:
     "g = diag(exp s), coordinates s of shape (d,)"
-    def shape(self, space): return space.shape(space.size)
-    def zero(self, space): return torch.zeros(self.shape(space), dtype=torch.float64)
-    def then(self, a, b): return a + b
-    def inverse(self, a): return -a
-    def move(self, e, t): return t*e.exp()
-    def dual(self, e, t): return t*(-e).exp()
-    def gram(self, m): return m.square().sum(-1, keepdim=True)
+
+    def shape(self, space):
+        return space.shape(space.size)
+
+    def zero(self, space):
+        return torch.zeros(self.shape(space), dtype=torch.float64)
+
+    def then(self, a, b):
+        return a + b
+
+    def inverse(self, a):
+        return -a
+
+    def move(self, e, t):
+        return t * e.exp()
+
+    def dual(self, e, t):
+        return t * (-e).exp()
+
+    def gram(self, m):
+        return m.square().sum(-1, keepdim=True)
 
 # %% ../nbs/01_groups.ipynb #e6c3dd63
 class Permutations:
     "(g h)_i = h_{p(i)}, coordinates p of shape (d,), int64"
-    def shape(self, space): return space.shape(space.size)
-    def zero(self, space): return torch.arange(space.size).expand(self.shape(space))
-    def then(self, a, b): return torch.take_along_dim(a, b, -1)
-    def inverse(self, a): return a.argsort(-1)
-    def move(self, e, t): return torch.take_along_dim(t, e, -2)
-    dual = move # a permutation matrix is its own inverse transpose
 
-ELEMENTS = dict(gl=Matrices(), batch=Matrices(), lsq=Matrices(), scale=Diagonals(), perm=Permutations())
+    def shape(self, space):
+        return space.shape(space.size)
+
+    def zero(self, space):
+        return torch.arange(space.size).expand(self.shape(space))
+
+    def then(self, a, b):
+        return torch.take_along_dim(a, b, -1)
+
+    def inverse(self, a):
+        return a.argsort(-1)
+
+    def move(self, e, t):
+        return torch.take_along_dim(t, e, -2)
+
+    dual = move  # a permutation matrix is its own inverse transpose
+
+
+ELEMENTS = dict(
+    gl=Matrices(),
+    batch=Matrices(),
+    lsq=Matrices(),
+    scale=Diagonals(),
+    perm=Permutations(),
+)
 
 # %% ../nbs/01_groups.ipynb #511a418e
 def along(
-    t:Tensor, # Any array; not modified
-    slot:Slot, # Which axis, and where on it the space lies
-    space:Space, # The space
-    f:Callable, # Acts on an array of shape (copies, before, size, rest)
-)->Tensor: # Same shape as `t`
+    t: Tensor,  # Any array; not modified
+    slot: Slot,  # Which axis, and where on it the space lies
+    space: Space,  # The space
+    f: Callable,  # Acts on an array of shape (copies, before, size, rest)
+) -> Tensor:  # Same shape as `t`
     "`t` with `f` applied along one slot"
     m = t.movedim(slot.axis, 0)
-    n = space.copies*slot.before*space.size*slot.after
-    seg = m[slot.start:slot.start+n]
-    new = f(seg.reshape(space.copies, slot.before, space.size, -1)).reshape(seg.shape)
-    if n<len(m): new = torch.cat((m[:slot.start], new, m[slot.start+n:]))
+    n = space.copies * slot.before * space.size * slot.after
+    seg = m[slot.start : slot.start + n]
+    new = f(seg.reshape(space.copies, slot.before, space.size, -1)).reshape(
+        seg.shape
+    )
+    if n < len(m):
+        new = torch.cat((m[: slot.start], new, m[slot.start + n :]))
     return new.movedim(0, slot.axis)
 
 # %% ../nbs/01_groups.ipynb #a17554a0
 def transform(
-    w:dict, # Parameters by name; not modified
-    moves:list, # (space, kind, element, slots) to apply, in order
-    dual:bool=False, # True: every axis by g⁻ᵀ instead, which is how a covector moves
-    power:int=1, # 2: every matrix entry squared, which is how a second moment moves (diagonals and permutations)
-)->dict: # The parameters after the moves, in the dtype of `w`
+    w: dict,  # Parameters by name; not modified
+    moves: list,  # (space, kind, element, slots) to apply, in order
+    dual: bool = False,  # True: every axis by g⁻ᵀ instead, which is how a covector moves
+    power: int = 1,  # 2: every matrix entry squared, which is how a second moment moves (diagonals and permutations)
+) -> dict:  # The parameters after the moves, in the dtype of `w`
     "Move every slot of every space: the one interpreter for all wirings"
     w = dict(w)
-    for space,kind,e,slots in moves:
+    for space, kind, e, slots in moves:
         el = ELEMENTS[kind]
-        if power!=1 and e.is_floating_point(): e = e*power
+        if power != 1 and e.is_floating_point():
+            e = e * power
         for s in slots:
             t = w[s.param]
             b = e.reshape(space.copies, 1, space.size, -1)
-            if b.is_floating_point() and torch.promote_types(b.dtype, t.dtype)!=t.dtype: b = b.to(t.dtype)
-            w[s.param] = along(t, s, space, lambda m: (el.dual if s.dual!=dual else el.move)(b, m))
+            if (
+                b.is_floating_point()
+                and torch.promote_types(b.dtype, t.dtype) != t.dtype
+            ):
+                b = b.to(t.dtype)
+            w[s.param] = along(
+                t,
+                s,
+                space,
+                lambda m: (el.dual if s.dual != dual else el.move)(b, m),
+            )
     return w
 
 # %% ../nbs/01_groups.ipynb #4d89d294
 class LeftInverse(NamedTuple):
     "P of shape (p, n) with h P = I, as one matrix or as a product of two"
-    a:Tensor # P, or the first factor, shape (p, n)
-    b:Tensor|None=None # The second factor, shape (n, n)
+
+    a: Tensor  # P, or the first factor, shape (p, n)
+    b: Tensor | None = None  # The second factor, shape (n, n)
 
     @property
-    def full(self)->Tensor: "P, shape (p, n)"; return self.a if self.b is None else self.a@self.b
-    def times(self, rows:Tensor)->Tensor: "`rows` (m, p) times P, shape (m, n), in their precision"; y = rows@self.a.to(rows.dtype); return y if self.b is None else y@self.b.to(rows.dtype)
-    def change(self, w:Tensor, z:Tensor)->Tensor: "Weights (m, q), q at most p, plus zᵀPᵀ, the change that gives pre-activations (n, m) the change `z`"; return torch.addmm(w, (z if self.b is None else self.b@z).mT, self.a[:w.shape[1]].mT)
+    def full(self) -> Tensor:
+        "P, shape (p, n)"
+        return self.a if self.b is None else self.a @ self.b
+
+    def times(self, rows: Tensor) -> Tensor:
+        "`rows` (m, p) times P, shape (m, n), in their precision"
+        y = rows @ self.a.to(rows.dtype)
+        return y if self.b is None else y @ self.b.to(rows.dtype)
+
+    def change(self, w: Tensor, z: Tensor) -> Tensor:
+        "Weights (m, q), q at most p, plus zᵀPᵀ, the change that gives pre-activations (n, m) the change `z`"
+        return torch.addmm(
+            w, (z if self.b is None else self.b @ z).mT, self.a[: w.shape[1]].mT
+        )
+
 
 def left_inverse(
-    h:Tensor, # Activations, shape (n, p), n at most p, full row rank
-)->LeftInverse: # In float64
+    h: Tensor,  # Activations, shape (n, p), n at most p, full row rank
+) -> LeftInverse:  # In float64
     "The left inverse h⁺ of Z22 Prop. 4.3, in PyTorch's layout; not finite where rows of `h` are dependent"
-    (n,p),given,h = h.shape,h.dtype,wide(h)
-    if n==p: return LeftInverse(torch.linalg.inv_ex(h)[0])
-    if h.dtype!=given and n>64: # below, one call of LAPACK is as good as the other
-        l,_ = torch.linalg.cholesky_ex(h@h.mT); d = l.diagonal()
-        if readable(d) and d.min()>1e-4*d.max(): return LeftInverse(h.mT, torch.cholesky_inverse(l))
-    q,r = torch.linalg.qr(h.mT)
-    return LeftInverse(torch.linalg.solve_triangular(r.mT, q, upper=False, left=False))
+    (n, p), given, h = h.shape, h.dtype, wide(h)
+    if n == p:
+        return LeftInverse(torch.linalg.inv_ex(h)[0])
+    if (
+        h.dtype != given and n > 64
+    ):  # below, one call of LAPACK is as good as the other
+        l, _ = torch.linalg.cholesky_ex(h @ h.mT)
+        d = l.diagonal()
+        if readable(d) and d.min() > 1e-4 * d.max():
+            return LeftInverse(h.mT, torch.cholesky_inverse(l))
+    q, r = torch.linalg.qr(h.mT)
+    return LeftInverse(
+        torch.linalg.solve_triangular(r.mT, q, upper=False, left=False)
+    )
 
 # %% ../nbs/01_groups.ipynb #b7103ca2
 def run_model(
-    model:nn.Module, # Not modified, nor are its buffers, its mode or the global random state
-    w:dict, # Parameters by name; others, and buffers, are taken from the model
-    x:Tensor, # One batch
-)->Tensor: # The model's output
+    model: nn.Module,  # Not modified, nor are its buffers, its mode or the global random state
+    w: dict,  # Parameters by name; others, and buffers, are taken from the model
+    x: Tensor,  # One batch
+) -> Tensor:  # The model's output
     "The model as a pure function of its parameters"
-    buffers = {k: b.clone() for k,b in model.named_buffers()}
-    devices = {p.device.index for p in w.values() if p.device.type=='cuda'}
-    with torch.random.fork_rng(devices): return functional_call(model, {**buffers, **w}, (x,))
+    buffers = {k: b.clone() for k, b in model.named_buffers()}
+    devices = {p.device.index for p in w.values() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices):
+        return functional_call(model, {**buffers, **w}, (x,))
 
 # %% ../nbs/01_groups.ipynb #d02560dd
 def layer_inputs(
-    model:nn.Module, # Not modified
-    w:dict, # Parameters by name
-    x:Tensor, # One batch
-    layers:set, # Names of modules
-)->dict: # Layer -> its first positional input, on this batch
+    model: nn.Module,  # Not modified
+    w: dict,  # Parameters by name
+    x: Tensor,  # One batch
+    layers: set,  # Names of modules
+) -> dict:  # Layer -> its first positional input, on this batch
     "Run the model once and keep what some layers were given"
     seen = {}
-    hooks = [model.get_submodule(l).register_forward_pre_hook(lambda m,a,l=l: seen.__setitem__(l, a[0])) for l in layers]
-    try: run_model(model, w, x)
+    hooks = [
+        model.get_submodule(l).register_forward_pre_hook(
+            lambda m, a, l=l: seen.__setitem__(l, a[0])
+        )
+        for l in layers
+    ]
+    try:
+        run_model(model, w, x)
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     return seen
 
 # %% ../nbs/01_groups.ipynb #35e995c1
 @dataclass(frozen=True)
 class Blocks:
     "Elements of a product of groups, one block per moving space"
-    spaces:tuple # Pairs (`Space`, kind)
+
+    spaces: tuple  # Pairs (`Space`, kind)
 
     @cached_property
-    def memo(self)->dict: "What follows from the spaces alone, for those who work it out"; return {}
+    def memo(self) -> dict:
+        "What follows from the spaces alone, for those who work it out"
+        return {}
+
     @property
-    def discrete(self): return any(kind=='perm' for _,kind in self.spaces)
+    def discrete(self):
+        return any(kind == "perm" for _, kind in self.spaces)
+
     @cached_property
-    def shapes(self): return {s.name: ELEMENTS[kind].shape(s) for s,kind in self.spaces}
+    def shapes(self):
+        return {s.name: ELEMENTS[kind].shape(s) for s, kind in self.spaces}
+
     @cached_property
-    def sizes(self): return [math.prod(d) for d in self.shapes.values()]
+    def sizes(self):
+        return [math.prod(d) for d in self.shapes.values()]
+
     @property
-    def size(self): return sum(self.sizes)
-    def split(self, xi): 
-        return {k: p.reshape(d) for p,(k,d) in zip(xi.split(self.sizes), self.shapes.items())}
-    def join(self, blocks): return torch.cat([blocks[k].flatten() for k in self.shapes])
-    def zero(self, device=None): return {s.name: ELEMENTS[kind].zero(s).to(device) for s,kind in self.spaces}
-    def inverse(self, a): return {s.name: ELEMENTS[kind].inverse(a[s.name]) for s,kind in self.spaces}
-    def then(self, a, b): return {s.name: ELEMENTS[kind].then(a[s.name], b[s.name]) for s,kind in self.spaces}
+    def size(self):
+        return sum(self.sizes)
+
+    def split(self, xi):
+        return {
+            k: p.reshape(d)
+            for p, (k, d) in zip(xi.split(self.sizes), self.shapes.items())
+        }
+
+    def join(self, blocks):
+        return torch.cat([blocks[k].flatten() for k in self.shapes])
+
+    def zero(self, device=None):
+        return {
+            s.name: ELEMENTS[kind].zero(s).to(device) for s, kind in self.spaces
+        }
+
+    def inverse(self, a):
+        return {
+            s.name: ELEMENTS[kind].inverse(a[s.name]) for s, kind in self.spaces
+        }
+
+    def then(self, a, b):
+        return {
+            s.name: ELEMENTS[kind].then(a[s.name], b[s.name])
+            for s, kind in self.spaces
+        }
+
     def moves(self, a, tapped=True):
         "What `transform` needs; a space moved through its tap has only dual slots left"
-        slots = lambda s,kind: [t for t in s.slots if (t.dual or not (tapped and kind in ('batch','lsq'))) and (kind in t.kinds or kind not in KINDS)]
-        return [(s, kind, a[s.name], slots(s, kind)) for s,kind in self.spaces]
+
+        def slots(s, kind):
+            return [
+                t
+                for t in s.slots
+                if (t.dual or not (tapped and kind in ("batch", "lsq")))
+                and (kind in t.kinds or kind not in KINDS)
+            ]
+
+        return [(s, kind, a[s.name], slots(s, kind)) for s, kind in self.spaces]
 
 # %% ../nbs/01_groups.ipynb #d54ad009
 def read_batch(
-    wiring:Wiring, # Its model is run once
-    blocks:Blocks, # Which spaces move, and how
-    w:dict, # Parameters here
-    x:Tensor, # The batch as seen from here
-    at:dict|None=None, # Element from the start to here, None at the start
-    seen:dict|None=None, # `layer_inputs` here, if the model has been run
-)->tuple[dict,dict,dict]: # `h`: space -> (n, size); `plus`: space -> `LeftInverse` of shape (features (+1), n), float64; `seen`: layer -> its input
+    wiring: Wiring,  # Its model is run once
+    blocks: Blocks,  # Which spaces move, and how
+    w: dict,  # Parameters here
+    x: Tensor,  # The batch as seen from here
+    at: dict | None = None,  # Element from the start to here, None at the start
+    seen: dict | None = None,  # `layer_inputs` here, if the model has been run
+) -> tuple[
+    dict, dict, dict
+]:  # `h`: space -> (n, size); `plus`: space -> `LeftInverse` of shape (features (+1), n), float64; `seen`: layer -> its input
     "Activations and left inverses for the batch action"
-    tapped = [(s,kind) for s,kind in blocks.spaces if kind in ('batch','lsq')]
-    if seen is None: seen = layer_inputs(wiring.model, w, x, {s.tap.layer for s,_ in tapped}|{reader(s) for s,_ in tapped})
-    rows = {k: seen[k].flatten(0, -2) for k in {s.tap.layer for s,_ in tapped}|{reader(s) for s,_ in tapped}}
-    h,plus = {},{}
-    for s,kind in tapped:
-        src = next(((t,k) for t,k in blocks.spaces if any(u.dual and u.param==f'{s.tap.layer}.weight' for u in t.slots)), None) if at else None
+    tapped = [(s, kind) for s, kind in blocks.spaces if kind in ("batch", "lsq")]
+    if seen is None:
+        seen = layer_inputs(
+            wiring.model,
+            w,
+            x,
+            {s.tap.layer for s, _ in tapped} | {reader(s) for s, _ in tapped},
+        )
+    rows = {
+        k: seen[k].flatten(0, -2)
+        for k in {s.tap.layer for s, _ in tapped} | {reader(s) for s, _ in tapped}
+    }
+    h, plus = {}, {}
+    for s, kind in tapped:
+        src = (
+            next(
+                (
+                    (t, k)
+                    for t, k in blocks.spaces
+                    if any(
+                        u.dual and u.param == f"{s.tap.layer}.weight"
+                        for u in t.slots
+                    )
+                ),
+                None,
+            )
+            if at
+            else None
+        )
         z = rows[s.tap.layer]
-        if src: z = transform({'h': wide(z)}, [(*src, blocks.inverse(at)[src[0].name], [Slot('h',1)])])['h']
-        if f'{s.tap.layer}.bias' in w: z = torch.cat((z, torch.ones_like(z[:,:1])), 1)
-        p = LeftInverse(torch.linalg.pinv(wide(z))) if kind=='lsq' else left_inverse(z)
-        if src: p = p._replace(**transform({'a': p.a}, [(*src, at[src[0].name], [Slot('a',0,dual=True)])]))
-        h[s.name],plus[s.name] = rows[reader(s)],p
-    return h,plus,seen
+        if src:
+            z = transform(
+                {"h": wide(z)},
+                [(*src, blocks.inverse(at)[src[0].name], [Slot("h", 1)])],
+            )["h"]
+        if f"{s.tap.layer}.bias" in w:
+            z = torch.cat((z, torch.ones_like(z[:, :1])), 1)
+        p = (
+            LeftInverse(torch.linalg.pinv(wide(z)))
+            if kind == "lsq"
+            else left_inverse(z)
+        )
+        if src:
+            p = p._replace(
+                **transform(
+                    {"a": p.a},
+                    [(*src, at[src[0].name], [Slot("a", 0, dual=True)])],
+                )
+            )
+        h[s.name], plus[s.name] = rows[reader(s)], p
+    return h, plus, seen
+
 
 def reader(
-    space:Space, # A space of a model
-)->str|None: # Name of a module, None where nothing reads the space
+    space: Space,  # A space of a model
+) -> str | None:  # Name of a module, None where nothing reads the space
     "The layer that reads a space: it owns the first dual slot"
-    return next((t.param.rpartition('.')[0] for t in space.slots if t.dual), None)
+    return next((t.param.rpartition(".")[0] for t in space.slots if t.dual), None)
 
 # %% ../nbs/01_groups.ipynb #eb4ac303
 def preimage_change(
-    tap:Tap, # Its inverse
-    h:Tensor, # Activations, any shape
-    gh:Tensor, # Activations wanted, same shape
-    w:dict, # Parameters, for activations that learn their shape
-)->Tensor: # σ⁻¹(gh) - σ⁻¹(h); zero where nothing changes, NaN where σ⁻¹ does not exist
+    tap: Tap,  # Its inverse
+    h: Tensor,  # Activations, any shape
+    gh: Tensor,  # Activations wanted, same shape
+    w: dict,  # Parameters, for activations that learn their shape
+) -> (
+    Tensor
+):  # σ⁻¹(gh) - σ⁻¹(h); zero where nothing changes, NaN where σ⁻¹ does not exist
     "The change of the pre-activations in Z22 Prop. 4.3"
     z = tap.inverse(h, w)
     dz = tap.inverse(gh, w) - z
-    if readable(dz) and math.isfinite(dz.sum().item()): return dz
+    if readable(dz) and math.isfinite(dz.sum().item()):
+        return dz
     ok = z.isfinite()
-    dz = tap.inverse(torch.where(ok, gh, h), w) - z # infinite values never meet the slope of gh
-    return torch.where(ok, dz, torch.where(gh==h, 0., torch.nan))
+    dz = (
+        tap.inverse(torch.where(ok, gh, h), w) - z
+    )  # infinite values never meet the slope of gh
+    return torch.where(ok, dz, torch.where(gh == h, 0.0, torch.nan))
 
 # %% ../nbs/01_groups.ipynb #1d513c0b
 def near(
-    e:Tensor, # Element of one space
-    kind:str, # How it moves
-    dtype:torch.dtype, # Of the parameters it moves
-)->Tensor: # The element
+    e: Tensor,  # Element of one space
+    kind: str,  # How it moves
+    dtype: torch.dtype,  # Of the parameters it moves
+) -> Tensor:  # The element
     "An element in the precision of the parameters where it is a matrix close to the identity, else as it is"
-    return e.to(dtype) if kind in ('gl','batch') and readable(e) and e.norm().item()<.1 else e
+    return (
+        e.to(dtype)
+        if kind in ("gl", "batch") and readable(e) and e.norm().item() < 0.1
+        else e
+    )
+
 
 #| export
 def move(
-    blocks:Blocks, # Which spaces move, and how
-    w:dict, # Parameters; not modified
-    a:dict, # Element by blocks
-    h:dict, # Activations from `read_batch`
-    plus:dict, # Left inverses from `read_batch`
-)->dict: # New parameters, in the dtype of `w`; added up in float64 and rounded once
+    blocks: Blocks,  # Which spaces move, and how
+    w: dict,  # Parameters; not modified
+    a: dict,  # Element by blocks
+    h: dict,  # Activations from `read_batch`
+    plus: dict,  # Left inverses from `read_batch`
+) -> (
+    dict
+):  # New parameters, in the dtype of `w`; added up in float64 and rounded once
     "The action of one element: Z22 Prop. 4.2 and, through taps, Prop. 4.3"
-    out = {**w, **{t.param: wide(w[t.param]) for s,_ in blocks.spaces for t in s.slots}}
-    a = {s.name: near(a[s.name], kind, w[s.slots[0].param].dtype) for s,kind in blocks.spaces}
-    for s,kind in blocks.spaces:
-        if kind not in ('batch','lsq'): continue
-        weight,bias,e,y = f'{s.tap.layer}.weight',f'{s.tap.layer}.bias',a[s.name],wide(h[s.name])
-        gy = y + h[s.name].to(e.dtype)@e.mT
-        if kind=='batch': z = preimage_change(s.tap, y, gy, out)
-        else: z = s.tap.inverse(gy, out)
-        rows = torch.cat((out[weight], out[bias][:,None]), 1) if bias in w else out[weight]
-        if kind=='lsq': rows = 0*rows
+    out = {
+        **w,
+        **{t.param: wide(w[t.param]) for s, _ in blocks.spaces for t in s.slots},
+    }
+    a = {
+        s.name: near(a[s.name], kind, w[s.slots[0].param].dtype)
+        for s, kind in blocks.spaces
+    }
+    for s, kind in blocks.spaces:
+        if kind not in ("batch", "lsq"):
+            continue
+        weight, bias, e, y = (
+            f"{s.tap.layer}.weight",
+            f"{s.tap.layer}.bias",
+            a[s.name],
+            wide(h[s.name]),
+        )
+        gy = y + h[s.name].to(e.dtype) @ e.mT
+        if kind == "batch":
+            z = preimage_change(s.tap, y, gy, out)
+        else:
+            z = s.tap.inverse(gy, out)
+        rows = (
+            torch.cat((out[weight], out[bias][:, None]), 1)
+            if bias in w
+            else out[weight]
+        )
+        if kind == "lsq":
+            rows = 0 * rows
         new = plus[s.name].change(rows, z)
-        if not (readable(new) and math.isfinite(new.sum().item())): # the identity stays one where h⁺ does not exist
-            p = plus[s.name].full; new = LeftInverse(torch.where(p.isfinite().all()|(z!=0).any(), p, 0)).change(rows, z)
-        out[weight] = new[:,:out[weight].shape[1]]
-        if bias in w: out[bias] = new[:,-1]
-    return {k: v.to(w[k].dtype) for k,v in transform(out, blocks.moves(a)).items()}
+        if not (
+            readable(new) and math.isfinite(new.sum().item())
+        ):  # the identity stays one where h⁺ does not exist
+            p = plus[s.name].full
+            new = LeftInverse(
+                torch.where(p.isfinite().all() | (z != 0).any(), p, 0)
+            ).change(rows, z)
+        out[weight] = new[:, : out[weight].shape[1]]
+        if bias in w:
+            out[bias] = new[:, -1]
+    return {
+        k: v.to(w[k].dtype) for k, v in transform(out, blocks.moves(a)).items()
+    }
 
 # %% ../nbs/01_groups.ipynb #76546f9a
 def move_data(
-    blocks:Blocks, # Which spaces move, and how
-    a:dict, # Element by blocks
-    x:Tensor|None, # Data, features last; not modified
-)->Tensor|None: # Data after the move; the same where no space is one of the data
+    blocks: Blocks,  # Which spaces move, and how
+    a: dict,  # Element by blocks
+    x: Tensor | None,  # Data, features last; not modified
+) -> (
+    Tensor | None
+):  # Data after the move; the same where no space is one of the data
     "X → gX, for the space of the data (Z22 Alg. 3)"
-    for s,kind in blocks.spaces:
-        if s.data: x = transform({'x': wide(x)}, [(s, kind, a[s.name], [Slot('x', x.ndim-1)])])['x'].to(x.dtype)
+    for s, kind in blocks.spaces:
+        if s.data:
+            x = transform(
+                {"x": wide(x)}, [(s, kind, a[s.name], [Slot("x", x.ndim - 1)])]
+            )["x"].to(x.dtype)
     return x
 
 # %% ../nbs/01_groups.ipynb #be461a0c
 def gram_slope(
-    blocks:Blocks, # Which spaces move, and how
-    c:dict, # Covector, names and shapes of the parameters
-)->Tensor: # d‖J⁻ᵀc‖²/dξ at the identity, shape (size,)
+    blocks: Blocks,  # Which spaces move, and how
+    c: dict,  # Covector, names and shapes of the parameters
+) -> Tensor:  # d‖J⁻ᵀc‖²/dξ at the identity, shape (size,)
     "Closed form of the slope of a pulled-back norm, for linear laws"
     out = {}
-    for s,kind,_,slots in blocks.moves(blocks.zero()):
+    for s, kind, _, slots in blocks.moves(blocks.zero()):
         g = 0
         for t in slots:
-            def add(m, sign=1 if t.dual else -1): nonlocal g; g = g + sign*ELEMENTS[kind].gram(m).sum(1); return m
+
+            def add(m, sign=1 if t.dual else -1):
+                nonlocal g
+                g = g + sign * ELEMENTS[kind].gram(m).sum(1)
+                return m
+
             along(c[t.param], t, s, add)
-        out[s.name] = 2*g
+        out[s.name] = 2 * g
     return wide(blocks.join(out))
 
 # %% ../nbs/01_groups.ipynb #3c26dffc
 @dataclass(frozen=True)
 class WiredOrbit(Orbit):
     "The orbit of a model's parameters under the symmetries in its wiring"
-    wiring:Wiring # The table
-    blocks:Blocks # Which spaces move, and how
-    report:dict # Space name -> `Rule`
-    start:dict # Parameters where the orbit began
-    batch:Tensor|None # The batch there
-    reading:tuple # `read_batch` there
-    at:dict # Element from there to here, by blocks
+
+    wiring: Wiring  # The table
+    blocks: Blocks  # Which spaces move, and how
+    report: dict  # Space name -> `Rule`
+    start: dict  # Parameters where the orbit began
+    batch: Tensor | None  # The batch there
+    reading: tuple  # `read_batch` there
+    at: dict  # Element from there to here, by blocks
 
     @property
-    def law(self): return next((k for _,k in self.blocks.spaces if k in ('batch','lsq')), 'linear')
+    def law(self):
+        return next(
+            (k for _, k in self.blocks.spaces if k in ("batch", "lsq")), "linear"
+        )
+
     @property
-    def size(self): return self.blocks.size
+    def size(self):
+        return self.blocks.size
+
     @property
-    def discrete(self): return self.blocks.discrete
+    def discrete(self):
+        return self.blocks.discrete
+
     @cached_property
-    def still(self)->bool: "Whether this is where the orbit began, as far as can be seen from here"; return all(kind not in ('perm','lsq') for _,kind in self.blocks.spaces) and eager(*self.at.values()) and not any(t.any() for t in self.at.values())
+    def still(self) -> bool:
+        "Whether this is where the orbit began, as far as can be seen from here"
+        return (
+            all(kind not in ("perm", "lsq") for _, kind in self.blocks.spaces)
+            and eager(*self.at.values())
+            and not any(t.any() for t in self.at.values())
+        )
+
     @cached_property
-    def w(self): return self.start if self.still else move(self.blocks, self.start, self.at, *self.reading[:2])
+    def w(self):
+        return (
+            self.start
+            if self.still
+            else move(self.blocks, self.start, self.at, *self.reading[:2])
+        )
+
     @cached_property
-    def x(self): return self.carry_data(self.batch)
+    def x(self):
+        return self.carry_data(self.batch)
+
     @cached_property
-    def hidden(self): return hidden(self)
-    def split(self, xi): check_element(self, xi); return self.blocks.split(xi if self.discrete else wide(xi))
-    def join(self, blocks): return self.blocks.join(blocks)
-    def zero(self): return self.join(self.blocks.zero(next(iter(self.at.values())).device))
+    def hidden(self):
+        return hidden(self)
+
+    def split(self, xi):
+        check_element(self, xi)
+        return self.blocks.split(xi if self.discrete else wide(xi))
+
+    def join(self, blocks):
+        return self.blocks.join(blocks)
+
+    def zero(self):
+        return self.join(self.blocks.zero(next(iter(self.at.values())).device))
+
     def draw(self, rng):
-        if not self.discrete: return torch.randn(self.size, generator=rng, dtype=torch.float64)
-        one = lambda s: torch.stack([torch.randperm(s.size, generator=rng) for _ in range(s.copies)])
-        return self.join({s.name: one(s) for s,_ in self.blocks.spaces})
-    def inverse(self, xi): return self.join(self.blocks.inverse(self.split(xi)))
-    def to(self, xi): return WiredOrbit(self.wiring, self.blocks, self.report, self.start, self.batch, self.reading, self.split(xi) if self.still else self.blocks.then(self.at, self.split(xi)))
-    def onward(self, xi, w=None): return onward(self, self.split(xi), self.w if w is None else w)
-    def pull(self, xi, c, power=1): return pull_back(self.to(xi), self.split(xi), c, power)
-    def carry(self, c, power=1): return pull_back(self, self.at, c, power)
-    def slope_of_pull(self, c): return gram_slope(self.blocks, c)
-    def data(self, xi, x): return move_data(self.blocks, self.split(xi), x)
-    def carry_data(self, x): return move_data(self.blocks, self.at, x)
+        if not self.discrete:
+            return torch.randn(self.size, generator=rng, dtype=torch.float64)
+
+        def one(s):
+            return torch.stack(
+                [torch.randperm(s.size, generator=rng) for _ in range(s.copies)]
+            )
+
+        return self.join({s.name: one(s) for s, _ in self.blocks.spaces})
+
+    def inverse(self, xi):
+        return self.join(self.blocks.inverse(self.split(xi)))
+
+    def to(self, xi):
+        return WiredOrbit(
+            self.wiring,
+            self.blocks,
+            self.report,
+            self.start,
+            self.batch,
+            self.reading,
+            self.split(xi)
+            if self.still
+            else self.blocks.then(self.at, self.split(xi)),
+        )
+
+    def onward(self, xi, w=None):
+        return onward(self, self.split(xi), self.w if w is None else w)
+
+    def pull(self, xi, c, power=1):
+        return pull_back(self.to(xi), self.split(xi), c, power)
+
+    def carry(self, c, power=1):
+        return pull_back(self, self.at, c, power)
+
+    def slope_of_pull(self, c):
+        return gram_slope(self.blocks, c)
+
+    def data(self, xi, x):
+        return move_data(self.blocks, self.split(xi), x)
+
+    def carry_data(self, x):
+        return move_data(self.blocks, self.at, x)
 
 # %% ../nbs/01_groups.ipynb #b37f6ddc
 def onward(
-    orbit:WiredOrbit, # Where we are
-    a:dict, # Element to act by, by blocks
-    w:dict, # Parameters here; differentiable
-)->dict: # New parameters
+    orbit: WiredOrbit,  # Where we are
+    a: dict,  # Element to act by, by blocks
+    w: dict,  # Parameters here; differentiable
+) -> dict:  # New parameters
     "The action on `w` itself, through h(w) and the carried left inverse (g⁻¹h)⁺g⁻¹"
-    read = read_batch(orbit.wiring, orbit.blocks, w, orbit.x, orbit.at) if orbit.law!='linear' else ({},{})
+    read = (
+        read_batch(orbit.wiring, orbit.blocks, w, orbit.x, orbit.at)
+        if orbit.law != "linear"
+        else ({}, {})
+    )
     return move(orbit.blocks, w, a, *read[:2])
 
 # %% ../nbs/01_groups.ipynb #2d0c8af8
 def hidden(
-    orbit:WiredOrbit, # Its wiring must have a model, and the orbit a batch
-)->dict: # Space name -> activations on the batch, samples first, as the layer that reads them gets them
+    orbit: WiredOrbit,  # Its wiring must have a model, and the orbit a batch
+) -> dict:  # Space name -> activations on the batch, samples first, as the layer that reads them gets them
     "The hidden activations at `orbit.w`: under every group h → g h along the orbit"
     spaces = [s for s in orbit.wiring.spaces if reader(s) is not None]
-    if orbit.x is None or orbit.wiring.model is None: raise ValueError(f"hidden needs a batch and a wiring with its model, got x = {orbit.x} and model = {orbit.wiring.model}")
-    seen = layer_inputs(orbit.wiring.model, orbit.w, orbit.x, {reader(s) for s in spaces})
+    if orbit.x is None or orbit.wiring.model is None:
+        raise ValueError(
+            f"hidden needs a batch and a wiring with its model, got x = {orbit.x} and model = {orbit.wiring.model}"
+        )
+    seen = layer_inputs(
+        orbit.wiring.model, orbit.w, orbit.x, {reader(s) for s in spaces}
+    )
     return {s.name: seen[reader(s)] for s in spaces}
 
 # %% ../nbs/01_groups.ipynb #4cd66dfa
 def pull_back(
-    orbit:WiredOrbit, # Where the covector goes; `orbit.at` is the whole way from the start
-    a:dict, # The last move on that way, by blocks
-    c:dict, # Covector at the point before that move, names and shapes of the parameters
-    power:int=1, # 2 for second moments, with diagonals and permutations only
-)->dict: # J⁻ᵀc, at `orbit.w`
+    orbit: WiredOrbit,  # Where the covector goes; `orbit.at` is the whole way from the start
+    a: dict,  # The last move on that way, by blocks
+    c: dict,  # Covector at the point before that move, names and shapes of the parameters
+    power: int = 1,  # 2 for second moments, with diagonals and permutations only
+) -> dict:  # J⁻ᵀc, at `orbit.w`
     "Covector transport J⁻ᵀc (Z22 Prop. 5.1)"
-    b,c = orbit.blocks,{k: c[k] for k in orbit.w}
-    if orbit.law=='linear': return transform(c, b.moves(a), dual=True, power=power)
-    if orbit.law=='lsq': raise TypeError("LeastSquares is not invertible, so it has no pull")
+    b, c = orbit.blocks, {k: c[k] for k in orbit.w}
+    if orbit.law == "linear":
+        return transform(c, b.moves(a), dual=True, power=power)
+    if orbit.law == "lsq":
+        raise TypeError("LeastSquares is not invertible, so it has no pull")
     return vjp(lambda w: onward(orbit, b.inverse(a), w), orbit.w)[1](c)[0]
 
 # %% ../nbs/01_groups.ipynb #08a35293
 def choose_rule(
-    prefer:tuple, # Kinds in order of preference
-    space:Space, # The space
-    rows:dict, # Layer -> its input on the batch, where the batch was read
-    w:dict, # Parameters
-)->Rule: # What moves this space, and why
+    prefer: tuple,  # Kinds in order of preference
+    space: Space,  # The space
+    rows: dict,  # Layer -> its input on the batch, where the batch was read
+    w: dict,  # Parameters
+) -> Rule:  # What moves this space, and why
     "The first kind in `prefer` that `space` allows"
     why = []
     for kind in prefer:
-        if kind in space.commutes: 
-            return Rule(kind, '; '.join(why+[f"{WORDS[kind]}, exact on every input"]))
-        if kind in ('batch','lsq') and space.tap:
-            x = rows[space.tap.layer]; n,p = x.shape[:-1].numel(),x.shape[-1]
-            with_bias = f'{space.tap.layer}.bias' in w
+        if kind in space.commutes:
+            return Rule(
+                kind, "; ".join(why + [f"{WORDS[kind]}, exact on every input"])
+            )
+        if kind in ("batch", "lsq") and space.tap:
+            x = rows[space.tap.layer]
+            n, p = x.shape[:-1].numel(), x.shape[-1]
+            with_bias = f"{space.tap.layer}.bias" in w
             fits = f"{n} samples {{}} {p} features{' plus bias' if with_bias else ''}"
-            if kind=='lsq': return Rule(kind, 'least squares, not exact: for comparison')
-            if n<=p+with_bias: return Rule(kind, f"{WORDS[kind]}, exact on this batch: {fits.format('fit into')}")
+            if kind == "lsq":
+                return Rule(kind, "least squares, not exact: for comparison")
+            if n <= p + with_bias:
+                return Rule(
+                    kind,
+                    f"{WORDS[kind]}, exact on this batch: {fits.format('fit into')}",
+                )
             why.append(f"no batch action, {fits.format('are more than')}")
-        elif kind in ('batch','lsq') and space.why: why.append(space.why)
-    return Rule('fixed', '; '.join(why) or space.why or f"commutes with {sorted(space.commutes) or 'nothing'}, asked for {list(prefer)}")
+        elif kind in ("batch", "lsq") and space.why:
+            why.append(space.why)
+    return Rule(
+        "fixed",
+        "; ".join(why)
+        or space.why
+        or f"commutes with {sorted(space.commutes) or 'nothing'}, asked for {list(prefer)}",
+    )
 
-WORDS = dict(gl='any invertible matrix', batch='any invertible matrix', scale='positive diagonal', perm='permutation')
+
+WORDS = dict(
+    gl="any invertible matrix",
+    batch="any invertible matrix",
+    scale="positive diagonal",
+    perm="permutation",
+)
 
 # %% ../nbs/01_groups.ipynb #215bb47d
 def nothing_to_move(
-    name:str, # Of the group
-    report:dict, # Space name -> `Rule`
-    wiring:Wiring, # The model's table
-)->str: # A sentence that says why, and what would work
+    name: str,  # Of the group
+    report: dict,  # Space name -> `Rule`
+    wiring: Wiring,  # The model's table
+) -> str:  # A sentence that says why, and what would work
     "The error text for a model that a group cannot move"
-    why = '; '.join(f"{k}: {r.why}" for k,r in report.items()) or 'the wiring has no spaces'
-    works = [g for g,k in (('GL',{'gl','scale'}),('Scaling',{'scale'}),('Permutation',{'perm'})) if any(k&s.commutes for s in wiring.spaces)]
-    works = [g for g in works+['BatchGL']*any(s.tap is not None for s in wiring.spaces) if g!=name]
-    what = 'no layer for its batch action' if any(r.kind!='fixed' for r in report.values()) else 'nothing to move'
-    return f"{name} finds {what} ({why}). {'These would move something: '+', '.join(works)+'.' if works else 'No group here moves this model.'}"
+    why = (
+        "; ".join(f"{k}: {r.why}" for k, r in report.items())
+        or "the wiring has no spaces"
+    )
+    works = [
+        g
+        for g, k in (
+            ("GL", {"gl", "scale"}),
+            ("Scaling", {"scale"}),
+            ("Permutation", {"perm"}),
+        )
+        if any(k & s.commutes for s in wiring.spaces)
+    ]
+    works = [
+        g
+        for g in works
+        + ["BatchGL"] * any(s.tap is not None for s in wiring.spaces)
+        if g != name
+    ]
+    what = (
+        "no layer for its batch action"
+        if any(r.kind != "fixed" for r in report.values())
+        else "nothing to move"
+    )
+    return f"{name} finds {what} ({why}). {'These would move something: ' + ', '.join(works) + '.' if works else 'No group here moves this model.'}"
 
 # %% ../nbs/01_groups.ipynb #8e63fd3e
 @dataclass(frozen=True)
 class WiredGroup:
     "A symmetry group of a wired model; unbound until it has a wiring"
-    wiring:Wiring|None=None # The model's table; `on` binds it, as `Teleporter` does at its first step
 
-    def on(self, wiring:Wiring)->'WiredGroup': "The same group, bound to `wiring`"; return replace(self, wiring=wiring)
+    wiring: Wiring | None = None  # The model's table; `on` binds it
+
+    def on(self, wiring: Wiring) -> "WiredGroup":
+        "The same group, bound to `wiring`"
+        return replace(self, wiring=wiring)
+
     def orbit(
         self,
-        w:dict, # Parameters by name; not modified
-        x:Tensor|None=None, # One batch, samples first; needed by `BatchGL`, `LeastSquares` and spaces of the data
-    )->WiredOrbit:
+        w: dict,  # Parameters by name; not modified
+        x: Tensor
+        | None = None,  # One batch, samples first; needed by `BatchGL`, `LeastSquares` and spaces of the data
+    ) -> WiredOrbit:
         "The orbit of `w`; raises where there is nothing to move"
         name = type(self).__name__
-        if self.wiring is None: raise ValueError(f"{name}() has no wiring yet: use {name}(wire(model, x)), or {name}().on(wiring)")
-        if not isinstance(w, dict): raise TypeError(f"{name} moves a dict of parameters by name, got {type(w).__name__}")
-        plans,key = self.wiring.plans,(self.prefer, *((k, t.shape) for k,t in w.items()))
+        if self.wiring is None:
+            raise ValueError(
+                f"{name}() has no wiring yet: use {name}(wire(model, x)), or {name}().on(wiring)"
+            )
+        if not isinstance(w, dict):
+            raise TypeError(
+                f"{name} moves a dict of parameters by name, got {type(w).__name__}"
+            )
+        plans, key = (
+            self.wiring.plans,
+            (self.prefer, *((k, t.shape) for k, t in w.items())),
+        )
         if key not in plans:
             self.wiring.check(w)
             tapped = [s for s in self.wiring.spaces if s.tap]
-            reads = self.taps and any(not ('gl' in self.prefer and 'gl' in s.commutes) for s in tapped)
-            plans[key] = {s.tap.layer for s in tapped}|{reader(s) for s in tapped} if reads else set()
+            reads = self.taps and any(
+                not ("gl" in self.prefer and "gl" in s.commutes) for s in tapped
+            )
+            plans[key] = (
+                {s.tap.layer for s in tapped} | {reader(s) for s in tapped}
+                if reads
+                else set()
+            )
         layers = plans[key]
-        if layers and (x is None or self.wiring.model is None): 
-            raise ValueError(f"{name} reads activations: it needs the batch x and a wiring with its model, got x = {x if x is None else tuple(x.shape)} and model = {self.wiring.model}")
+        if layers and (x is None or self.wiring.model is None):
+            raise ValueError(
+                f"{name} reads activations: it needs the batch x and a wiring with its model, got x = {x if x is None else tuple(x.shape)} and model = {self.wiring.model}"
+            )
         rows = layer_inputs(self.wiring.model, w, x, layers) if layers else {}
-        key += tuple((k, rows[k].shape) for k in rows)+(bool(layers),)
+        key += tuple((k, rows[k].shape) for k in rows) + (bool(layers),)
         if key not in plans:
-            report = {s.name: choose_rule(self.prefer, s, rows, w) for s in self.wiring.spaces}
-            blocks = Blocks(tuple((s, report[s.name].kind) for s in self.wiring.spaces if report[s.name].kind!='fixed'))
-            if not blocks.spaces or self.taps and not layers and not any(kind in ('gl',self.taps) for _,kind in blocks.spaces):
+            report = {
+                s.name: choose_rule(self.prefer, s, rows, w)
+                for s in self.wiring.spaces
+            }
+            blocks = Blocks(
+                tuple(
+                    (s, report[s.name].kind)
+                    for s in self.wiring.spaces
+                    if report[s.name].kind != "fixed"
+                )
+            )
+            if (
+                not blocks.spaces
+                or self.taps
+                and not layers
+                and not any(
+                    kind in ("gl", self.taps) for _, kind in blocks.spaces
+                )
+            ):
                 raise ValueError(nothing_to_move(name, report, self.wiring))
-            plans[key] = report,blocks
-        report,blocks = plans[key]
-        reading = read_batch(self.wiring, blocks, w, x, seen=rows) if layers else ({},{},{})
-        return WiredOrbit(self.wiring, blocks, dict(report), w, x, reading, blocks.zero(next(iter(w.values())).device))
+            plans[key] = report, blocks
+        report, blocks = plans[key]
+        reading = (
+            read_batch(self.wiring, blocks, w, x, seen=rows)
+            if layers
+            else ({}, {}, {})
+        )
+        return WiredOrbit(
+            self.wiring,
+            blocks,
+            dict(report),
+            w,
+            x,
+            reading,
+            blocks.zero(next(iter(w.values())).device),
+        )
 
     @property
-    def taps(self): return next((k for k in self.prefer if k in ('batch','lsq')), None)
+    def taps(self):
+        return next((k for k in self.prefer if k in ("batch", "lsq")), None)
+
     @property
-    def exact(self): return 'lsq' not in self.prefer
+    def exact(self):
+        return "lsq" not in self.prefer
 
 # %% ../nbs/01_groups.ipynb #812ed456
 @dataclass(frozen=True)
 class GL(WiredGroup):
     "Invertible matrices where every op on the path is linear, positive diagonals elsewhere: exact on every input (Z22 Prop. 4.2); the default"
-    prefer = ('gl','scale')
+
+    prefer = ("gl", "scale")
+
 
 @dataclass(frozen=True)
 class BatchGL(WiredGroup):
     "Invertible matrices on every layer whose batch allows it (Z22 Prop. 4.3), positive diagonals elsewhere: exact on the batch only"
-    prefer = ('gl','batch','scale')
+
+    prefer = ("gl", "batch", "scale")
+
 
 @dataclass(frozen=True)
 class Scaling(WiredGroup):
     "Positive diagonals, for positively homogeneous activations: exact on every input"
-    prefer = ('scale',)
+
+    prefer = ("scale",)
+
 
 @dataclass(frozen=True)
 class Permutation(WiredGroup):
     "Permutations of hidden units: exact on every input, and the gradient's norm never changes"
-    prefer = ('perm',)
+
+    prefer = ("perm",)
+
 
 @dataclass(frozen=True)
 class LeastSquares(WiredGroup):
     "Prop. 4.3's formula as printed, W → σ⁻¹(g h) h⁺, with a pseudo-inverse: not a symmetry, accepted only under an explicit `tol`"
-    prefer = ('lsq',)
+
+    prefer = ("lsq",)

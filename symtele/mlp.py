@@ -13,11 +13,13 @@ __all__ = ['OPTIMIZERS', 'RATES', 'FORMULA', 'ARMS', 'FIG3', 'PLAN', 'MARKS', 'W
            'best_rates', 'per_draw', 'draw_best', 'draw_rate', 'draw_sweep', 'speed_ratios', 'speed_table']
 
 # %% ../nbs/07_mlp.ipynb #da4b9237
-import math, tempfile, time
+import math
+import tempfile
+import time
 from collections.abc import Callable
 from copy import deepcopy
-from functools import lru_cache
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import median
 
 import matplotlib.pyplot as plt
@@ -26,748 +28,1769 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from .experiments import LOOK, STYLE, Experiment, Matched, count_flops, gradient_equivalents, rounded, train
+from symtele.experiments import (
+    LOOK,
+    STYLE,
+    Experiment,
+    Matched,
+    count_flops,
+    gradient_equivalents,
+    rounded,
+    train,
+)
 from .groups import GL, BatchGL, Scaling, dot, run_model
-from .teleport import Ascent, Landscape, Stay, Teleporter, Whiten, as_schedule, at, grad_norm, keep, landscape, loss_of, lookahead, measure, reset, teleport, transport, travel
+from symtele.teleport import (
+    Ascent,
+    Landscape,
+    Stay,
+    Teleporter,
+    Whiten,
+    as_schedule,
+    at,
+    grad_norm,
+    keep,
+    landscape,
+    lookahead,
+    loss_of,
+    measure,
+    reset,
+    teleport,
+    transport,
+    travel,
+)
 from .wiring import wire
 
 # %% ../nbs/07_mlp.ipynb #c1dfd96e
 def mlp(
-    *widths:int, # Sizes of all layers, input and output included
-    bias:bool=False, # Whether the layers have one
-)->nn.Sequential: # float64
+    *widths: int,  # Sizes of all layers, input and output included
+    bias: bool = False,  # Whether the layers have one
+) -> nn.Sequential:  # float64
     "A LeakyReLU network with slope 0.1 and PyTorch's initial weights"
-    layers = [m for a,b in zip(widths, widths[1:]) for m in (nn.Linear(a, b, bias), nn.LeakyReLU(.1))]
+    layers = [
+        m
+        for a, b in zip(widths, widths[1:])
+        for m in (nn.Linear(a, b, bias), nn.LeakyReLU(0.1))
+    ]
     return nn.Sequential(*layers[:-1]).double()
 
+
 def squared(
-    output:Tensor, # Shape (n, features)
-    y:Tensor, # Targets, same shape
-)->Tensor: # Shape ()
+    output: Tensor,  # Shape (n, features)
+    y: Tensor,  # Targets, same shape
+) -> Tensor:  # Shape ()
     "½‖Y - f(X)‖²"
-    return (output-y).square().sum()/2
+    return (output - y).square().sum() / 2
+
 
 def regression(
-    n:int, # Number of the draw, from 0
-)->tuple: # Model, X of shape (4, 5), Y of shape (4, 8), samples first, float64
+    n: int,  # Number of the draw, from 0
+) -> tuple:  # Model, X of shape (4, 5), Y of shape (4, 8), samples first, float64
     "Fig. 3 of Z22: seed n²·12345; W1, W2, W3, X and Y uniform on [0, 1), drawn in this order in float32"
-    g = Generator().manual_seed(n*n*12345)
-    *ws,x,y = (torch.rand(s, generator=g) for s in ((6,5), (7,6), (8,7), (5,4), (8,4)))
+    g = Generator().manual_seed(n * n * 12345)
+    *ws, x, y = (
+        torch.rand(s, generator=g)
+        for s in ((6, 5), (7, 6), (8, 7), (5, 4), (8, 4))
+    )
     model = mlp(5, 6, 7, 8)
     with torch.no_grad():
-        for p,w in zip(model.parameters(), ws): p.copy_(w)
+        for p, w in zip(model.parameters(), ws):
+            p.copy_(w)
     return model, x.T.double().contiguous(), y.T.double().contiguous()
 
 # %% ../nbs/07_mlp.ipynb #0ade7c2c
 def formula_ascent(
-    weights:list, # From the data up, shapes (..., out, in), or (..., out, in + 1) with a bias as the last column; not modified
-    x:Tensor, # The batch, shape (..., n, in)
-    y:Tensor, # Its targets, shape (..., n, out)
-    lr:float, # Rate on the group's parameters
-    steps:int, # How many
-    loss_fn:Callable=squared, # `(output, y) -> ()`, summed over draws
-    bias:bool=False, # Whether the last column is one
-)->list: # New weights
+    weights: list,  # From the data up, shapes (..., out, in), or (..., out, in + 1) with a bias as the last column; not modified
+    x: Tensor,  # The batch, shape (..., n, in)
+    y: Tensor,  # Its targets, shape (..., n, out)
+    lr: float,  # Rate on the group's parameters
+    steps: int,  # How many
+    loss_fn: Callable = squared,  # `(output, y) -> ()`, summed over draws
+    bias: bool = False,  # Whether the last column is one
+) -> list:  # New weights
     "Gradient ascent by the formulas as released: I-T for the inverse, activations and pseudo-inverses from before each step, second derivatives by autograd; not a symmetry"
-    W,X = list(weights),x.mT
-    sigma,back = (lambda z: F.leaky_relu(z, .1)),(lambda h: F.leaky_relu(h, 10.))
-    ones = lambda h: torch.cat((h, torch.ones_like(h[...,:1,:])), -2) if bias else h
+    W, X = list(weights), x.mT
+    sigma, back = (
+        (lambda z: F.leaky_relu(z, 0.1)),
+        (lambda h: F.leaky_relu(h, 10.0)),
+    )
+
+    def ones(h):
+        return torch.cat((h, torch.ones_like(h[..., :1, :])), -2) if bias else h
+
     def moved(T):
-        V = [back(a+t@a)@p for t,a,p in zip(T, h[1:], plus)] + [W[-1]]
-        return V[:1] + [torch.cat((v[...,:-1] - v[...,:-1]@t, v[...,-1:]), -1) if bias else v - v@t for v,t in zip(V[1:], T)]
+        V = [back(a + t @ a) @ p for t, a, p in zip(T, h[1:], plus)] + [W[-1]]
+        return V[:1] + [
+            torch.cat((v[..., :-1] - v[..., :-1] @ t, v[..., -1:]), -1)
+            if bias
+            else v - v @ t
+            for v, t in zip(V[1:], T)
+        ]
+
     for _ in range(steps):
         h = [X]
-        for w in W[:-1]: h.append(sigma(w@ones(h[-1])))
-        plus = [torch.linalg.pinv(ones(a.nan_to_num(0., 0., 0.))) for a in h[:-1]] # it raises on what has diverged
-        T = [torch.zeros_like(w@w.mT, requires_grad=True) for w in W[:-1]]
-        V,a = moved(T),X
-        for v in V[:-1]: a = sigma(v@ones(a))
-        G = torch.autograd.grad(loss_fn((V[-1]@ones(a)).mT, y), V, create_graph=True)
-        W = [v.detach() for v in moved([lr*d for d in torch.autograd.grad(sum(g.square().sum() for g in G), T)])]
+        for w in W[:-1]:
+            h.append(sigma(w @ ones(h[-1])))
+        plus = [
+            torch.linalg.pinv(ones(a.nan_to_num(0.0, 0.0, 0.0))) for a in h[:-1]
+        ]  # it raises on what has diverged
+        T = [torch.zeros_like(w @ w.mT, requires_grad=True) for w in W[:-1]]
+        V, a = moved(T), X
+        for v in V[:-1]:
+            a = sigma(v @ ones(a))
+        G = torch.autograd.grad(
+            loss_fn((V[-1] @ ones(a)).mT, y), V, create_graph=True
+        )
+        W = [
+            v.detach()
+            for v in moved(
+                [
+                    lr * d
+                    for d in torch.autograd.grad(
+                        sum(g.square().sum() for g in G), T
+                    )
+                ]
+            )
+        ]
     return W
 
 # %% ../nbs/07_mlp.ipynb #b1d57811
 class Formula:
     "What the released code does at a teleport, with the interface of `Teleporter`: nothing is checked, nothing refused"
-    def __init__(self,
-        model:nn.Sequential, # Linear layers and LeakyReLU by turns; changed in place
-        steps:int, # Of the ascent
-        lr:float, # Its rate
-        schedule, # As `Teleporter`'s
-        loss_fn:Callable=squared, # `(output, y) -> ()`
-        batches:int=1, # As `Teleporter`'s
-        probe:tuple|None=None, # As `Teleporter`'s
+
+    def __init__(
+        self,
+        model: nn.Sequential,  # Linear layers and LeakyReLU by turns; changed in place
+        steps: int,  # Of the ascent
+        lr: float,  # Its rate
+        schedule,  # As `Teleporter`'s
+        loss_fn: Callable = squared,  # `(output, y) -> ()`
+        batches: int = 1,  # As `Teleporter`'s
+        probe: tuple | None = None,  # As `Teleporter`'s
     ):
         self.layers = [m for m in model if isinstance(m, nn.Linear)]
-        self.model,self.steps,self.lr,self.schedule,self.loss_fn,self.probe = model,steps,lr,as_schedule(schedule),loss_fn,probe
-        self.batches,self.left,self.fired,self.history = batches,0,set(),[]
-    def step(self, x:Tensor, y:Tensor, k:int):
+        (
+            self.model,
+            self.steps,
+            self.lr,
+            self.schedule,
+            self.loss_fn,
+            self.probe,
+        ) = model, steps, lr, as_schedule(schedule), loss_fn, probe
+        self.batches, self.left, self.fired, self.history = batches, 0, set(), []
+
+    def step(self, x: Tensor, y: Tensor, k: int):
         "Move if one is due at k"
-        if self.schedule(k) and k not in self.fired: self.fired.add(k); self.left = self.batches
-        if not self.left: return
+        if self.schedule(k) and k not in self.fired:
+            self.fired.add(k)
+            self.left = self.batches
+        if not self.left:
+            return
         self.left -= 1
-        row,before = dict(k=k, accepted=True),self.look(x, y)
+        row, before = dict(k=k, accepted=True), self.look(x, y)
         began = time.perf_counter()
         self.put(self.ascend(x, y))
-        row['seconds'] = time.perf_counter()-began
-        for name,a,b in zip(before, before.values(), self.look(x, y).values()): row |= {f'{name}_before': a, f'{name}_after': b}
-        self.history.append({**row, 'drift': abs(row['loss_after']-row['loss_before'])/row['loss_before']})
+        row["seconds"] = time.perf_counter() - began
+        for name, a, b in zip(before, before.values(), self.look(x, y).values()):
+            row |= {f"{name}_before": a, f"{name}_after": b}
+        self.history.append(
+            {
+                **row,
+                "drift": abs(row["loss_after"] - row["loss_before"])
+                / row["loss_before"],
+            }
+        )
+
     def look(self, x, y):
         "Loss and squared gradient norm of the batch, and the loss of the probe"
-        L = self.loss_fn(self.model(x), y); c = torch.autograd.grad(L, list(self.model.parameters()))
-        out = dict(loss=L.item(), objective=sum(g.square().sum() for g in c).item())
-        with torch.no_grad(): return out | ({'probe': self.loss_fn(self.model(self.probe[0]), self.probe[1]).item()} if self.probe else {})
+        L = self.loss_fn(self.model(x), y)
+        c = torch.autograd.grad(L, list(self.model.parameters()))
+        out = dict(
+            loss=L.item(), objective=sum(g.square().sum() for g in c).item()
+        )
+        with torch.no_grad():
+            return out | (
+                {
+                    "probe": self.loss_fn(
+                        self.model(self.probe[0]), self.probe[1]
+                    ).item()
+                }
+                if self.probe
+                else {}
+            )
+
     def ascend(self, x, y):
         "The new weights, each with its bias as the last column"
         bias = self.layers[0].bias is not None
-        W = [torch.cat((l.weight, l.bias[:,None]), 1).detach() if bias else l.weight.detach() for l in self.layers]
+        W = [
+            torch.cat((l.weight, l.bias[:, None]), 1).detach()
+            if bias
+            else l.weight.detach()
+            for l in self.layers
+        ]
         return formula_ascent(W, x, y, self.lr, self.steps, self.loss_fn, bias)
+
     def put(self, W):
         "Write weights in place"
         with torch.no_grad():
-            for l,w in zip(self.layers, W):
-                l.weight.copy_(w[:,:l.in_features])
-                if l.bias is not None: l.bias.copy_(w[:,-1])
+            for l, w in zip(self.layers, W):
+                l.weight.copy_(w[:, : l.in_features])
+                if l.bias is not None:
+                    l.bias.copy_(w[:, -1])
+
     def price(self, x, y):
         "What one move costs in gradients of the same batch, by counted operations"
-        return count_flops(lambda: self.ascend(x, y))/count_flops(lambda: torch.autograd.grad(self.loss_fn(self.model(x), y), list(self.model.parameters())))
+        return count_flops(lambda: self.ascend(x, y)) / count_flops(
+            lambda: torch.autograd.grad(
+                self.loss_fn(self.model(x), y), list(self.model.parameters())
+            )
+        )
 
 # %% ../nbs/07_mlp.ipynb #f1abd670
-OPTIMIZERS = {'GD': lambda p,lr: torch.optim.SGD(p, lr), 'momentum': lambda p,lr: torch.optim.SGD(p, lr, momentum=.9),
-    'AdaGrad': lambda p,lr: torch.optim.Adagrad(p, lr, eps=1e-10), 'Adam': lambda p,lr: torch.optim.Adam(p, lr)}
-RATES = {'GD': [3e-5,1e-4,3e-4,5e-4,7e-4,1e-3,1.5e-3,2e-3], 'momentum': [3e-5,7e-5,1.5e-4,3e-4,5e-4,1e-3,2e-3,3e-3], 'AdaGrad': [.01,.03,.1,.2,.4,.8], 'Adam': [.01,.03,.06,.1,.2,.4,.8,1.6,3.2]}
-FORMULA = {'GD': (8, 1e-7), 'momentum': (8, 1e-7), 'AdaGrad': (2, 1e-5), 'Adam': (8, 1e-7)} # ascent steps and rate; Z22 gives GD's and AdaGrad's
-ARMS = { # arm -> group, objective, search, state policy and steps; objective and search may depend on the learning rate
-    'base': None, 'reset': (BatchGL(), None, lambda lr: Stay(), reset, (5,)), 'random': (BatchGL(), None, lambda lr: Matched(Ascent()), keep, (5,)),
-    'teleport': (BatchGL(), None, lambda lr: Ascent(), keep, (5,)), 'formula': None, 'lookahead': (BatchGL(), lookahead, lambda lr: Ascent(), keep, (5,)),
-    'teleport, reset': (BatchGL(), None, lambda lr: Ascent(), reset, (5,)), 'teleport, transport': (BatchGL(), None, lambda lr: Ascent(), transport, (5,)),
-    'scaling': (Scaling(), None, lambda lr: Ascent(), keep, (5,)), 'scaling, reset': (Scaling(), None, lambda lr: Ascent(), reset, (5,)), 'scaling, transport': (Scaling(), None, lambda lr: Ascent(), transport, (5,)),
-    'whiten': (BatchGL(), None, lambda lr: Whiten(lr, full_batch=True), keep, (5,6)), 'whiten, reset': (BatchGL(), None, lambda lr: Whiten(lr, full_batch=True), reset, (5,6)),
+OPTIMIZERS = {
+    "GD": lambda p, lr: torch.optim.SGD(p, lr),
+    "momentum": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9),
+    "AdaGrad": lambda p, lr: torch.optim.Adagrad(p, lr, eps=1e-10),
+    "Adam": lambda p, lr: torch.optim.Adam(p, lr),
 }
-FIG3 = ['base','reset','random','teleport','formula','lookahead']
-PLAN = {'GD': FIG3+['whiten'], 'momentum': FIG3+['teleport, reset','teleport, transport','whiten','whiten, reset'],
-    'AdaGrad': FIG3+['teleport, reset','scaling','scaling, reset','scaling, transport','whiten','whiten, reset'],
-    'Adam': FIG3+['teleport, reset','scaling','scaling, reset','scaling, transport']}
-MARKS = [0,1,2,3,4,5,6,7,8,10,12,15,20,25,30,40,50,65,80,100,130,160,200,250,300]
+RATES = {
+    "GD": [3e-5, 1e-4, 3e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3],
+    "momentum": [3e-5, 7e-5, 1.5e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3],
+    "AdaGrad": [0.01, 0.03, 0.1, 0.2, 0.4, 0.8],
+    "Adam": [0.01, 0.03, 0.06, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2],
+}
+FORMULA = {
+    "GD": (8, 1e-7),
+    "momentum": (8, 1e-7),
+    "AdaGrad": (2, 1e-5),
+    "Adam": (8, 1e-7),
+}  # ascent steps and rate; Z22 gives GD's and AdaGrad's
+ARMS = {  # arm -> group, objective, search, state policy and steps; objective and search may depend on the learning rate
+    "base": None,
+    "reset": (BatchGL(), None, lambda lr: Stay(), reset, (5,)),
+    "random": (BatchGL(), None, lambda lr: Matched(Ascent()), keep, (5,)),
+    "teleport": (BatchGL(), None, lambda lr: Ascent(), keep, (5,)),
+    "formula": None,
+    "lookahead": (BatchGL(), lookahead, lambda lr: Ascent(), keep, (5,)),
+    "teleport, reset": (BatchGL(), None, lambda lr: Ascent(), reset, (5,)),
+    "teleport, transport": (
+        BatchGL(),
+        None,
+        lambda lr: Ascent(),
+        transport,
+        (5,),
+    ),
+    "scaling": (Scaling(), None, lambda lr: Ascent(), keep, (5,)),
+    "scaling, reset": (Scaling(), None, lambda lr: Ascent(), reset, (5,)),
+    "scaling, transport": (Scaling(), None, lambda lr: Ascent(), transport, (5,)),
+    "whiten": (
+        BatchGL(),
+        None,
+        lambda lr: Whiten(lr, full_batch=True),
+        keep,
+        (5, 6),
+    ),
+    "whiten, reset": (
+        BatchGL(),
+        None,
+        lambda lr: Whiten(lr, full_batch=True),
+        reset,
+        (5, 6),
+    ),
+}
+FIG3 = ["base", "reset", "random", "teleport", "formula", "lookahead"]
+PLAN = {
+    "GD": FIG3 + ["whiten"],
+    "momentum": FIG3
+    + ["teleport, reset", "teleport, transport", "whiten", "whiten, reset"],
+    "AdaGrad": FIG3
+    + [
+        "teleport, reset",
+        "scaling",
+        "scaling, reset",
+        "scaling, transport",
+        "whiten",
+        "whiten, reset",
+    ],
+    "Adam": FIG3
+    + ["teleport, reset", "scaling", "scaling, reset", "scaling, transport"],
+}
+MARKS = [
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    10,
+    12,
+    15,
+    20,
+    25,
+    30,
+    40,
+    50,
+    65,
+    80,
+    100,
+    130,
+    160,
+    200,
+    250,
+    300,
+]
+
 
 def watch(
-    x:Tensor, # The data
-    y:Tensor, # Their targets
-)->Callable: # `model -> dict of floats`
+    x: Tensor,  # The data
+    y: Tensor,  # Their targets
+) -> Callable:  # `model -> dict of floats`
     "Loss and squared gradient norm"
+
     def look(model):
-        w = {k: p.detach() for k,p in model.named_parameters()}
-        c,L = grad_and_value(lambda w: squared(functional_call(model, w, (x,)), y))(w)
+        w = {k: p.detach() for k, p in model.named_parameters()}
+        c, L = grad_and_value(
+            lambda w: squared(functional_call(model, w, (x,)), y)
+        )(w)
         return dict(loss=L.item(), gsq=dot(c, c).item())
+
     return look
 
 # %% ../nbs/07_mlp.ipynb #0716d970
 def stacked(
-    draws:list, # Of one kind of problem, each a model, X and Y
-)->tuple: # The first model, parameters by name, X, Y; each tensor with one row per draw
+    draws: list,  # Of one kind of problem, each a model, X and Y
+) -> (
+    tuple
+):  # The first model, parameters by name, X, Y; each tensor with one row per draw
     "Many draws at once"
     model = draws[0][0]
-    return model, {k: torch.stack([d[0].get_parameter(k).detach() for d in draws]) for k,_ in model.named_parameters()}, *(torch.stack([d[i] for d in draws]) for i in (1,2))
+    return (
+        model,
+        {
+            k: torch.stack([d[0].get_parameter(k).detach() for d in draws])
+            for k, _ in model.named_parameters()
+        },
+        *(torch.stack([d[i] for d in draws]) for i in (1, 2)),
+    )
+
 
 @dataclass
 class StackedPull:
     "`Pull` for many draws at once"
-    params:dict # Name -> parameter, one row per draw
-    carry:Callable # `carry(c, power)`
-    def __call__(self, c, power=1): return self.carry(c, power)
+
+    params: dict  # Name -> parameter, one row per draw
+    carry: Callable  # `carry(c, power)`
+
+    def __call__(self, c, power=1):
+        return self.carry(c, power)
 
 # %% ../nbs/07_mlp.ipynb #9e6a55b6
 def stacked_jump(
-    model:nn.Sequential, # As `stacked` makes it
-    w:dict, # Parameters, one row per draw; not modified
-    x:Tensor, # The data, likewise
-    y:Tensor, # Their targets, likewise
-    arm:str, # A key of `ARMS` that moves, or "formula"
-    optimizer:str, # A key of `OPTIMIZERS`
-    lr:float, # Learning rate
-)->tuple: # New parameters, drift, accepted, moved, with one row per draw; and how covectors move
+    model: nn.Sequential,  # As `stacked` makes it
+    w: dict,  # Parameters, one row per draw; not modified
+    x: Tensor,  # The data, likewise
+    y: Tensor,  # Their targets, likewise
+    arm: str,  # A key of `ARMS` that moves, or "formula"
+    optimizer: str,  # A key of `OPTIMIZERS`
+    lr: float,  # Learning rate
+) -> tuple:  # New parameters, drift, accepted, moved, with one row per draw; and how covectors move
     "One move of an arm for all draws"
-    f = lambda w,x,y: squared(functional_call(model, w, (x,)), y)
-    if arm=='formula':
-        steps,rate = FORMULA[optimizer]
+
+    def f(w, x, y):
+        return squared(functional_call(model, w, (x,)), y)
+
+    if arm == "formula":
+        steps, rate = FORMULA[optimizer]
         W = dict(zip(w, formula_ascent(w.values(), x, y, rate, steps)))
-        before,after = (vmap(f)(v, x, y) for v in (w, W))
-        return W, (after-before).abs()/before, before.isfinite(), before.isfinite(), None
-    group,objective,search,_,_ = ARMS[arm]; group = group.on(wire(model, x[0]))
-    def go(w, x, y): return travel(lambda w,x: f(w, x, y), w, group, x, objective(lr) if objective else grad_norm, search(lr), None, Generator().manual_seed(0))
-    t = vmap(lambda *a: go(*a)[0], randomness='different')(w, x, y)
-    return t.w, t.drift, t.accepted, t.steps>0, lambda c,power: vmap(lambda w,x,y,c: go(w, x, y)[1].carry(c, power))(w, x, y, c)
+        before, after = (vmap(f)(v, x, y) for v in (w, W))
+        return (
+            W,
+            (after - before).abs() / before,
+            before.isfinite(),
+            before.isfinite(),
+            None,
+        )
+    group, objective, search, _, _ = ARMS[arm]
+    group = group.on(wire(model, x[0]))
+
+    def go(w, x, y):
+        return travel(
+            lambda w, x: f(w, x, y),
+            w,
+            group,
+            x,
+            objective(lr) if objective else grad_norm,
+            search(lr),
+            None,
+            Generator().manual_seed(0),
+        )
+
+    t = vmap(lambda *a: go(*a)[0], randomness="different")(w, x, y)
+    return (
+        t.w,
+        t.drift,
+        t.accepted,
+        t.steps > 0,
+        lambda c, power: vmap(lambda w, x, y, c: go(w, x, y)[1].carry(c, power))(
+            w, x, y, c
+        ),
+    )
 
 # %% ../nbs/07_mlp.ipynb #b3f0c7f6
 def run_all(
-    cfg:dict, # Settings of the study
-    arm:str, # A key of `ARMS`
-    optimizer:str, # A key of `OPTIMIZERS`
-    lr:float, # Learning rate
-)->dict: # Loss and squared gradient norm at the steps `cfg["keep"]`, after the move where there is one, for each a list of all draws; seconds there, of all draws together; gradients of each draw; drifts of the moves, and which draws were refused or stayed
+    cfg: dict,  # Settings of the study
+    arm: str,  # A key of `ARMS`
+    optimizer: str,  # A key of `OPTIMIZERS`
+    lr: float,  # Learning rate
+) -> dict:  # Loss and squared gradient norm at the steps `cfg["keep"]`, after the move where there is one, for each a list of all draws; seconds there, of all draws together; gradients of each draw; drifts of the moves, and which draws were refused or stayed
     "One training run of every draw of the regression, at once under `vmap`; what happens at a step happens before it"
-    model,w,x,y = stacked([regression(n) for n in cfg['seeds']])
-    f = vmap(grad_and_value(lambda w,x,y: squared(functional_call(model, w, (x,)), y)))
-    opt = OPTIMIZERS[optimizer](list(w.values()), lr) # each acts number by number, so one serves all draws
-    out,seconds,cost,steps,state = dict(loss=[], gsq=[], seconds=[], gradients=[], drift=[], refused=[], stayed=[]),0.,0.,*(ARMS[arm][4:2:-1] if ARMS[arm] else ((5,) if arm=='formula' else (), keep))
-    one,*data = regression(cfg['seeds'][0])
-    price = mover(one, *data, OPTIMIZERS[optimizer](one.parameters(), lr), arm, optimizer, lr, 0)[1] # of one draw on its own
-    for k in range(max(cfg['keep'])+1):
+    model, w, x, y = stacked([regression(n) for n in cfg["seeds"]])
+    f = vmap(
+        grad_and_value(
+            lambda w, x, y: squared(functional_call(model, w, (x,)), y)
+        )
+    )
+    opt = OPTIMIZERS[optimizer](
+        list(w.values()), lr
+    )  # each acts number by number, so one serves all draws
+    out, seconds, cost, steps, state = (
+        dict(
+            loss=[],
+            gsq=[],
+            seconds=[],
+            gradients=[],
+            drift=[],
+            refused=[],
+            stayed=[],
+        ),
+        0.0,
+        0.0,
+        *(
+            ARMS[arm][4:2:-1]
+            if ARMS[arm]
+            else ((5,) if arm == "formula" else (), keep)
+        ),
+    )
+    one, *data = regression(cfg["seeds"][0])
+    price = mover(
+        one,
+        *data,
+        OPTIMIZERS[optimizer](one.parameters(), lr),
+        arm,
+        optimizer,
+        lr,
+        0,
+    )[1]  # of one draw on its own
+    for k in range(max(cfg["keep"]) + 1):
         began = time.perf_counter()
         if k in steps:
-            v,drift,accepted,moved,carry = stacked_jump(model, w, x, y, arm, optimizer, lr)
+            v, drift, accepted, moved, carry = stacked_jump(
+                model, w, x, y, arm, optimizer, lr
+            )
             state(opt, None, StackedPull(w, carry))
-            for n,p in w.items(): p.copy_(v[n])
-        c,L = f(w, x, y)
-        for n,p in w.items(): p.grad = c[n]
-        seconds += time.perf_counter()-began
+            for n, p in w.items():
+                p.copy_(v[n])
+        c, L = f(w, x, y)
+        for n, p in w.items():
+            p.grad = c[n]
+        seconds += time.perf_counter() - began
         if k in steps:
-            where = lambda no: [i for i,yes in enumerate(no.tolist()) if not yes]
-            out['drift'].append([float(f'{d:.2g}') for d in drift]); out['refused'].append(where(accepted)); out['stayed'].append(where(moved)); cost += price
-        if k in cfg['keep']:
-            finite = lambda v: rounded(torch.where(v.isfinite(), v, math.inf))
-            out['loss'].append(finite(L)); out['gsq'].append(finite(sum(g.square().flatten(1).sum(1) for g in c.values()))); out['seconds'].append(round(seconds, 4)); out['gradients'].append(round(k+cost, 2))
-        began = time.perf_counter(); opt.step(); seconds += time.perf_counter()-began
+
+            def where(no):
+                return [i for i, yes in enumerate(no.tolist()) if not yes]
+
+            out["drift"].append([float(f"{d:.2g}") for d in drift])
+            out["refused"].append(where(accepted))
+            out["stayed"].append(where(moved))
+            cost += price
+        if k in cfg["keep"]:
+
+            def finite(v):
+                return rounded(torch.where(v.isfinite(), v, math.inf))
+
+            out["loss"].append(finite(L))
+            out["gsq"].append(
+                finite(sum(g.square().flatten(1).sum(1) for g in c.values()))
+            )
+            out["seconds"].append(round(seconds, 4))
+            out["gradients"].append(round(k + cost, 2))
+        began = time.perf_counter()
+        opt.step()
+        seconds += time.perf_counter() - began
     return out
 
 # %% ../nbs/07_mlp.ipynb #91032ad7
 def mover(
-    model:nn.Sequential, # Of `regression`
-    x:Tensor, # The data
-    y:Tensor, # Their targets
-    opt, # Its optimizer
-    arm:str, # A key of `ARMS`
-    optimizer:str, # A key of `OPTIMIZERS`
-    lr:float, # Learning rate
-    seed:int, # Of the search
-)->tuple: # What moves the model at the entries of `MARKS`, None for the base; and the price of one move in gradients
+    model: nn.Sequential,  # Of `regression`
+    x: Tensor,  # The data
+    y: Tensor,  # Their targets
+    opt,  # Its optimizer
+    arm: str,  # A key of `ARMS`
+    optimizer: str,  # A key of `OPTIMIZERS`
+    lr: float,  # Learning rate
+    seed: int,  # Of the search
+) -> tuple:  # What moves the model at the entries of `MARKS`, None for the base; and the price of one move in gradients
     "The `Teleporter` of an arm, and what one of its moves costs by counted operations"
-    when = lambda steps: at(*[MARKS.index(k) for k in steps])
-    if arm=='formula':
+
+    def when(steps):
+        return at(*[MARKS.index(k) for k in steps])
+
+    if arm == "formula":
         tele = Formula(model, *FORMULA[optimizer], when((5,)))
         return tele, tele.price(x, y)
-    if not ARMS[arm]: return None, 0.
-    group,objective,search,state,steps = ARMS[arm]
-    tele = Teleporter(model, squared, group, schedule=when(steps), objective=objective(lr) if objective else grad_norm, search=search(lr), optimizer=opt, state=state, seed=seed)
+    if not ARMS[arm]:
+        return None, 0.0
+    group, objective, search, state, steps = ARMS[arm]
+    tele = Teleporter(
+        model,
+        squared,
+        group,
+        schedule=when(steps),
+        objective=objective(lr) if objective else grad_norm,
+        search=search(lr),
+        optimizer=opt,
+        state=state,
+        seed=seed,
+    )
     return tele, gradient_equivalents(tele, x, y)
 
+
 def run_one(
-    cfg:dict, # Settings of the study
-    arm:str, # A key of `ARMS`
-    optimizer:str, # A key of `OPTIMIZERS`
-    lr:float, # Learning rate
-    seed:int, # Number of the draw
-)->dict: # Loss, squared gradient norm, seconds and gradients at `MARKS`, before the move where there is one, and the drift of the moves
+    cfg: dict,  # Settings of the study
+    arm: str,  # A key of `ARMS`
+    optimizer: str,  # A key of `OPTIMIZERS`
+    lr: float,  # Learning rate
+    seed: int,  # Number of the draw
+) -> dict:  # Loss, squared gradient norm, seconds and gradients at `MARKS`, before the move where there is one, and the drift of the moves
     "The same with `Teleporter` in an ordinary training loop, one draw"
-    model,x,y = regression(seed)
+    model, x, y = regression(seed)
     opt = OPTIMIZERS[optimizer](model.parameters(), lr)
-    tele,cost = mover(model, x, y, opt, arm, optimizer, lr, seed)
-    record = train(model, squared, opt, lambda e: [(x,y)]*(MARKS[e+1]-MARKS[e]), len(MARKS)-1, watch(x, y), tele, 1, cost)
-    return {k: rounded(record[k]) for k in ('loss','gsq','seconds','gradients')} | dict(drift=[m['drift'] for m in record['moves']])
+    tele, cost = mover(model, x, y, opt, arm, optimizer, lr, seed)
+    record = train(
+        model,
+        squared,
+        opt,
+        lambda e: [(x, y)] * (MARKS[e + 1] - MARKS[e]),
+        len(MARKS) - 1,
+        watch(x, y),
+        tele,
+        1,
+        cost,
+    )
+    return {
+        k: rounded(record[k]) for k in ("loss", "gsq", "seconds", "gradients")
+    } | dict(drift=[m["drift"] for m in record["moves"]])
 
 # %% ../nbs/07_mlp.ipynb #472b07b9
 def all_jobs(
-    cfg:dict, # Settings of the study
-)->list: # One dict of arguments for `run_all` per run
+    cfg: dict,  # Settings of the study
+) -> list:  # One dict of arguments for `run_all` per run
     "Every arm of every optimizer at its rates"
-    return [dict(arm=a, optimizer=o, lr=lr) for o,arms in cfg['rates'].items() for a in arms for lr in arms[a]]
+    return [
+        dict(arm=a, optimizer=o, lr=lr)
+        for o, arms in cfg["rates"].items()
+        for a in arms
+        for lr in arms[a]
+    ]
 
 # %% ../nbs/07_mlp.ipynb #4d134bc0
 @dataclass(frozen=True)
 class Rescale:
     "Search, a control for `Whiten`: its sizes, without its directions; every hidden layer is multiplied by one number"
-    lr:float # Learning rate
-    def __call__(self, land:Landscape, rng:Generator)->Landscape:
-        orbit,a = land.orbit,land.orbit.split(Whiten(self.lr, full_batch=True).element(land))
-        size = {k: torch.linalg.matrix_norm(h + h@a[k].mT)/torch.linalg.matrix_norm(h) for k,h in orbit.hidden.items() if k in a}
-        return land.move(orbit.join({k: (s-1)*torch.eye(len(a[k]), dtype=a[k].dtype) for k,s in size.items()}))
+
+    lr: float  # Learning rate
+
+    def __call__(self, land: Landscape, rng: Generator) -> Landscape:
+        orbit, a = (
+            land.orbit,
+            land.orbit.split(Whiten(self.lr, full_batch=True).element(land)),
+        )
+        size = {
+            k: torch.linalg.matrix_norm(h + h @ a[k].mT)
+            / torch.linalg.matrix_norm(h)
+            for k, h in orbit.hidden.items()
+            if k in a
+        }
+        return land.move(
+            orbit.join(
+                {
+                    k: (s - 1) * torch.eye(len(a[k]), dtype=a[k].dtype)
+                    for k, s in size.items()
+                }
+            )
+        )
+
 
 @dataclass(frozen=True)
 class Turned:
     "Search, a control for `Whiten`: its sizes in a random orthonormal basis of every hidden layer"
-    lr:float # Learning rate
-    def __call__(self, land:Landscape, rng:Generator)->Landscape:
+
+    lr: float  # Learning rate
+
+    def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         a = land.orbit.split(Whiten(self.lr, full_batch=True).element(land))
-        def turn(t): one = torch.eye(len(t), dtype=t.dtype); return torch.linalg.qr(torch.randn(t.shape, generator=rng, dtype=t.dtype))[0]@(one+t) - one
-        return land.move(land.orbit.join({k: turn(t) for k,t in a.items()}))
+
+        def turn(t):
+            one = torch.eye(len(t), dtype=t.dtype)
+            return (
+                torch.linalg.qr(
+                    torch.randn(t.shape, generator=rng, dtype=t.dtype)
+                )[0]
+                @ (one + t)
+                - one
+            )
+
+        return land.move(land.orbit.join({k: turn(t) for k, t in a.items()}))
+
 
 def solve_last(
-    model:nn.Sequential, # Its last layer has no bias
-    w:dict, # Parameters; not modified
-    x:Tensor, # The data
-    y:Tensor, # Their targets
-)->dict: # Parameters with another last weight
+    model: nn.Sequential,  # Its last layer has no bias
+    w: dict,  # Parameters; not modified
+    x: Tensor,  # The data
+    y: Tensor,  # Their targets
+) -> dict:  # Parameters with another last weight
     "Least squares for the last layer: no gradient, no teleport"
     name = list(w)[-1]
-    h = run_model(model[:-1], {k: v for k,v in w.items() if k!=name}, x)
+    h = run_model(model[:-1], {k: v for k, v in w.items() if k != name}, x)
     return {**w, name: torch.linalg.lstsq(h, y).solution.T}
 
 # %% ../nbs/07_mlp.ipynb #887309d0
-WHITEN = { # arm -> search, by learning rate
-    'base': None, 'whiten': lambda lr: Whiten(lr, full_batch=True), 'whiten, short gate': lambda lr: Whiten(lr, full_batch=True, ahead=1, curvature=1.),
-    'random': lambda lr: Matched(Whiten(lr, full_batch=True)), 'turned': Turned, 'rescale': Rescale, 'least squares': None}
+WHITEN = {  # arm -> search, by learning rate
+    "base": None,
+    "whiten": lambda lr: Whiten(lr, full_batch=True),
+    "whiten, short gate": lambda lr: Whiten(
+        lr, full_batch=True, ahead=1, curvature=1.0
+    ),
+    "random": lambda lr: Matched(Whiten(lr, full_batch=True)),
+    "turned": Turned,
+    "rescale": Rescale,
+    "least squares": None,
+}
+
 
 def run_whiten(
-    cfg:dict, # Settings
-    arm:str, # A key of `WHITEN`
-    lr:float, # Learning rate of the gradient descent
-    seed:int, # Number of the draw
-)->dict: # Loss and cost in gradients at every step until `cfg["goal"]`, and the moves
+    cfg: dict,  # Settings
+    arm: str,  # A key of `WHITEN`
+    lr: float,  # Learning rate of the gradient descent
+    seed: int,  # Number of the draw
+) -> (
+    dict
+):  # Loss and cost in gradients at every step until `cfg["goal"]`, and the moves
     "Gradient descent on the regression, with a teleport before each of the first steps"
-    model,x,y = regression(seed)
-    row = descend_from(model, squared, x, y, BatchGL(wire(model, x)), cfg, arm, lr, seed)
-    return {k: v if k=='moved' else rounded(v) for k,v in row.items()}
+    model, x, y = regression(seed)
+    row = descend_from(
+        model, squared, x, y, BatchGL(wire(model, x)), cfg, arm, lr, seed
+    )
+    return {k: v if k == "moved" else rounded(v) for k, v in row.items()}
+
 
 def descend_from(
-    model:nn.Module, # Not modified
-    loss_fn:Callable, # `(output, y) -> ()`
-    x:Tensor, # The data
-    y:Tensor, # Their targets
-    group, # Bound to the model's wiring
-    cfg:dict, # "steps" at most, "teleports" before the first steps, and the "goal"
-    arm:str, # A key of `WHITEN`
-    lr:float, # Learning rate
-    seed:int, # Of the search
-    best:float=0., # The goal is a loss this much above
-)->dict: # Before every step the loss and the cost in gradients; of every teleport the drift, and whether it moved
+    model: nn.Module,  # Not modified
+    loss_fn: Callable,  # `(output, y) -> ()`
+    x: Tensor,  # The data
+    y: Tensor,  # Their targets
+    group,  # Bound to the model's wiring
+    cfg: dict,  # "steps" at most, "teleports" before the first steps, and the "goal"
+    arm: str,  # A key of `WHITEN`
+    lr: float,  # Learning rate
+    seed: int,  # Of the search
+    best: float = 0.0,  # The goal is a loss this much above
+) -> dict:  # Before every step the loss and the cost in gradients; of every teleport the drift, and whether it moved
     "Gradient descent with the searches of `WHITEN`"
-    loss,w = loss_of(model, loss_fn, y)
-    f,cost,out = (lambda w: loss(w, x)),0.,dict(loss=[], cost=[], drift=[], moved=[])
+    loss, w = loss_of(model, loss_fn, y)
+    f, cost, out = (
+        (lambda w: loss(w, x)),
+        0.0,
+        dict(loss=[], cost=[], drift=[], moved=[]),
+    )
     one = count_flops(lambda: measure(f, w))
-    def paid(g): nonlocal cost; got = []; cost += count_flops(lambda: got.append(g()))/one; return got[0]
-    for k in range(cfg['steps']+1):
-        if k<cfg['teleports'] and WHITEN[arm]:
-            t = paid(lambda: teleport(loss, w, group, x, search=WHITEN[arm](lr), rng=Generator().manual_seed(seed)))
-            w = t.w; out['drift'].append(t.drift.item()); out['moved'].append(bool(t.accepted) and t.steps.item()>0)
-        if arm=='least squares' and k==0: w = paid(lambda: solve_last(model, w, x, y))
+
+    def paid(g):
+        nonlocal cost
+        got = []
+        cost += count_flops(lambda: got.append(g())) / one
+        return got[0]
+
+    for k in range(cfg["steps"] + 1):
+        if k < cfg["teleports"] and WHITEN[arm]:
+            t = paid(
+                lambda: teleport(
+                    loss,
+                    w,
+                    group,
+                    x,
+                    search=WHITEN[arm](lr),
+                    rng=Generator().manual_seed(seed),
+                )
+            )
+            w = t.w
+            out["drift"].append(t.drift.item())
+            out["moved"].append(bool(t.accepted) and t.steps.item() > 0)
+        if arm == "least squares" and k == 0:
+            w = paid(lambda: solve_last(model, w, x, y))
         m = measure(f, w)
-        out['loss'].append(m.loss.item() if m.loss.isfinite() else math.inf); out['cost'].append(cost)
-        if not best+cfg['goal']<out['loss'][-1]<math.inf: break
-        w = lookahead(lr).step(w, m.gradient); cost += 1
+        out["loss"].append(m.loss.item() if m.loss.isfinite() else math.inf)
+        out["cost"].append(cost)
+        if not best + cfg["goal"] < out["loss"][-1] < math.inf:
+            break
+        w = lookahead(lr).step(w, m.gradient)
+        cost += 1
     return out
 
 # %% ../nbs/07_mlp.ipynb #0a57cb53
 def random_net(
-    seed:int, # Of everything
-)->tuple: # Model, loss function, X, Y
+    seed: int,  # Of everything
+) -> tuple:  # Model, loss function, X, Y
     "A network of 2 to 8 layers and 4 to 48 units, a batch that fits into its layers, squared error or its mean; three kinds of initial weights"
-    torch.manual_seed(seed); R = lambda a,b: torch.randint(a, b+1, ()).item()
-    d = [R(4, 48) for _ in range(R(2, 8)+1)]; n,kind = R(2, min(d[:-1])),R(0, 2)
+    torch.manual_seed(seed)
+
+    def R(a, b):
+        return torch.randint(a, b + 1, ()).item()
+
+    d = [R(4, 48) for _ in range(R(2, 8) + 1)]
+    n, kind = R(2, min(d[:-1])), R(0, 2)
     model = mlp(*d, bias=bool(R(0, 1)))
     for m in model[::2]:
-        if kind==1: nn.init.orthogonal_(m.weight, 2**.5)
-        if kind==2: nn.init.uniform_(m.weight)
-    x = torch.rand(n, d[0]) if kind==2 else torch.randn(n, d[0])
-    return model, (squared, F.mse_loss)[R(0, 1)], x.double(), torch.rand(n, d[-1]).double()
+        if kind == 1:
+            nn.init.orthogonal_(m.weight, 2**0.5)
+        if kind == 2:
+            nn.init.uniform_(m.weight)
+    x = torch.rand(n, d[0]) if kind == 2 else torch.randn(n, d[0])
+    return (
+        model,
+        (squared, F.mse_loss)[R(0, 1)],
+        x.double(),
+        torch.rand(n, d[-1]).double(),
+    )
+
 
 def sharpness(
-    f:Callable, # `w -> ()`
-    w:dict, # Parameters
-    rounds:int=20, # Of the power iteration
-)->float: # The largest |eigenvalue| of the Hessian, from below
+    f: Callable,  # `w -> ()`
+    w: dict,  # Parameters
+    rounds: int = 20,  # Of the power iteration
+) -> float:  # The largest |eigenvalue| of the Hessian, from below
     "Gradient descent is unstable at rates above 2 over this, as far as one can tell from here"
-    v = {k: torch.randn_like(p) for k,p in w.items()}
+    v = {k: torch.randn_like(p) for k, p in w.items()}
     for _ in range(rounds):
-        size = dot(v, v).sqrt(); v = {k: t/size for k,t in v.items()}
+        size = dot(v, v).sqrt()
+        v = {k: t / size for k, t in v.items()}
         v = torch.func.vjp(torch.func.grad(f), w)[1](v)[0]
     return dot(v, v).sqrt().item()
 
 # %% ../nbs/07_mlp.ipynb #7719a1c7
 def run_gate(
-    cfg:dict, # Settings
-    rate:float, # Learning rate, in units of the largest stable one
-    seed:int, # Of the network
-)->dict: # Losses from here and from the whitened place, at the steps `cfg["keep"]`
+    cfg: dict,  # Settings
+    rate: float,  # Learning rate, in units of the largest stable one
+    seed: int,  # Of the network
+) -> (
+    dict
+):  # Losses from here and from the whitened place, at the steps `cfg["keep"]`
     "Gradient descent with and without one whitening move, which is not asked whether it helps"
-    model,loss_fn,x,y = random_net(seed); loss,w = loss_of(model, loss_fn, y); f = lambda w: loss(w, x)
-    orbit = BatchGL(wire(model, x)).orbit(w, x); m = measure(f, w)
+    model, loss_fn, x, y = random_net(seed)
+    loss, w = loss_of(model, loss_fn, y)
+
+    def f(w):
+        return loss(w, x)
+
+    orbit = BatchGL(wire(model, x)).orbit(w, x)
+    m = measure(f, w)
     land = landscape(orbit, loss, start=m).knowing(gradient=m.gradient, here=m)
-    lr = rate*2/sharpness(f, w)
+    lr = rate * 2 / sharpness(f, w)
+
     def path(w):
         out = []
-        for _ in range(cfg['keep'][-1]+1):
-            m = measure(f, w); out.append(m.loss.item() if m.loss.isfinite() else math.inf)
+        for _ in range(cfg["keep"][-1] + 1):
+            m = measure(f, w)
+            out.append(m.loss.item() if m.loss.isfinite() else math.inf)
             w = lookahead(lr).step(w, m.gradient)
         return rounded(out)
-    at = lambda losses: [losses[k] for k in cfg['keep']]
-    return dict(layers=len(model)//2+1, here=at(path(w)), there=at(path(land.move(Whiten(lr, full_batch=True).element(land)).orbit.w)))
+
+    def at(losses):
+        return [losses[k] for k in cfg["keep"]]
+
+    return dict(
+        layers=len(model) // 2 + 1,
+        here=at(path(w)),
+        there=at(
+            path(land.move(Whiten(lr, full_batch=True).element(land)).orbit.w)
+        ),
+    )
 
 # %% ../nbs/07_mlp.ipynb #63266754
 def run_deep(
-    cfg:dict, # Settings
-    arm:str, # A key of `WHITEN`
-    layers:int, # Of weights
-    lr:float, # Learning rate
-    seed:int, # Of weights and data
-)->dict: # As `descend_from`
+    cfg: dict,  # Settings
+    arm: str,  # A key of `WHITEN`
+    layers: int,  # Of weights
+    lr: float,  # Learning rate
+    seed: int,  # Of weights and data
+) -> dict:  # As `descend_from`
     "Gradient descent of a wide and deep network with orthogonal weights on a batch as large as its layers, with a teleport before the first step"
-    model,x,y = speed_problem((cfg['width'],)*(layers+1), cfg['width'], seed); x,y = x.double(),y.double()
-    row = descend_from(model.double(), squared, x, y, BatchGL(wire(model, x)), cfg, arm, lr, seed)
-    return {k: v if k=='moved' else rounded(v) for k,v in row.items()}
+    model, x, y = speed_problem(
+        (cfg["width"],) * (layers + 1), cfg["width"], seed
+    )
+    x, y = x.double(), y.double()
+    row = descend_from(
+        model.double(), squared, x, y, BatchGL(wire(model, x)), cfg, arm, lr, seed
+    )
+    return {k: v if k == "moved" else rounded(v) for k, v in row.items()}
+
 
 def linear_problem(
-    cond:float, # Condition number of the second moment of the data, at least 1
-    seed:int, # Of everything
-    widths:tuple=(20,20,20,10), # Of the network
-    n:int=50, # Samples
-)->tuple: # A deep linear network with orthogonal weights, X, Y and the smallest loss there is
+    cond: float,  # Condition number of the second moment of the data, at least 1
+    seed: int,  # Of everything
+    widths: tuple = (20, 20, 20, 10),  # Of the network
+    n: int = 50,  # Samples
+) -> tuple:  # A deep linear network with orthogonal weights, X, Y and the smallest loss there is
     "Least squares by a deep linear network; the targets are linear in the data but for noise of 1 %"
     torch.manual_seed(seed)
-    model = nn.Sequential(*[nn.Linear(a, b, bias=False) for a,b in zip(widths, widths[1:])]).double()
-    for m in model: nn.init.orthogonal_(m.weight)
-    u,v = (torch.linalg.qr(torch.randn(k, widths[0], dtype=torch.float64))[0] for k in (n, widths[0]))
-    x = u*torch.logspace(0, -math.log10(cond)/2, widths[0], dtype=torch.float64)@v.T
-    y = x@torch.randn(widths[0], widths[-1], dtype=torch.float64) + .01*torch.randn(n, widths[-1], dtype=torch.float64)
-    return model, x, y, squared(x@torch.linalg.lstsq(x, y).solution, y).item()
+    model = nn.Sequential(
+        *[nn.Linear(a, b, bias=False) for a, b in zip(widths, widths[1:])]
+    ).double()
+    for m in model:
+        nn.init.orthogonal_(m.weight)
+    u, v = (
+        torch.linalg.qr(torch.randn(k, widths[0], dtype=torch.float64))[0]
+        for k in (n, widths[0])
+    )
+    x = (
+        u
+        * torch.logspace(0, -math.log10(cond) / 2, widths[0], dtype=torch.float64)
+        @ v.T
+    )
+    y = x @ torch.randn(
+        widths[0], widths[-1], dtype=torch.float64
+    ) + 0.01 * torch.randn(n, widths[-1], dtype=torch.float64)
+    return model, x, y, squared(x @ torch.linalg.lstsq(x, y).solution, y).item()
+
 
 def run_linear(
-    cfg:dict, # Settings
-    arm:str, # A key of `WHITEN`
-    cond:float, # See `linear_problem`
-    lr:float, # Learning rate
-    seed:int, # Of weights and data
-)->dict: # Relative excess over the smallest loss, at the first four steps and the last; steps, cost in gradients and drifts
+    cfg: dict,  # Settings
+    arm: str,  # A key of `WHITEN`
+    cond: float,  # See `linear_problem`
+    lr: float,  # Learning rate
+    seed: int,  # Of weights and data
+) -> dict:  # Relative excess over the smallest loss, at the first four steps and the last; steps, cost in gradients and drifts
     "Gradient descent of a deep linear network, with a teleport of `GL` before each of the first steps"
-    model,x,y,best = linear_problem(cond, seed)
-    row = descend_from(model, squared, x, y, GL(wire(model, x)), {**cfg, 'goal': cfg['goal']*best}, arm, lr, seed, best)
-    return dict(excess=rounded((L-best)/best for L in row['loss'][:4]+row['loss'][-1:]), steps=len(row['loss'])-1, cost=row['cost'][-1], drift=row['drift'])
+    model, x, y, best = linear_problem(cond, seed)
+    row = descend_from(
+        model,
+        squared,
+        x,
+        y,
+        GL(wire(model, x)),
+        {**cfg, "goal": cfg["goal"] * best},
+        arm,
+        lr,
+        seed,
+        best,
+    )
+    return dict(
+        excess=rounded(
+            (L - best) / best for L in row["loss"][:4] + row["loss"][-1:]
+        ),
+        steps=len(row["loss"]) - 1,
+        cost=row["cost"][-1],
+        drift=row["drift"],
+    )
 
 # %% ../nbs/07_mlp.ipynb #b6692ea5
 @lru_cache
 def gd_path(
-    seed:int, # Number of the draw
-    lr:float, # Learning rate
-    steps:int, # How many, at most
-    stop:float, # Ends where a step changes the loss by less
-    search=None, # Of a teleport before step 5
-)->dict: # Losses before each step, seconds of a step, and of the teleport its seconds, cost in gradients and drift, and whether it was refused
+    seed: int,  # Number of the draw
+    lr: float,  # Learning rate
+    steps: int,  # How many, at most
+    stop: float,  # Ends where a step changes the loss by less
+    search=None,  # Of a teleport before step 5
+) -> dict:  # Losses before each step, seconds of a step, and of the teleport its seconds, cost in gradients and drift, and whether it was refused
     "Gradient descent on the regression"
-    model,x,y = regression(seed); loss,w = loss_of(model, squared, y); f = lambda w: loss(w, x)
-    group,losses,out = BatchGL(wire(model, x)),[],dict(seconds=0., cost=0., drift=0., refused=False)
+    model, x, y = regression(seed)
+    loss, w = loss_of(model, squared, y)
+
+    def f(w):
+        return loss(w, x)
+
+    group, losses, out = (
+        BatchGL(wire(model, x)),
+        [],
+        dict(seconds=0.0, cost=0.0, drift=0.0, refused=False),
+    )
     began = time.perf_counter()
-    for k in range(steps+1):
-        if k==5 and search is not None:
+    for k in range(steps + 1):
+        if k == 5 and search is not None:
             t = teleport(loss, w, group, x, search=search)
-            cost = count_flops(lambda: teleport(loss, w, group, x, search=search))/count_flops(lambda: measure(f, w))
-            w,out = t.w,dict(seconds=t.seconds, cost=cost, drift=t.drift.item(), refused=not t.accepted); began = time.perf_counter() # the teleport is timed apart
-        m = measure(f, w); losses.append(m.loss.item())
-        if not math.isfinite(losses[-1]) or k>6 and abs(losses[-1]-losses[-2])<stop: break
+            cost = count_flops(
+                lambda: teleport(loss, w, group, x, search=search)
+            ) / count_flops(lambda: measure(f, w))
+            w, out = (
+                t.w,
+                dict(
+                    seconds=t.seconds,
+                    cost=cost,
+                    drift=t.drift.item(),
+                    refused=not t.accepted,
+                ),
+            )
+            began = time.perf_counter()  # the teleport is timed apart
+        m = measure(f, w)
+        losses.append(m.loss.item())
+        if (
+            not math.isfinite(losses[-1])
+            or k > 6
+            and abs(losses[-1] - losses[-2]) < stop
+        ):
+            break
         w = lookahead(lr).step(w, m.gradient)
-    return dict(losses=losses, step_seconds=(time.perf_counter()-began)/(k-4 if search else k+1), **out)
+    return dict(
+        losses=losses,
+        step_seconds=(time.perf_counter() - began) / (k - 4 if search else k + 1),
+        **out,
+    )
+
 
 def stall(
-    losses:list, # Of a run
-    tol:float, # Smallest change that counts
-)->float: # A step, infinite where the run diverged or never stalled
+    losses: list,  # Of a run
+    tol: float,  # Smallest change that counts
+) -> float:  # A step, infinite where the run diverged or never stalled
     "The first step after the teleport that changes the loss by less"
-    if not math.isfinite(losses[-1]): return math.inf
-    return next((k for k in range(7, len(losses)) if abs(losses[k]-losses[k-1])<tol), math.inf)
+    if not math.isfinite(losses[-1]):
+        return math.inf
+    return next(
+        (
+            k
+            for k in range(7, len(losses))
+            if abs(losses[k] - losses[k - 1]) < tol
+        ),
+        math.inf,
+    )
+
 
 def run_sweep(
-    cfg:dict, # Settings
-    arm:str, # "fixed": `Ascent(a, lr=b)`; "trust": `Ascent(growth=a, max_norm=b)`
-    a:float, b:float, # The two knobs
-    seed:int, # Number of the draw
-)->dict: # Speed-ups over gradient descent from the same start, which must stall; 0 where the run diverged or never stalled
+    cfg: dict,  # Settings
+    arm: str,  # "fixed": `Ascent(a, lr=b)`; "trust": `Ascent(growth=a, max_norm=b)`
+    a: float,
+    b: float,  # The two knobs
+    seed: int,  # Number of the draw
+) -> dict:  # Speed-ups over gradient descent from the same start, which must stall; 0 where the run diverged or never stalled
     "One point of the sweep of Fig. 8"
-    base = gd_path(seed, cfg['lr'], cfg['steps'], cfg['tol']/10)
-    mine = gd_path(seed, cfg['lr'], cfg['steps'], cfg['tol']/10, Ascent(int(a), lr=b) if arm=='fixed' else Ascent(growth=a, max_norm=b))
-    k0,k = stall(base['losses'], cfg['tol']),stall(mine['losses'], cfg['tol'])
-    goal = base['losses'][k0]
-    to = next((k for k,L in enumerate(mine['losses']) if L<=goal), math.inf) if k<math.inf else math.inf
-    return dict(speedup_seconds=k0*base['step_seconds']/(k*base['step_seconds']+mine['seconds']), speedup_stall=k0/(k+mine['cost']), speedup_goal=k0/(to+mine['cost']),
-        loss=mine['losses'][k] if k<math.inf else math.inf, goal=goal, cost=mine['cost'], drift=mine['drift'], refused=mine['refused'], diverged=not math.isfinite(mine['losses'][-1]))
+    base = gd_path(seed, cfg["lr"], cfg["steps"], cfg["tol"] / 10)
+    mine = gd_path(
+        seed,
+        cfg["lr"],
+        cfg["steps"],
+        cfg["tol"] / 10,
+        Ascent(int(a), lr=b) if arm == "fixed" else Ascent(growth=a, max_norm=b),
+    )
+    k0, k = stall(base["losses"], cfg["tol"]), stall(mine["losses"], cfg["tol"])
+    goal = base["losses"][k0]
+    to = (
+        next((k for k, L in enumerate(mine["losses"]) if L <= goal), math.inf)
+        if k < math.inf
+        else math.inf
+    )
+    return dict(
+        speedup_seconds=k0
+        * base["step_seconds"]
+        / (k * base["step_seconds"] + mine["seconds"]),
+        speedup_stall=k0 / (k + mine["cost"]),
+        speedup_goal=k0 / (to + mine["cost"]),
+        loss=mine["losses"][k] if k < math.inf else math.inf,
+        goal=goal,
+        cost=mine["cost"],
+        drift=mine["drift"],
+        refused=mine["refused"],
+        diverged=not math.isfinite(mine["losses"][-1]),
+    )
 
 # %% ../nbs/07_mlp.ipynb #972a67c4
-SAFETY = {'base': None, 'Ascent()': Ascent(), 'Ascent(growth=4)': Ascent(growth=4.)}
+SAFETY = {
+    "base": None,
+    "Ascent()": Ascent(),
+    "Ascent(growth=4)": Ascent(growth=4.0),
+}
+
 
 def run_safety(
-    cfg:dict, # Settings
-    search:str, # A key of `SAFETY`
-    times:int, # How many teleports, before step 5 and those that follow it
-    lr:float, # Learning rate
-)->dict: # How many seeds ended above where they began, or nowhere; quantiles of the final loss
+    cfg: dict,  # Settings
+    search: str,  # A key of `SAFETY`
+    times: int,  # How many teleports, before step 5 and those that follow it
+    lr: float,  # Learning rate
+) -> dict:  # How many seeds ended above where they began, or nowhere; quantiles of the final loss
     "Gradient descent on many draws of the regression at once, under `vmap`"
-    model,w,x,y = stacked([regression(n) for n in range(cfg['seeds'])])
-    f = lambda w,x,y: squared(functional_call(model, w, (x,)), y)
-    group,moves = BatchGL(wire(model, x[0])),[]
-    jump = vmap(lambda w,x,y: teleport(lambda w,x: f(w, x, y), w, group, x, search=SAFETY[search]))
-    for k in range(cfg['steps']+1):
-        if SAFETY[search] and 5<=k<5+times: moves.append(jump(w, x, y)); w = moves[-1].w
-        g,L = vmap(grad_and_value(f))(w, x, y)
-        if not k: first = L
+    model, w, x, y = stacked([regression(n) for n in range(cfg["seeds"])])
+
+    def f(w, x, y):
+        return squared(functional_call(model, w, (x,)), y)
+
+    group, moves = BatchGL(wire(model, x[0])), []
+    jump = vmap(
+        lambda w, x, y: teleport(
+            lambda w, x: f(w, x, y), w, group, x, search=SAFETY[search]
+        )
+    )
+    for k in range(cfg["steps"] + 1):
+        if SAFETY[search] and 5 <= k < 5 + times:
+            moves.append(jump(w, x, y))
+            w = moves[-1].w
+        g, L = vmap(grad_and_value(f))(w, x, y)
+        if not k:
+            first = L
         w = lookahead(lr).step(w, g)
     ends = torch.where(L.isfinite(), L, math.inf)
-    return dict(diverged=(ends>first).sum().item(), ends=rounded(ends.sort().values[[int(q*(len(ends)-1)) for q in (.05,.5,.95)]]),
-        drift=max((t.drift.max().item() for t in moves), default=0.), refused=sum((~t.accepted).sum().item() for t in moves))
+    return dict(
+        diverged=(ends > first).sum().item(),
+        ends=rounded(
+            ends.sort().values[
+                [int(q * (len(ends) - 1)) for q in (0.05, 0.5, 0.95)]
+            ]
+        ),
+        drift=max((t.drift.max().item() for t in moves), default=0.0),
+        refused=sum((~t.accepted).sum().item() for t in moves),
+    )
 
 # %% ../nbs/07_mlp.ipynb #cb7a1d77
-HELDOUT = {'base': None, 'random': lambda lr: Matched(Ascent()), 'teleport': lambda lr: Ascent(), 'whiten': lambda lr: Whiten(lr, full_batch=True)}
+HELDOUT = {
+    "base": None,
+    "random": lambda lr: Matched(Ascent()),
+    "teleport": lambda lr: Ascent(),
+    "whiten": lambda lr: Whiten(lr, full_batch=True),
+}
+
 
 def run_heldout(
-    cfg:dict, # Settings
-    arm:str, # A key of `HELDOUT`; it moves before steps 5 and 6
-    lr:float, # Learning rate
-    seed:int, # Of teacher, student and data
-)->dict: # Mean squared errors at the steps `cfg["keep"]`
+    cfg: dict,  # Settings
+    arm: str,  # A key of `HELDOUT`; it moves before steps 5 and 6
+    lr: float,  # Learning rate
+    seed: int,  # Of teacher, student and data
+) -> dict:  # Mean squared errors at the steps `cfg["keep"]`
     "A student fits a teacher on a few samples; losses per sample on them and on 1,000 others"
     torch.manual_seed(seed)
-    teacher,model = mlp(32, 48, 48, 4, bias=True),mlp(32, 48, 48, 4, bias=True)
-    x,y = torch.randn(1024, 32, dtype=torch.float64),None
-    with torch.no_grad(): y = teacher(x)*4
-    (tx,vx),(ty,vy) = (t.split([24,1000]) for t in (x, y))
-    loss,w = loss_of(model, F.mse_loss, ty); held,_ = loss_of(model, F.mse_loss, vy); f = lambda w: loss(w, tx)
-    group,out = BatchGL(wire(model, tx)),dict(train=[], held=[])
-    for k in range(cfg['steps']+1):
-        if k in (5,6) and HELDOUT[arm]: w = teleport(loss, w, group, tx, search=HELDOUT[arm](lr), rng=Generator().manual_seed(seed)).w
+    teacher, model = mlp(32, 48, 48, 4, bias=True), mlp(32, 48, 48, 4, bias=True)
+    x, y = torch.randn(1024, 32, dtype=torch.float64), None
+    with torch.no_grad():
+        y = teacher(x) * 4
+    (tx, vx), (ty, vy) = (t.split([24, 1000]) for t in (x, y))
+    loss, w = loss_of(model, F.mse_loss, ty)
+    held, _ = loss_of(model, F.mse_loss, vy)
+
+    def f(w):
+        return loss(w, tx)
+
+    group, out = BatchGL(wire(model, tx)), dict(train=[], held=[])
+    for k in range(cfg["steps"] + 1):
+        if k in (5, 6) and HELDOUT[arm]:
+            w = teleport(
+                loss,
+                w,
+                group,
+                tx,
+                search=HELDOUT[arm](lr),
+                rng=Generator().manual_seed(seed),
+            ).w
         m = measure(f, w)
-        if k in cfg['keep']: out['train'].append(m.loss.item()); out['held'].append(held(w, vx).item())
+        if k in cfg["keep"]:
+            out["train"].append(m.loss.item())
+            out["held"].append(held(w, vx).item())
         w = lookahead(lr).step(w, m.gradient)
-    return {k: rounded(v) for k,v in out.items()}
+    return {k: rounded(v) for k, v in out.items()}
 
 # %% ../nbs/07_mlp.ipynb #5b384ce3
 def run_minibatch(
-    cfg:dict, # Settings
-    arm:str, # "random", "teleport" or "whiten"
-    seed:int, # Of the weights and the order of the digits
-)->dict: # Pairs of losses, on the batch and held out: before and after the move, and one step later from either; drift, and whether it moved
+    cfg: dict,  # Settings
+    arm: str,  # "random", "teleport" or "whiten"
+    seed: int,  # Of the weights and the order of the digits
+) -> dict:  # Pairs of losses, on the batch and held out: before and after the move, and one step later from either; drift, and whether it moved
     "One teleport on 20 of the 8×8 digits, after an epoch of SGD, and one step on that batch; mean losses on it and on 360 held-out digits"
     from sklearn.datasets import load_digits
-    x,y = map(torch.tensor, load_digits(return_X_y=True)); x = (x-x.mean())/x.std()
-    torch.manual_seed(seed); order = torch.randperm(len(x)); x,y = x[order],y[order]
-    model = mlp(64, 128, 128, 10, bias=True); opt = torch.optim.SGD(model.parameters(), cfg['lr'])
-    for b in torch.arange(1437).split(20): opt.zero_grad(); F.cross_entropy(model(x[b]), y[b]).backward(); opt.step()
-    loss,w = loss_of(model, F.cross_entropy, y[:20]); held,_ = loss_of(model, F.cross_entropy, y[1437:])
-    search = dict(teleport=Ascent(), random=Matched(Ascent()), whiten=Whiten(cfg['lr'], full_batch=True))[arm]
-    t = teleport(loss, w, BatchGL(wire(model, x[:20])), x[:20], search=search, rng=Generator().manual_seed(seed))
-    step = lambda w: lookahead(cfg['lr']).step(w, measure(lambda w: loss(w, x[:20]), w).gradient)
-    losses = lambda w: [loss(w, x[:20]).item(), held(w, x[1437:]).item()]
-    return dict(before=rounded(losses(w)), after=rounded(losses(t.w)), step=rounded(losses(step(w))), step_after=rounded(losses(step(t.w))), drift=t.drift.item(), moved=t.steps.item()>0)
+
+    x, y = map(torch.tensor, load_digits(return_X_y=True))
+    x = (x - x.mean()) / x.std()
+    torch.manual_seed(seed)
+    order = torch.randperm(len(x))
+    x, y = x[order], y[order]
+    model = mlp(64, 128, 128, 10, bias=True)
+    opt = torch.optim.SGD(model.parameters(), cfg["lr"])
+    for b in torch.arange(1437).split(20):
+        opt.zero_grad()
+        F.cross_entropy(model(x[b]), y[b]).backward()
+        opt.step()
+    loss, w = loss_of(model, F.cross_entropy, y[:20])
+    held, _ = loss_of(model, F.cross_entropy, y[1437:])
+    search = dict(
+        teleport=Ascent(),
+        random=Matched(Ascent()),
+        whiten=Whiten(cfg["lr"], full_batch=True),
+    )[arm]
+    t = teleport(
+        loss,
+        w,
+        BatchGL(wire(model, x[:20])),
+        x[:20],
+        search=search,
+        rng=Generator().manual_seed(seed),
+    )
+
+    def step(w):
+        return lookahead(cfg["lr"]).step(
+            w, measure(lambda w: loss(w, x[:20]), w).gradient
+        )
+
+    def losses(w):
+        return [loss(w, x[:20]).item(), held(w, x[1437:]).item()]
+
+    return dict(
+        before=rounded(losses(w)),
+        after=rounded(losses(t.w)),
+        step=rounded(losses(step(w))),
+        step_after=rounded(losses(step(t.w))),
+        drift=t.drift.item(),
+        moved=t.steps.item() > 0,
+    )
 
 # %% ../nbs/07_mlp.ipynb #af3e1334
-NETS = { # name -> widths from the data up, samples, most training steps an ascent step should cost
-    '4-5-6-7-8': ((5,6,7,8), 4, .5), '64, 3 layers': ((64,)*4, 64, .7), '128, 3': ((128,)*4, 128, 1.1), '256, 3': ((256,)*4, 256, 1.6), '128, 5': ((128,)*6, 128, 1.6),
-    '128, 8': ((128,)*9, 128, 1.9), '784-16-10-10, batch 20': ((784,16,10,10), 20, .7), 'batch 200': ((784,16,10,10), 200, .8)}
+NETS = {  # name -> widths from the data up, samples, most training steps an ascent step should cost
+    "4-5-6-7-8": ((5, 6, 7, 8), 4, 0.5),
+    "64, 3 layers": ((64,) * 4, 64, 0.7),
+    "128, 3": ((128,) * 4, 128, 1.1),
+    "256, 3": ((256,) * 4, 256, 1.6),
+    "128, 5": ((128,) * 6, 128, 1.6),
+    "128, 8": ((128,) * 9, 128, 1.9),
+    "784-16-10-10, batch 20": ((784, 16, 10, 10), 20, 0.7),
+    "batch 200": ((784, 16, 10, 10), 200, 0.8),
+}
+
 
 def speed_problem(
-    widths:tuple, # From the data up
-    n:int, # Samples
-    seed:int=0, # Of weights and data
-)->tuple: # Model, X, Y, float32
+    widths: tuple,  # From the data up
+    n: int,  # Samples
+    seed: int = 0,  # Of weights and data
+) -> tuple:  # Model, X, Y, float32
     "A network with orthogonal weights and Gaussian data"
     torch.manual_seed(seed)
     model = mlp(*widths).float()
-    for m in model[::2]: nn.init.orthogonal_(m.weight)
+    for m in model[::2]:
+        nn.init.orthogonal_(m.weight)
     return model, torch.randn(n, widths[0]), torch.randn(n, widths[-1])
 
+
 def in_turn(
-    runs:dict, # Name -> a function to be timed
-    rounds:int, # How often, after one to warm up
-    parts:int=1, # Steps in a call
-    unit:str|None=None, # A name: every round is also measured in its seconds of that round
-    wait:Callable=lambda: None, # Called before a clock is read, `torch.cuda.synchronize` on a GPU
-)->dict: # "seconds_" + name -> seconds of a step, quartiles over the rounds; and "seconds_ratio_" + name where there is a unit
+    runs: dict,  # Name -> a function to be timed
+    rounds: int,  # How often, after one to warm up
+    parts: int = 1,  # Steps in a call
+    unit: str
+    | None = None,  # A name: every round is also measured in its seconds of that round
+    wait: Callable = lambda: (
+        None
+    ),  # Called before a clock is read, `torch.cuda.synchronize` on a GPU
+) -> dict:  # "seconds_" + name -> seconds of a step, quartiles over the rounds; and "seconds_ratio_" + name where there is a unit
     "Time several things in turn, so that a noisy machine is noisy for all"
     seconds = {k: [] for k in runs}
-    for _ in range(rounds+1):
-        for k,f in runs.items(): wait(); began = time.perf_counter(); f(); wait(); seconds[k].append((time.perf_counter()-began)/parts)
-    t = {f'seconds_{k}': torch.tensor(v[1:]) for k,v in seconds.items()}
-    if unit: t |= {f'seconds_ratio_{k}': t[f'seconds_{k}']/t[f'seconds_{unit}'] for k in runs}
-    return {k: rounded(v.quantile(v.new_tensor([.25,.5,.75])).tolist()) for k,v in t.items()}
+    for _ in range(rounds + 1):
+        for k, f in runs.items():
+            wait()
+            began = time.perf_counter()
+            f()
+            wait()
+            seconds[k].append((time.perf_counter() - began) / parts)
+    t = {f"seconds_{k}": torch.tensor(v[1:]) for k, v in seconds.items()}
+    if unit:
+        t |= {
+            f"seconds_ratio_{k}": t[f"seconds_{k}"] / t[f"seconds_{unit}"]
+            for k in runs
+        }
+    return {
+        k: rounded(v.quantile(v.new_tensor([0.25, 0.5, 0.75])).tolist())
+        for k, v in t.items()
+    }
 
 # %% ../nbs/07_mlp.ipynb #761f22b2
 def small_rate(
-    model:nn.Sequential, # Of `mlp`; not modified
-    x:Tensor, # The batch
-    y:Tensor, # Its targets
-    steps:int, # Of the ascent
-)->float: # At most that of a first step of norm 0.01
+    model: nn.Sequential,  # Of `mlp`; not modified
+    x: Tensor,  # The batch
+    y: Tensor,  # Its targets
+    steps: int,  # Of the ascent
+) -> float:  # At most that of a first step of norm 0.01
     "A fixed rate small enough for an ascent that does not run away"
-    loss,w = loss_of(model, squared, y); group = BatchGL(wire(model, x))
-    rate = .01/landscape(group.orbit(w, x), loss).slope().norm().item()
-    while not ((out := teleport(loss, w, group, x, search=Ascent(steps, lr=rate))).accepted and out.objective[1]<1.5*out.objective[0]): rate = rate/4
+    loss, w = loss_of(model, squared, y)
+    group = BatchGL(wire(model, x))
+    rate = 0.01 / landscape(group.orbit(w, x), loss).slope().norm().item()
+    while not (
+        (
+            out := teleport(loss, w, group, x, search=Ascent(steps, lr=rate))
+        ).accepted
+        and out.objective[1] < 1.5 * out.objective[0]
+    ):
+        rate = rate / 4
     return rate
 
+
 def speed_runs(
-    model:nn.Sequential, # Of `mlp`; not modified
-    x:Tensor, # The batch
-    y:Tensor, # Its targets
-    steps:int, # How many in a call
-    rate:float, # Fixed rate of the ascents that have one
-)->dict: # Name -> a function to be timed; "fixed" and "trust" return what `teleport` does
+    model: nn.Sequential,  # Of `mlp`; not modified
+    x: Tensor,  # The batch
+    y: Tensor,  # Its targets
+    steps: int,  # How many in a call
+    rate: float,  # Fixed rate of the ascents that have one
+) -> dict:  # Name -> a function to be timed; "fixed" and "trust" return what `teleport` does
     "Training steps, and teleports of as many ascent steps: at a fixed rate, by the default trust region, by the paper's formula"
-    loss,w = loss_of(model, squared, y); group = BatchGL(wire(model, x))
-    twin = deepcopy(model); opt = torch.optim.SGD(twin.parameters(), 1e-6)
+    loss, w = loss_of(model, squared, y)
+    group = BatchGL(wire(model, x))
+    twin = deepcopy(model)
+    opt = torch.optim.SGD(twin.parameters(), 1e-6)
+
     def train():
-        for _ in range(steps): opt.zero_grad(); squared(twin(x), y).backward(); opt.step()
-    to = lambda search: lambda: teleport(loss, w, group, x, search=search)
-    formula = lambda: formula_ascent(list(w.values()), x, y, rate, steps)
-    return dict(train=train, fixed=to(Ascent(steps, lr=rate)), trust=to(Ascent(steps)), formula=formula)
+        for _ in range(steps):
+            opt.zero_grad()
+            squared(twin(x), y).backward()
+            opt.step()
+
+    def to(search):
+        return lambda: teleport(loss, w, group, x, search=search)
+
+    def formula():
+        return formula_ascent(list(w.values()), x, y, rate, steps)
+
+    return dict(
+        train=train,
+        fixed=to(Ascent(steps, lr=rate)),
+        trust=to(Ascent(steps)),
+        formula=formula,
+    )
+
 
 def run_speed(
-    cfg:dict, # Settings
-    net:str, # A key of `NETS`
-)->dict: # Seconds, quartiles over the rounds: of a training step, per ascent step of three teleports, and of a teleport with a single step over as many
+    cfg: dict,  # Settings
+    net: str,  # A key of `NETS`
+) -> dict:  # Seconds, quartiles over the rounds: of a training step, per ascent step of three teleports, and of a teleport with a single step over as many
     "What a teleport of some ascent steps costs beside ordinary training steps of the same network, in turn in one process"
-    problem,steps = speed_problem(*NETS[net][:2]),cfg['ascent']; rate = small_rate(*problem, steps)
-    return in_turn(speed_runs(*problem, steps, rate) | dict(single=speed_runs(*problem, 1, rate)['fixed']), cfg['rounds'], steps)
+    problem, steps = speed_problem(*NETS[net][:2]), cfg["ascent"]
+    rate = small_rate(*problem, steps)
+    return in_turn(
+        speed_runs(*problem, steps, rate)
+        | dict(single=speed_runs(*problem, 1, rate)["fixed"]),
+        cfg["rounds"],
+        steps,
+    )
+
 
 def run_seeds(
-    cfg:dict, # Settings
-    seeds:int, # How many
-)->dict: # Seconds, quartiles over the rounds
+    cfg: dict,  # Settings
+    seeds: int,  # How many
+) -> dict:  # Seconds, quartiles over the rounds
     "A teleport for many seeds of the small problem, one after the other and in one batch"
-    model,w,x,y = stacked([speed_problem((5,6,7,8), 4, s) for s in range(seeds)])
+    model, w, x, y = stacked(
+        [speed_problem((5, 6, 7, 8), 4, s) for s in range(seeds)]
+    )
     group = BatchGL(wire(model, x[0]))
-    def one(w, x, y): return teleport(lambda w,x: squared(functional_call(model, w, (x,)), y), w, group, x, search=Ascent(cfg['ascent'], lr=1e-5))
-    runs = dict(loop=lambda: [one({k: t[i] for k,t in w.items()}, x[i], y[i]) for i in range(seeds)], batch=lambda: vmap(one)(w, x, y))
-    return in_turn(runs, cfg['rounds']//4)
+
+    def one(w, x, y):
+        return teleport(
+            lambda w, x: squared(functional_call(model, w, (x,)), y),
+            w,
+            group,
+            x,
+            search=Ascent(cfg["ascent"], lr=1e-5),
+        )
+
+    runs = dict(
+        loop=lambda: [
+            one({k: t[i] for k, t in w.items()}, x[i], y[i]) for i in range(seeds)
+        ],
+        batch=lambda: vmap(one)(w, x, y),
+    )
+    return in_turn(runs, cfg["rounds"] // 4)
 
 # %% ../nbs/07_mlp.ipynb #0286dd55
-TUNED = { # the best rates, as the report asserts
-    'GD': {'base': 0.0007, 'reset': 0.0007, 'random': 0.001, 'teleport': 0.0007, 'formula': 0.0007, 'lookahead': 0.0007, 'whiten': 0.001},
-    'momentum': {'base': 0.001, 'reset': 0.002, 'random': 0.001, 'teleport': 0.001, 'formula': 0.001, 'lookahead': 0.001, 'teleport, reset': 0.002, 'teleport, transport': 0.001, 'whiten': 0.001, 'whiten, reset': 0.0003},
-    'AdaGrad': {'base': 0.4, 'reset': 0.2, 'random': 0.4, 'teleport': 0.4, 'formula': 0.4, 'lookahead': 0.4, 'teleport, reset': 0.2, 'scaling': 0.4, 'scaling, reset': 0.2, 'scaling, transport': 0.4, 'whiten': 0.4, 'whiten, reset': 0.2},
-    'Adam': {'base': 1.6, 'reset': 0.2, 'random': 1.6, 'teleport': 0.8, 'formula': 0.8, 'lookahead': 0.8, 'teleport, reset': 0.1, 'scaling': 0.8, 'scaling, reset': 0.1, 'scaling, transport': 0.8}}
-PAPER = {'GD': [1e-4], 'momentum': [], 'AdaGrad': [.1], 'Adam': []}
-SEEDS = list(range(25)) # the paper's five, and twenty more
+TUNED = {  # the best rates, as the report asserts
+    "GD": {
+        "base": 0.0007,
+        "reset": 0.0007,
+        "random": 0.001,
+        "teleport": 0.0007,
+        "formula": 0.0007,
+        "lookahead": 0.0007,
+        "whiten": 0.001,
+    },
+    "momentum": {
+        "base": 0.001,
+        "reset": 0.002,
+        "random": 0.001,
+        "teleport": 0.001,
+        "formula": 0.001,
+        "lookahead": 0.001,
+        "teleport, reset": 0.002,
+        "teleport, transport": 0.001,
+        "whiten": 0.001,
+        "whiten, reset": 0.0003,
+    },
+    "AdaGrad": {
+        "base": 0.4,
+        "reset": 0.2,
+        "random": 0.4,
+        "teleport": 0.4,
+        "formula": 0.4,
+        "lookahead": 0.4,
+        "teleport, reset": 0.2,
+        "scaling": 0.4,
+        "scaling, reset": 0.2,
+        "scaling, transport": 0.4,
+        "whiten": 0.4,
+        "whiten, reset": 0.2,
+    },
+    "Adam": {
+        "base": 1.6,
+        "reset": 0.2,
+        "random": 1.6,
+        "teleport": 0.8,
+        "formula": 0.8,
+        "lookahead": 0.8,
+        "teleport, reset": 0.1,
+        "scaling": 0.8,
+        "scaling, reset": 0.1,
+        "scaling, transport": 0.8,
+    },
+}
+PAPER = {"GD": [1e-4], "momentum": [], "AdaGrad": [0.1], "Adam": []}
+SEEDS = list(range(25))  # the paper's five, and twenty more
 
-rates = Experiment('mlp_rates', dict(seeds=SEEDS, keep=[20,100,300], rates={o: {a: RATES[o] for a in arms} for o,arms in PLAN.items()}), all_jobs, run_all)
-shown = {o: {a: sorted({*PAPER[o], TUNED[o][a]}) for a in FIG3} for o in PLAN} # optimizer -> arm -> rates
-curves = Experiment('mlp_curves', dict(seeds=SEEDS, keep=MARKS, rates=shown), all_jobs, run_all)
-loops = Experiment('mlp_loops', dict(rates={o: shown[o] for o in ('GD','AdaGrad')}), lambda cfg: [{**j, 'seed': s} for s in SEEDS[:5] for j in all_jobs(cfg)], run_one)
-whiten = Experiment('mlp_whiten', dict(steps=60, teleports=2, goal=1e-8, lrs=[1e-5,1e-4,1e-3,3e-3], seeds=SEEDS[5:]), 
-    lambda cfg: [dict(arm=a, lr=lr, seed=s) for a in WHITEN for lr in cfg['lrs'] for s in cfg['seeds']], run_whiten)
-gate = Experiment('mlp_gate', dict(keep=[0,1,2,3,5,10,30], rates=[1e-3,1e-2,.1,.5,1.,2.], seeds=200), lambda cfg: [dict(rate=r, seed=s) for s in range(cfg['seeds']) for r in cfg['rates']], run_gate)
-deep = Experiment('mlp_deep', dict(width=128, steps=20, teleports=1, goal=1e-8, seeds=[0,1,2,3,4]), lambda cfg: [dict(arm=a, layers=l, lr=lr, seed=s) for a in ('base','whiten','turned') for l in (3,5,8) for lr in (1e-6,1e-5,1e-4,1e-3,1e-2) for s in cfg['seeds']], run_deep)
-linear = Experiment('mlp_linear', dict(lrs=[1e-4,1e-3,.01,.02,.04,.07,.1,.3], steps=5000, teleports=1, goal=1e-8, seeds=[0,1,2,3,4]),
-    lambda cfg: [dict(arm=a, cond=c, lr=lr, seed=s) for a in WHITEN for c in (10.,1e3) for lr in cfg['lrs'] for s in cfg['seeds']], run_linear)
-sweep = Experiment('mlp_sweep', dict(lr=1e-4, steps=2000, tol=1e-3, seeds=SEEDS[:5]),
-    lambda cfg: [dict(arm=m, a=a, b=b, seed=s) for m,A,B in (('fixed', (1,2,4,8,16), (1e-9,1e-8,1e-7,1e-6,1e-5)), ('trust', (1.5,2,4,8,16), (.05,.1,.2,.5,1.))) for a in A for b in B for s in cfg['seeds']], run_sweep)
-safety = Experiment('mlp_safety', dict(seeds=1000, steps=300), lambda cfg: [dict(search=s, times=n, lr=lr) for s in SAFETY for n in ((1,4) if SAFETY[s] else (0,)) for lr in (1e-4,3e-4,5e-4,7e-4,1e-3)], run_safety)
-heldout = Experiment('mlp_heldout', dict(steps=2000, keep=[0,5,10,100,1000,2000]), lambda cfg: [dict(arm=a, lr=lr, seed=s) for a in HELDOUT for lr in (.03,.1,.3) for s in range(10)], run_heldout)
-minibatch = Experiment('mlp_minibatch', dict(lr=.05), lambda cfg: [dict(arm=a, seed=s) for a in ('random','teleport','whiten') for s in range(10)], run_minibatch)
-speed = Experiment('mlp_speed', dict(ascent=8, rounds=40), lambda cfg: [dict(net=n) for n in NETS], run_speed, workers=1)
-seeds = Experiment('mlp_seeds', dict(ascent=8, rounds=40), lambda cfg: [dict(seeds=50)], run_seeds, workers=1)
-experiments = [rates, curves, loops, whiten, gate, deep, linear, sweep, safety, heldout, minibatch, speed, seeds]
+rates = Experiment(
+    "mlp_rates",
+    dict(
+        seeds=SEEDS,
+        keep=[20, 100, 300],
+        rates={o: {a: RATES[o] for a in arms} for o, arms in PLAN.items()},
+    ),
+    all_jobs,
+    run_all,
+)
+shown = {
+    o: {a: sorted({*PAPER[o], TUNED[o][a]}) for a in FIG3} for o in PLAN
+}  # optimizer -> arm -> rates
+curves = Experiment(
+    "mlp_curves", dict(seeds=SEEDS, keep=MARKS, rates=shown), all_jobs, run_all
+)
+loops = Experiment(
+    "mlp_loops",
+    dict(rates={o: shown[o] for o in ("GD", "AdaGrad")}),
+    lambda cfg: [{**j, "seed": s} for s in SEEDS[:5] for j in all_jobs(cfg)],
+    run_one,
+)
+whiten = Experiment(
+    "mlp_whiten",
+    dict(
+        steps=60,
+        teleports=2,
+        goal=1e-8,
+        lrs=[1e-5, 1e-4, 1e-3, 3e-3],
+        seeds=SEEDS[5:],
+    ),
+    lambda cfg: [
+        dict(arm=a, lr=lr, seed=s)
+        for a in WHITEN
+        for lr in cfg["lrs"]
+        for s in cfg["seeds"]
+    ],
+    run_whiten,
+)
+gate = Experiment(
+    "mlp_gate",
+    dict(
+        keep=[0, 1, 2, 3, 5, 10, 30],
+        rates=[1e-3, 1e-2, 0.1, 0.5, 1.0, 2.0],
+        seeds=200,
+    ),
+    lambda cfg: [
+        dict(rate=r, seed=s) for s in range(cfg["seeds"]) for r in cfg["rates"]
+    ],
+    run_gate,
+)
+deep = Experiment(
+    "mlp_deep",
+    dict(width=128, steps=20, teleports=1, goal=1e-8, seeds=[0, 1, 2, 3, 4]),
+    lambda cfg: [
+        dict(arm=a, layers=l, lr=lr, seed=s)
+        for a in ("base", "whiten", "turned")
+        for l in (3, 5, 8)
+        for lr in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+        for s in cfg["seeds"]
+    ],
+    run_deep,
+)
+linear = Experiment(
+    "mlp_linear",
+    dict(
+        lrs=[1e-4, 1e-3, 0.01, 0.02, 0.04, 0.07, 0.1, 0.3],
+        steps=5000,
+        teleports=1,
+        goal=1e-8,
+        seeds=[0, 1, 2, 3, 4],
+    ),
+    lambda cfg: [
+        dict(arm=a, cond=c, lr=lr, seed=s)
+        for a in WHITEN
+        for c in (10.0, 1e3)
+        for lr in cfg["lrs"]
+        for s in cfg["seeds"]
+    ],
+    run_linear,
+)
+sweep = Experiment(
+    "mlp_sweep",
+    dict(lr=1e-4, steps=2000, tol=1e-3, seeds=SEEDS[:5]),
+    lambda cfg: [
+        dict(arm=m, a=a, b=b, seed=s)
+        for m, A, B in (
+            ("fixed", (1, 2, 4, 8, 16), (1e-9, 1e-8, 1e-7, 1e-6, 1e-5)),
+            ("trust", (1.5, 2, 4, 8, 16), (0.05, 0.1, 0.2, 0.5, 1.0)),
+        )
+        for a in A
+        for b in B
+        for s in cfg["seeds"]
+    ],
+    run_sweep,
+)
+safety = Experiment(
+    "mlp_safety",
+    dict(seeds=1000, steps=300),
+    lambda cfg: [
+        dict(search=s, times=n, lr=lr)
+        for s in SAFETY
+        for n in ((1, 4) if SAFETY[s] else (0,))
+        for lr in (1e-4, 3e-4, 5e-4, 7e-4, 1e-3)
+    ],
+    run_safety,
+)
+heldout = Experiment(
+    "mlp_heldout",
+    dict(steps=2000, keep=[0, 5, 10, 100, 1000, 2000]),
+    lambda cfg: [
+        dict(arm=a, lr=lr, seed=s)
+        for a in HELDOUT
+        for lr in (0.03, 0.1, 0.3)
+        for s in range(10)
+    ],
+    run_heldout,
+)
+minibatch = Experiment(
+    "mlp_minibatch",
+    dict(lr=0.05),
+    lambda cfg: [
+        dict(arm=a, seed=s)
+        for a in ("random", "teleport", "whiten")
+        for s in range(10)
+    ],
+    run_minibatch,
+)
+speed = Experiment(
+    "mlp_speed",
+    dict(ascent=8, rounds=40),
+    lambda cfg: [dict(net=n) for n in NETS],
+    run_speed,
+    workers=1,
+)
+seeds = Experiment(
+    "mlp_seeds",
+    dict(ascent=8, rounds=40),
+    lambda cfg: [dict(seeds=50)],
+    run_seeds,
+    workers=1,
+)
+experiments = [
+    rates,
+    curves,
+    loops,
+    whiten,
+    gate,
+    deep,
+    linear,
+    sweep,
+    safety,
+    heldout,
+    minibatch,
+    speed,
+    seeds,
+]
 
 # %% ../nbs/07_mlp.ipynb #98fbc42f
 def end(
-    row:dict, # A row of `rates` or `curves`
-    cfg:dict, # Its settings
-    step:int=300, # One of `cfg["keep"]`
-)->dict: # Median and range of the loss over draws, how many diverged, and the largest drift of a move that was accepted
+    row: dict,  # A row of `rates` or `curves`
+    cfg: dict,  # Its settings
+    step: int = 300,  # One of `cfg["keep"]`
+) -> dict:  # Median and range of the loss over draws, how many diverged, and the largest drift of a move that was accepted
     "One run of all draws in a few numbers"
-    loss = torch.tensor(row['loss'][cfg['keep'].index(step)], dtype=torch.float64)
-    return dict(loss=loss.median().item(), low=loss.min().item(), high=loss.max().item(), diverged=loss.isinf().sum().item(),
-        drift=max((d for ds,no in zip(row['drift'], row['refused']) for i,d in enumerate(ds) if i not in no), default=0.))
+    loss = torch.tensor(row["loss"][cfg["keep"].index(step)], dtype=torch.float64)
+    return dict(
+        loss=loss.median().item(),
+        low=loss.min().item(),
+        high=loss.max().item(),
+        diverged=loss.isinf().sum().item(),
+        drift=max(
+            (
+                d
+                for ds, no in zip(row["drift"], row["refused"])
+                for i, d in enumerate(ds)
+                if i not in no
+            ),
+            default=0.0,
+        ),
+    )
+
 
 def best_rates(
-    rows:list, # Of `rates`
-    cfg:dict, # Its settings
-)->dict: # optimizer -> arm -> learning rate
+    rows: list,  # Of `rates`
+    cfg: dict,  # Its settings
+) -> dict:  # optimizer -> arm -> learning rate
     "The rate with the lowest median loss after 300 steps, from the same grid for every arm"
-    loss = {(r['optimizer'], r['arm'], r['lr']): end(r, cfg)['loss'] for r in rows}
-    return {o: {a: min(lrs, key=lambda lr: loss[o,a,lr]) for a,lrs in arms.items()} for o,arms in cfg['rates'].items()}
+    loss = {
+        (r["optimizer"], r["arm"], r["lr"]): end(r, cfg)["loss"] for r in rows
+    }
+    return {
+        o: {a: min(lrs, key=lambda lr: loss[o, a, lr]) for a, lrs in arms.items()}
+        for o, arms in cfg["rates"].items()
+    }
+
 
 def per_draw(
-    rows:list, # Of `curves`
-    cfg:dict, # Its settings
-)->list: # A row per draw
+    rows: list,  # Of `curves`
+    cfg: dict,  # Its settings
+) -> list:  # A row per draw
     "The rows of all draws, one by one, as `draw_curves` wants them"
-    return [dict(arm=r['arm'], optimizer=r['optimizer'], lr=r['lr'], seed=s, step=cfg['keep'], seconds=r['seconds'], gradients=r['gradients'],
-        **{k: [v[i] for v in r[k]] for k in ('loss','gsq')}) for r in rows for i,s in enumerate(cfg['seeds'])]
+    return [
+        dict(
+            arm=r["arm"],
+            optimizer=r["optimizer"],
+            lr=r["lr"],
+            seed=s,
+            step=cfg["keep"],
+            seconds=r["seconds"],
+            gradients=r["gradients"],
+            **{k: [v[i] for v in r[k]] for k in ("loss", "gsq")},
+        )
+        for r in rows
+        for i, s in enumerate(cfg["seeds"])
+    ]
 
-def _against_rate(ax, rows, cfg, optimizer, arms, step=300, floor=1e-3, top=300.):
+
+def _against_rate(
+    ax, rows, cfg, optimizer, arms, step=300, floor=1e-3, top=300.0
+):
     "Median and range of the loss against the learning rate; where a draw diverged, a cross at the top"
-    for i,arm in enumerate(arms):
-        name,colour,ls = LOOK[arm]; lrs = cfg['rates'][optimizer][arm]
-        ends = [end(next(r for r in rows if (r['optimizer'],r['arm'],r['lr'])==(optimizer,arm,lr)), cfg, step) for lr in lrs]
-        x = [lr*1.05**(i-2.5) for lr in lrs] # side by side
-        clip = lambda k: [min(max(e[k], floor), top) for e in ends]
-        ax.plot(x, clip('loss'), color=colour, ls=ls, marker='o', ms=3.5, label=name); ax.vlines(x, clip('low'), clip('high'), color=colour, lw=.8)
-        gone = [a for a,e in zip(x, ends) if e['diverged']]
-        ax.plot(gone, [top]*len(gone), 'x', color=colour, ms=7)
-    ax.set(xscale='log', yscale='log', xlabel='learning rate')
+    for i, arm in enumerate(arms):
+        name, colour, ls = LOOK[arm]
+        lrs = cfg["rates"][optimizer][arm]
+        ends = [
+            end(
+                next(
+                    r
+                    for r in rows
+                    if (r["optimizer"], r["arm"], r["lr"]) == (optimizer, arm, lr)
+                ),
+                cfg,
+                step,
+            )
+            for lr in lrs
+        ]
+        x = [lr * 1.05 ** (i - 2.5) for lr in lrs]  # side by side
+
+        def clip(k):
+            return [min(max(e[k], floor), top) for e in ends]
+
+        ax.plot(
+            x, clip("loss"), color=colour, ls=ls, marker="o", ms=3.5, label=name
+        )
+        ax.vlines(x, clip("low"), clip("high"), color=colour, lw=0.8)
+        gone = [a for a, e in zip(x, ends) if e["diverged"]]
+        ax.plot(gone, [top] * len(gone), "x", color=colour, ms=7)
+    ax.set(xscale="log", yscale="log", xlabel="learning rate")
+
 
 def draw_best(
-    rows:list, # Of `rates`
-    cfg:dict, # Its settings
-    arms:list, # Which arms
-)->plt.Figure: # One panel per optimizer
+    rows: list,  # Of `rates`
+    cfg: dict,  # Its settings
+    arms: list,  # Which arms
+) -> plt.Figure:  # One panel per optimizer
     "Loss after 300 steps against the learning rate: median and range, between 1e-3 and 300; where a draw diverged, a cross at the top"
     with plt.rc_context(STYLE):
-        fig,axes = plt.subplots(1, len(cfg['rates']), figsize=(13,3.8), sharey=True)
-        for ax,(o,arms_of) in zip(axes, cfg['rates'].items()): _against_rate(ax, rows, cfg, o, [a for a in arms if a in arms_of]); ax.set_title(o)
-        axes[0].set(ylabel='loss after 300 steps')
-        fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=8)
+        fig, axes = plt.subplots(
+            1, len(cfg["rates"]), figsize=(13, 3.8), sharey=True
+        )
+        for ax, (o, arms_of) in zip(axes, cfg["rates"].items()):
+            _against_rate(ax, rows, cfg, o, [a for a in arms if a in arms_of])
+            ax.set_title(o)
+        axes[0].set(ylabel="loss after 300 steps")
+        fig.legend(
+            *axes[0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=8,
+        )
     return fig
 
+
 def draw_rate(
-    rows:list, # Of `rates`
-    cfg:dict, # Its settings
-    lr:float, # Learning rate of gradient descent, one of the grid
-    step:int, # One of `cfg["keep"]`
-    arms:list, # Which arms, the base first
-)->plt.Figure: # Two panels with the same vertical axis
+    rows: list,  # Of `rates`
+    cfg: dict,  # Its settings
+    lr: float,  # Learning rate of gradient descent, one of the grid
+    step: int,  # One of `cfg["keep"]`
+    arms: list,  # Which arms, the base first
+) -> plt.Figure:  # Two panels with the same vertical axis
     "Left every draw at one learning rate, a bar at the median, crosses at the top where it diverged; right all rates, with this one marked"
-    lo,top = .3,1500.
+    lo, top = 0.3, 1500.0
     with plt.rc_context(STYLE):
-        fig,(a,b) = plt.subplots(1, 2, figsize=(7.6,4), sharey=True)
-        for i,arm in enumerate(arms):
-            r = next(r for r in rows if (r['optimizer'],r['arm'],r['lr'])==('GD',arm,lr)); colour = LOOK[arm][1]
-            loss = r['loss'][cfg['keep'].index(step)]; x = [i+.5*(n/(len(loss)-1)-.5) for n in range(len(loss))]; mid = end(r, cfg, step)['loss']
-            for fine,mark in ((True, 'o'), (False, 'x')):
-                some = [(u,min(v, top)) for u,v in zip(x, loss) if math.isfinite(v)==fine]; a.plot([u for u,_ in some], [v for _,v in some], mark, color=colour, alpha=.4, ms=3 if fine else 7)
-            a.plot([i-.35,i+.35], [mid]*2, color=colour, lw=2.4)
-            if arm=='base': a.axhline(mid, color=colour, lw=.8, ls=':')
-        _against_rate(b, rows, cfg, 'GD', arms, step, lo, top); b.axvline(lr, color='k', lw=.8, ls='--')
-        a.set(ylim=(lo,1.3*top), ylabel=f'loss after {step} steps', title=f'{len(loss)} draws at {lr:g}'); b.set_title('medians and ranges at all rates')
-        a.set_xticks(range(len(arms)), [LOOK[arm][0].replace(', ', ',\n').replace("paper's ", "paper's\n") for arm in arms], rotation=60, fontsize=8)
+        fig, (a, b) = plt.subplots(1, 2, figsize=(7.6, 4), sharey=True)
+        for i, arm in enumerate(arms):
+            r = next(
+                r
+                for r in rows
+                if (r["optimizer"], r["arm"], r["lr"]) == ("GD", arm, lr)
+            )
+            colour = LOOK[arm][1]
+            loss = r["loss"][cfg["keep"].index(step)]
+            x = [i + 0.5 * (n / (len(loss) - 1) - 0.5) for n in range(len(loss))]
+            mid = end(r, cfg, step)["loss"]
+            for fine, mark in ((True, "o"), (False, "x")):
+                some = [
+                    (u, min(v, top))
+                    for u, v in zip(x, loss)
+                    if math.isfinite(v) == fine
+                ]
+                a.plot(
+                    [u for u, _ in some],
+                    [v for _, v in some],
+                    mark,
+                    color=colour,
+                    alpha=0.4,
+                    ms=3 if fine else 7,
+                )
+            a.plot([i - 0.35, i + 0.35], [mid] * 2, color=colour, lw=2.4)
+            if arm == "base":
+                a.axhline(mid, color=colour, lw=0.8, ls=":")
+        _against_rate(b, rows, cfg, "GD", arms, step, lo, top)
+        b.axvline(lr, color="k", lw=0.8, ls="--")
+        a.set(
+            ylim=(lo, 1.3 * top),
+            ylabel=f"loss after {step} steps",
+            title=f"{len(loss)} draws at {lr:g}",
+        )
+        b.set_title("medians and ranges at all rates")
+        a.set_xticks(
+            range(len(arms)),
+            [
+                LOOK[arm][0].replace(", ", ",\n").replace("paper's ", "paper's\n")
+                for arm in arms
+            ],
+            rotation=60,
+            fontsize=8,
+        )
     return fig
 
 # %% ../nbs/07_mlp.ipynb #d54ad009
 def draw_sweep(
-    rows:list, # Of `sweep`
-)->plt.Figure: # Two rows of three maps
+    rows: list,  # Of `sweep`
+) -> plt.Figure:  # Two rows of three maps
     "Median speed-up over the draws; a cross where a draw diverged, a circle where the move of one was refused"
-    with plt.rc_context({**STYLE, 'axes.grid': False}):
-        fig,axes = plt.subplots(2, 3, figsize=(11,6.4))
-        for line,(arm,names) in zip(axes, (('fixed',('ascent steps','rate on the group')), ('trust',('growth','max_norm')))):
-            A,B = (sorted({r[k] for r in rows if r['arm']==arm}) for k in 'ab')
-            for ax,(k,title) in zip(line, (('speedup_seconds','stalls sooner, seconds'), ('speedup_stall','stalls sooner, gradients'), ('speedup_goal','as low sooner, gradients'))):
-                cell = {(a,b): [r for r in rows if (r['arm'],r['a'],r['b'])==(arm,a,b)] for a in A for b in B}
-                z = [[median(r[k] for r in cell[a,b]) for b in B] for a in A]
-                ax.imshow(z, cmap='RdBu', norm=plt.matplotlib.colors.TwoSlopeNorm(1, 0, 2), aspect='auto')
-                for i,a in enumerate(A):
-                    for j,b in enumerate(B): lost = '×'*any(r['diverged'] for r in cell[a,b]) + '∘'*any(r['refused'] for r in cell[a,b]); ax.text(j, i, lost or f'{z[i][j]:.2f}', ha='center', va='center', color='white' if abs(z[i][j]-1)>.55 else 'black')
-                ax.set(xticks=range(len(B)), xticklabels=[f'{b:g}' for b in B], yticks=range(len(A)), yticklabels=[f'{a:g}' for a in A], xlabel=names[1], title=title)
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        fig, axes = plt.subplots(2, 3, figsize=(11, 6.4))
+        for line, (arm, names) in zip(
+            axes,
+            (
+                ("fixed", ("ascent steps", "rate on the group")),
+                ("trust", ("growth", "max_norm")),
+            ),
+        ):
+            A, B = (sorted({r[k] for r in rows if r["arm"] == arm}) for k in "ab")
+            for ax, (k, title) in zip(
+                line,
+                (
+                    ("speedup_seconds", "stalls sooner, seconds"),
+                    ("speedup_stall", "stalls sooner, gradients"),
+                    ("speedup_goal", "as low sooner, gradients"),
+                ),
+            ):
+                cell = {
+                    (a, b): [
+                        r
+                        for r in rows
+                        if (r["arm"], r["a"], r["b"]) == (arm, a, b)
+                    ]
+                    for a in A
+                    for b in B
+                }
+                z = [[median(r[k] for r in cell[a, b]) for b in B] for a in A]
+                ax.imshow(
+                    z,
+                    cmap="RdBu",
+                    norm=plt.matplotlib.colors.TwoSlopeNorm(1, 0, 2),
+                    aspect="auto",
+                )
+                for i, a in enumerate(A):
+                    for j, b in enumerate(B):
+                        lost = "×" * any(
+                            r["diverged"] for r in cell[a, b]
+                        ) + "∘" * any(r["refused"] for r in cell[a, b])
+                        ax.text(
+                            j,
+                            i,
+                            lost or f"{z[i][j]:.2f}",
+                            ha="center",
+                            va="center",
+                            color="white" if abs(z[i][j] - 1) > 0.55 else "black",
+                        )
+                ax.set(
+                    xticks=range(len(B)),
+                    xticklabels=[f"{b:g}" for b in B],
+                    yticks=range(len(A)),
+                    yticklabels=[f"{a:g}" for a in A],
+                    xlabel=names[1],
+                    title=title,
+                )
             line[0].set_ylabel(names[0])
     return fig
 
 # %% ../nbs/07_mlp.ipynb #b74f5ee9
 def speed_ratios(
-    rows:list, # Of `speed`
-    steps:int, # In an ascent
-)->dict: # Network -> what -> its cost in training steps, from medians; "more" is what a further step adds
+    rows: list,  # Of `speed`
+    steps: int,  # In an ascent
+) -> dict:  # Network -> what -> its cost in training steps, from medians; "more" is what a further step adds
     "Costs of an ascent step in units of a training step"
-    more = lambda r: (steps*(r['seconds_fixed'][1]-r['seconds_single'][1]))/(steps-1)/r['seconds_train'][1]
-    return {r['net']: {k: r[f'seconds_{k}'][1]/r['seconds_train'][1] for k in ('fixed','trust','formula')} | dict(more=more(r)) for r in rows}
+
+    def more(r):
+        return (
+            (steps * (r["seconds_fixed"][1] - r["seconds_single"][1]))
+            / (steps - 1)
+            / r["seconds_train"][1]
+        )
+
+    return {
+        r["net"]: {
+            k: r[f"seconds_{k}"][1] / r["seconds_train"][1]
+            for k in ("fixed", "trust", "formula")
+        }
+        | dict(more=more(r))
+        for r in rows
+    }
+
 
 def speed_table(
-    rows:list, # Of `speed`
-    steps:int, # In an ascent
-)->str: # A line per network
+    rows: list,  # Of `speed`
+    steps: int,  # In an ascent
+) -> str:  # A line per network
     "The costs of an ascent step as a table"
-    lines = [f"{'network':24} {'training step':>13} {'fixed':>6} {'each more':>10} {'trust':>6} {'formula':>8} {'aim':>5}"]
-    for r,q in zip(rows, speed_ratios(rows, steps).values()):
-        t,aim = r['seconds_train'][1],NETS[r['net']][2]
-        lines.append(f"{r['net']:24} {t*1e6:10.0f} µs {q['fixed']:6.2f} {q['more']:10.2f} {q['trust']:6.2f} {q['formula']:8.2f} {aim:5}{'' if q['fixed']<=aim else '  not reached'}")
-    return '\n'.join(lines)
+    lines = [
+        f"{'network':24} {'training step':>13} {'fixed':>6} {'each more':>10} {'trust':>6} {'formula':>8} {'aim':>5}"
+    ]
+    for r, q in zip(rows, speed_ratios(rows, steps).values()):
+        t, aim = r["seconds_train"][1], NETS[r["net"]][2]
+        lines.append(
+            f"{r['net']:24} {t * 1e6:10.0f} µs {q['fixed']:6.2f} {q['more']:10.2f} {q['trust']:6.2f} {q['formula']:8.2f} {aim:5}{'' if q['fixed'] <= aim else '  not reached'}"
+        )
+    return "\n".join(lines)
 
 # %% ../nbs/07_mlp.ipynb #1d513c0b
 def _main():
     "Command line of `python -m symtele.mlp`: what a teleport costs on this machine"
-    with tempfile.TemporaryDirectory() as folder: print(speed_table(speed.run(folder), speed.config["ascent"]))
+    with tempfile.TemporaryDirectory() as folder:
+        print(speed_table(speed.run(folder), speed.config["ascent"]))
 
-if __name__=='__main__' and '__file__' in globals(): _main()
+
+if __name__ == "__main__" and "__file__" in globals():
+    _main()

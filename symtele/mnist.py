@@ -10,7 +10,9 @@ __all__ = ['ARMS', 'MOVED', 'ARM_LOOK', 'FORMULA', 'OPTIMIZERS', 'RATES', 'COLUM
            'summary', 'draw_training', 'draw_rates', 'draw_inputs']
 
 # %% ../nbs/08_mnist.ipynb #da4b9237
-import math, os, time
+import math
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -26,405 +28,957 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from .experiments import LOOK, STYLE, Experiment, Matched, gradient_equivalents, log_axis, rounded, train
+from symtele.experiments import (
+    LOOK,
+    STYLE,
+    Experiment,
+    Matched,
+    gradient_equivalents,
+    log_axis,
+    rounded,
+    train,
+)
 from .groups import GL, BatchGL, dot, run_model
 from .mlp import Formula, in_turn, mlp
-from .teleport import Ascent, MoveData, Stay, Teleporter, at, keep, reset, ridge_whitener, second_moment
+from symtele.teleport import (
+    Ascent,
+    MoveData,
+    Stay,
+    Teleporter,
+    at,
+    keep,
+    reset,
+    ridge_whitener,
+    second_moment,
+)
 
 # %% ../nbs/08_mnist.ipynb #c1dfd96e
 @dataclass(frozen=True, eq=False)
 class Images:
     "Standardised images as rows, float32, and their labels"
-    name:str # "MNIST" or "digits"
-    x:Tensor # Training images, shape (n, pixels)
-    y:Tensor # Their labels, shape (n,), int64
-    valid_x:Tensor # Validation images
-    valid_y:Tensor # Their labels
-    test_x:Tensor # Test images
-    test_y:Tensor # Their labels
+
+    name: str  # "MNIST" or "digits"
+    x: Tensor  # Training images, shape (n, pixels)
+    y: Tensor  # Their labels, shape (n,), int64
+    valid_x: Tensor  # Validation images
+    valid_y: Tensor  # Their labels
+    test_x: Tensor  # Test images
+    test_y: Tensor  # Their labels
 
 # %% ../nbs/08_mnist.ipynb #902ba3cd
 def _split(name, x, y, n, test_x, test_y):
     i = torch.randperm(len(x), generator=Generator().manual_seed(0))
     return Images(name, x[i[:n]], y[i[:n]], x[i[n:]], y[i[n:]], test_x, test_y)
 
-def _mnist_root(root): return Path(root or os.environ.get('SYMTELE_DATA') or Path.home()/'.cache'/'symtele')
+
+def _mnist_root(root):
+    return Path(
+        root
+        or os.environ.get("SYMTELE_DATA")
+        or Path.home() / ".cache" / "symtele"
+    )
+
 
 @lru_cache
 def mnist(
-    download:bool=False, # Fetch the files if they are missing
-    root:str|None=None, # Torchvision's folder; None: `$SYMTELE_DATA`, or `~/.cache/symtele`
-)->Images: # 48,000 training, 12,000 validation and 10,000 test images of 784 pixels (Z22 §6.1)
+    download: bool = False,  # Fetch the files if they are missing
+    root: str
+    | None = None,  # Torchvision's folder; None: `$SYMTELE_DATA`, or `~/.cache/symtele`
+) -> Images:  # 48,000 training, 12,000 validation and 10,000 test images of 784 pixels (Z22 §6.1)
     "MNIST, split and standardised; raises where its files are missing"
     root = _mnist_root(root)
-    try: d,t = (datasets.MNIST(root, train=b, download=download) for b in (True, False))
+    try:
+        d, t = (
+            datasets.MNIST(root, train=b, download=download)
+            for b in (True, False)
+        )
     except RuntimeError as e:
-        raise FileNotFoundError(f"no MNIST in {root}: set SYMTELE_DATA to a torchvision root that has MNIST/raw, or call mnist(download=True)") from e
-    pixels = lambda d: ((d.data.float()/255-.1307)/.3081).flatten(1)
-    return _split('MNIST', pixels(d), d.targets, 48000, pixels(t), t.targets)
+        raise FileNotFoundError(
+            f"no MNIST in {root}: set SYMTELE_DATA to a torchvision root that has MNIST/raw, or call mnist(download=True)"
+        ) from e
+
+    def pixels(d):
+        return ((d.data.float() / 255 - 0.1307) / 0.3081).flatten(1)
+
+    return _split("MNIST", pixels(d), d.targets, 48000, pixels(t), t.targets)
 
 # %% ../nbs/08_mnist.ipynb #fe5dbbce
 @lru_cache
-def digits()->Images: # 1,200 training, 300 validation and 297 test images of 64 pixels
+def digits() -> (
+    Images
+):  # 1,200 training, 300 validation and 297 test images of 64 pixels
     "The 8×8 digits of scikit-learn, which need no download"
-    try: from sklearn.datasets import load_digits
-    except ImportError as e: raise ImportError("digits() needs scikit-learn: pip install scikit-learn, or set SYMTELE_DATA for MNIST") from e
-    x,y = map(torch.tensor, load_digits(return_X_y=True))
-    x = ((x-x.mean())/x.std()).float()
-    return _split('digits', x[:1500], y[:1500], 1200, x[1500:], y[1500:])
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as e:
+        raise ImportError(
+            "digits() needs scikit-learn: pip install scikit-learn, or set SYMTELE_DATA for MNIST"
+        ) from e
+    x, y = map(torch.tensor, load_digits(return_X_y=True))
+    x = ((x - x.mean()) / x.std()).float()
+    return _split("digits", x[:1500], y[:1500], 1200, x[1500:], y[1500:])
+
 
 def images(
-    name:str|None=None, # "MNIST" or "digits"; None: MNIST if it is there, else the digits
-)->Images:
+    name: str
+    | None = None,  # "MNIST" or "digits"; None: MNIST if it is there, else the digits
+) -> Images:
     "The images by name, or the best there are"
     known = dict(MNIST=mnist, digits=digits)
-    if name is not None and name not in known: raise ValueError(f"images(name) must be one of {list(known)}, got {name!r}")
-    if name: return known[name]()
-    try: return mnist()
-    except FileNotFoundError: return digits()
+    if name is not None and name not in known:
+        raise ValueError(
+            f"images(name) must be one of {list(known)}, got {name!r}"
+        )
+    if name:
+        return known[name]()
+    try:
+        return mnist()
+    except FileNotFoundError:
+        return digits()
 
 # %% ../nbs/08_mnist.ipynb #17ba0791
 def net(
-    *widths:int, # Sizes of all layers, input and output included: at least two, each at least 1
-    seed:int=0, # Of the initial weights
-)->nn.Sequential: # float32
+    *widths: int,  # Sizes of all layers, input and output included: at least two, each at least 1
+    seed: int = 0,  # Of the initial weights
+) -> nn.Sequential:  # float32
     "A LeakyReLU network with biases, slope 0.1 (Z22 §6.1)"
-    if len(widths)<2 or any(not isinstance(w, int) or w<1 for w in widths): raise ValueError(f"net(*widths) needs at least two whole numbers of at least 1, got {widths}")
+    if len(widths) < 2 or any(not isinstance(w, int) or w < 1 for w in widths):
+        raise ValueError(
+            f"net(*widths) needs at least two whole numbers of at least 1, got {widths}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return mlp(*widths, bias=True).float()
 
 # %% ../nbs/08_mnist.ipynb #0716d970
 def in_place_sgd(
-    model:nn.Sequential, # Linear layers and LeakyReLU by turns; changed in place
-    lr:float, # Learning rate
-)->Callable: # `advance(x, y)`, one step on the mean cross-entropy of a batch
+    model: nn.Sequential,  # Linear layers and LeakyReLU by turns; changed in place
+    lr: float,  # Learning rate
+) -> Callable:  # `advance(x, y)`, one step on the mean cross-entropy of a batch
     "Plain SGD whose updates are added by the products that make them"
-    layers,between = model[::2],model[1::2]; slopes = {getattr(m, 'negative_slope', None) for m in between}
-    if not (len(model)>2 and len(model)%2 and all(isinstance(m, nn.Linear) and m.bias is not None for m in layers) and all(isinstance(m, nn.LeakyReLU) for m in between) and len(slopes)==1):
-        raise ValueError(f"model must be Linear layers with biases and LeakyReLU of one slope by turns, got {model}")
-    if not 0<lr<math.inf: raise ValueError(f"lr must be positive and finite, got {lr}")
-    slope, = slopes
-    W,b = [l.weight.detach() for l in layers],[l.bias.detach() for l in layers]
+    layers, between = model[::2], model[1::2]
+    slopes = {getattr(m, "negative_slope", None) for m in between}
+    if not (
+        len(model) > 2
+        and len(model) % 2
+        and all(isinstance(m, nn.Linear) and m.bias is not None for m in layers)
+        and all(isinstance(m, nn.LeakyReLU) for m in between)
+        and len(slopes) == 1
+    ):
+        raise ValueError(
+            f"model must be Linear layers with biases and LeakyReLU of one slope by turns, got {model}"
+        )
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be positive and finite, got {lr}")
+    (slope,) = slopes
+    W, b = [l.weight.detach() for l in layers], [l.bias.detach() for l in layers]
+
     def advance(x, y):
         h = [x]
-        for w,c in zip(W[:-1], b): h.append(F.leaky_relu_(torch.addmm(c, h[-1], w.mT), slope))
+        for w, c in zip(W[:-1], b):
+            h.append(F.leaky_relu_(torch.addmm(c, h[-1], w.mT), slope))
         d = torch.addmm(b[-1], h[-1], W[-1].mT).softmax(1)
-        d[torch.arange(len(y)),y] -= 1; d /= len(y)
-        for w,c,a in zip(W[::-1], b[::-1], h[::-1]):
-            below = None if a is x else d@w
-            w.addmm_(d.mT.contiguous(), a, alpha=-lr); c.sub_(d.sum(0), alpha=lr)
-            if below is not None: d = torch.where(a>0, below, slope*below)
+        d[torch.arange(len(y)), y] -= 1
+        d /= len(y)
+        for w, c, a in zip(W[::-1], b[::-1], h[::-1]):
+            below = None if a is x else d @ w
+            w.addmm_(d.mT.contiguous(), a, alpha=-lr)
+            c.sub_(d.sum(0), alpha=lr)
+            if below is not None:
+                d = torch.where(a > 0, below, slope * below)
+
     return advance
 
 # %% ../nbs/08_mnist.ipynb #b3f0c7f6
 def run_speed(
-    cfg:dict, # Settings
-    hidden:list, # Hidden widths
-    batch:int, # Images in a batch
-)->dict: # Seconds of a step, quartiles over the rounds
+    cfg: dict,  # Settings
+    hidden: list,  # Hidden widths
+    batch: int,  # Images in a batch
+) -> dict:  # Seconds of a step, quartiles over the rounds
     "Training steps of the same network in four loops, in turn in one process"
-    data,n = mnist(),cfg['steps']*batch
-    folder = datasets.MNIST(_mnist_root(None), transform=v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize((.1307,), (.3081,)), nn.Flatten(0)]))
-    pairs = lambda: zip(data.x[:n].split(batch), data.y[:n].split(batch))
+    data, n = mnist(), cfg["steps"] * batch
+    folder = datasets.MNIST(
+        _mnist_root(None),
+        transform=v2.Compose(
+            [
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize((0.1307,), (0.3081,)),
+                nn.Flatten(0),
+            ]
+        ),
+    )
+
+    def pairs():
+        return zip(data.x[:n].split(batch), data.y[:n].split(batch))
+
     def loop(batches, opt, advance=None):
-        model = net(784, *hidden, 10); opt = opt and opt(model.parameters()); advance = advance and advance(model)
-        for x,y in batches():
-            if advance: advance(x, y)
-            else: opt.zero_grad(); F.cross_entropy(model(x), y).backward(); opt.step()
-    sgd = partial(torch.optim.SGD, lr=.01)
+        model = net(784, *hidden, 10)
+        opt = opt and opt(model.parameters())
+        advance = advance and advance(model)
+        for x, y in batches():
+            if advance:
+                advance(x, y)
+            else:
+                opt.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                opt.step()
+
+    sgd = partial(torch.optim.SGD, lr=0.01)
     loader = DataLoader(torch.utils.data.Subset(folder, range(n)), batch)
-    return in_turn(dict(loader=lambda: loop(lambda: loader, sgd), tensor=lambda: loop(pairs, partial(sgd, fused=True)), in_place=lambda: loop(pairs, None, partial(in_place_sgd, lr=.01)),
-        adagrad=lambda: loop(pairs, partial(torch.optim.Adagrad, lr=.01, fused=True))), cfg['rounds'], cfg['steps'])
+    return in_turn(
+        dict(
+            loader=lambda: loop(lambda: loader, sgd),
+            tensor=lambda: loop(pairs, partial(sgd, fused=True)),
+            in_place=lambda: loop(pairs, None, partial(in_place_sgd, lr=0.01)),
+            adagrad=lambda: loop(
+                pairs, partial(torch.optim.Adagrad, lr=0.01, fused=True)
+            ),
+        ),
+        cfg["rounds"],
+        cfg["steps"],
+    )
 
 # %% ../nbs/08_mnist.ipynb #472b07b9
-ARMS = { # arm -> group, search and state policy
-    'base': None, 'reset': (GL(), Stay(), reset), 'random': (GL(), Matched(Ascent()), keep), 'GL': (GL(), Ascent(), keep),
-    'random BatchGL': (BatchGL(), Matched(Ascent()), keep), 'BatchGL': (BatchGL(), Ascent(), keep), 'formula': None, 'gentle': None}
-MOVED = 'random','GL','random BatchGL','BatchGL' # arms whose moves are exact
-ARM_LOOK = LOOK | {'random': ('random, GL', *LOOK['random'][1:])} # how they are drawn on this page
-FORMULA = {'formula': 1e-3, 'gentle': 1e-5} # rates of the formula's ascent
-OPTIMIZERS = {'SGD': partial(torch.optim.SGD, fused=True), 'momentum': partial(torch.optim.SGD, momentum=.9, fused=True),
-    'AdaGrad': partial(torch.optim.Adagrad, fused=True), 'Adam': partial(torch.optim.Adam, fused=True)}
-RATES = {'SGD': [.02,.05,.1,.2], 'momentum': [.002,.005,.01,.02], 'AdaGrad': [.01,.02,.05,.1], 'Adam': [.001,.002,.005,.01]}
-COLUMNS = ('k','accepted','drift','loss_before','loss_after','objective_before','objective_after','probe_before','probe_after','seconds') # of a move in the results
+ARMS = {  # arm -> group, search and state policy
+    "base": None,
+    "reset": (GL(), Stay(), reset),
+    "random": (GL(), Matched(Ascent()), keep),
+    "GL": (GL(), Ascent(), keep),
+    "random BatchGL": (BatchGL(), Matched(Ascent()), keep),
+    "BatchGL": (BatchGL(), Ascent(), keep),
+    "formula": None,
+    "gentle": None,
+}
+MOVED = "random", "GL", "random BatchGL", "BatchGL"  # arms whose moves are exact
+ARM_LOOK = LOOK | {
+    "random": ("random, GL", *LOOK["random"][1:])
+}  # how they are drawn on this page
+FORMULA = {"formula": 1e-3, "gentle": 1e-5}  # rates of the formula's ascent
+OPTIMIZERS = {
+    "SGD": partial(torch.optim.SGD, fused=True),
+    "momentum": partial(torch.optim.SGD, momentum=0.9, fused=True),
+    "AdaGrad": partial(torch.optim.Adagrad, fused=True),
+    "Adam": partial(torch.optim.Adam, fused=True),
+}
+RATES = {
+    "SGD": [0.02, 0.05, 0.1, 0.2],
+    "momentum": [0.002, 0.005, 0.01, 0.02],
+    "AdaGrad": [0.01, 0.02, 0.05, 0.1],
+    "Adam": [0.001, 0.002, 0.005, 0.01],
+}
+COLUMNS = (
+    "k",
+    "accepted",
+    "drift",
+    "loss_before",
+    "loss_after",
+    "objective_before",
+    "objective_after",
+    "probe_before",
+    "probe_after",
+    "seconds",
+)  # of a move in the results
+
 
 def watch(
-    data:Images, # Where to look
-    n:int=5000, # Training images to look at
-)->Callable: # `model -> dict of floats`
+    data: Images,  # Where to look
+    n: int = 5000,  # Training images to look at
+) -> Callable:  # `model -> dict of floats`
     "Losses, error rate and squared gradient norm, on fixed images"
-    x,y = data.x[:n],data.y[:n]
+    x, y = data.x[:n], data.y[:n]
+
     def look(model):
-        w = {k: p.detach() for k,p in model.named_parameters()}
-        c,L = torch.func.grad_and_value(lambda w: F.cross_entropy(run_model(model, w, x), y))(w)
-        return dict(train_loss=L.item(), gsq=dot(c, c).item()) | {f'valid_{k}': v for k,v in marks(model, data.valid_x, data.valid_y).items()}
+        w = {k: p.detach() for k, p in model.named_parameters()}
+        c, L = torch.func.grad_and_value(
+            lambda w: F.cross_entropy(run_model(model, w, x), y)
+        )(w)
+        return dict(train_loss=L.item(), gsq=dot(c, c).item()) | {
+            f"valid_{k}": v
+            for k, v in marks(model, data.valid_x, data.valid_y).items()
+        }
+
     return look
 
+
 def marks(
-    model:nn.Module, # A classifier
-    x:Tensor, # Images
-    y:Tensor, # Their labels
-)->dict: # "loss", the mean cross-entropy, and "error", the share that is wrong
+    model: nn.Module,  # A classifier
+    x: Tensor,  # Images
+    y: Tensor,  # Their labels
+) -> dict:  # "loss", the mean cross-entropy, and "error", the share that is wrong
     "How a classifier does on some images"
-    with torch.no_grad(): out = model(x)
-    return dict(loss=F.cross_entropy(out, y).item(), error=(out.argmax(1)!=y).float().mean().item())
+    with torch.no_grad():
+        out = model(x)
+    return dict(
+        loss=F.cross_entropy(out, y).item(),
+        error=(out.argmax(1) != y).float().mean().item(),
+    )
 
 # %% ../nbs/08_mnist.ipynb #12c6fc06
 def epoch_of(
-    cfg:dict, # Settings: "images" of each epoch and "batch"
-    data:Images, # Where they come from
-    seed:int, # Of the order
-)->Callable: # `epoch(e)` -> mini-batches
+    cfg: dict,  # Settings: "images" of each epoch and "batch"
+    data: Images,  # Where they come from
+    seed: int,  # Of the order
+) -> Callable:  # `epoch(e)` -> mini-batches
     "A new order of the training images for every epoch, the same for every arm"
+
     def epoch(e):
-        i = torch.randperm(len(data.x), generator=Generator().manual_seed(1000*seed+e))[:cfg['images']]
-        return zip(data.x[i].split(cfg['batch']), data.y[i].split(cfg['batch']))
+        i = torch.randperm(
+            len(data.x), generator=Generator().manual_seed(1000 * seed + e)
+        )[: cfg["images"]]
+        return zip(data.x[i].split(cfg["batch"]), data.y[i].split(cfg["batch"]))
+
     return epoch
 
+
 def mover(
-    model:nn.Sequential, # Of `net`
-    opt, # Its optimizer
-    arm:str, # A key of `ARMS`
-    data:Images, # The first thousand validation images are the probe
-    schedule, # When, in epochs
-    batches:int, # Mini-batches of a firing
-    seed:int, # Of the search
-): # A `Teleporter` or, for the paper's formula, what has its interface; None for the base
+    model: nn.Sequential,  # Of `net`
+    opt,  # Its optimizer
+    arm: str,  # A key of `ARMS`
+    data: Images,  # The first thousand validation images are the probe
+    schedule,  # When, in epochs
+    batches: int,  # Mini-batches of a firing
+    seed: int,  # Of the search
+):  # A `Teleporter` or, for the paper's formula, what has its interface; None for the base
     "What moves the model of an arm"
     probe = (data.valid_x[:1000], data.valid_y[:1000])
-    if arm in FORMULA: return Formula(model, 10, FORMULA[arm], schedule, F.cross_entropy, batches, probe)
-    if not ARMS[arm]: return None
-    group,search,state = ARMS[arm]
-    return Teleporter(model, F.cross_entropy, group, schedule=schedule, search=search, batches=batches, optimizer=opt, state=state, probe=probe, seed=seed)
+    if arm in FORMULA:
+        return Formula(
+            model, 10, FORMULA[arm], schedule, F.cross_entropy, batches, probe
+        )
+    if not ARMS[arm]:
+        return None
+    group, search, state = ARMS[arm]
+    return Teleporter(
+        model,
+        F.cross_entropy,
+        group,
+        schedule=schedule,
+        search=search,
+        batches=batches,
+        optimizer=opt,
+        state=state,
+        probe=probe,
+        seed=seed,
+    )
 
 # %% ../nbs/08_mnist.ipynb #d435a6cd
 def run_one(
-    cfg:dict, # Settings of the study
-    arm:str, # A key of `ARMS`
-    optimizer:str, # A key of `OPTIMIZERS`
-    lr:float, # Learning rate
-    seed:int, # Of the weights, the order of the batches and the search
-    schedule=None, # When to teleport, in epochs; None: at the study's "teleport_epoch"
-)->dict: # What `kept` keeps
+    cfg: dict,  # Settings of the study
+    arm: str,  # A key of `ARMS`
+    optimizer: str,  # A key of `OPTIMIZERS`
+    lr: float,  # Learning rate
+    seed: int,  # Of the weights, the order of the batches and the search
+    schedule=None,  # When to teleport, in epochs; None: at the study's "teleport_epoch"
+) -> dict:  # What `kept` keeps
     "One training run of a study"
-    data = images(cfg['data'])
-    model = net(data.x.shape[1], *cfg['hidden'], 10, seed=seed)
+    data = images(cfg["data"])
+    model = net(data.x.shape[1], *cfg["hidden"], 10, seed=seed)
     opt = OPTIMIZERS[optimizer](model.parameters(), lr=lr)
-    tele = mover(model, opt, arm, data, at(cfg['teleport_epoch']) if schedule is None else schedule, cfg['batches'], seed)
-    batch = data.x[:cfg['batch']],data.y[:cfg['batch']]
-    cost = 0. if tele is None else tele.price(*batch) if arm in FORMULA else gradient_equivalents(tele, *batch)
-    record = train(model, F.cross_entropy, opt, epoch_of(cfg, data, seed), cfg['epochs'], watch(data), tele, cfg['points'], cost, in_place_sgd(model, lr) if optimizer=='SGD' else None)
+    tele = mover(
+        model,
+        opt,
+        arm,
+        data,
+        at(cfg["teleport_epoch"]) if schedule is None else schedule,
+        cfg["batches"],
+        seed,
+    )
+    batch = data.x[: cfg["batch"]], data.y[: cfg["batch"]]
+    cost = (
+        0.0
+        if tele is None
+        else tele.price(*batch)
+        if arm in FORMULA
+        else gradient_equivalents(tele, *batch)
+    )
+    record = train(
+        model,
+        F.cross_entropy,
+        opt,
+        epoch_of(cfg, data, seed),
+        cfg["epochs"],
+        watch(data),
+        tele,
+        cfg["points"],
+        cost,
+        in_place_sgd(model, lr) if optimizer == "SGD" else None,
+    )
     return kept(record, model, data)
 
+
 def kept(
-    record:dict, # Of `train`
-    model:nn.Module, # At the end
-    data:Images, # As the model sees them
-)->dict: # JSON values
+    record: dict,  # Of `train`
+    model: nn.Module,  # At the end
+    data: Images,  # As the model sees them
+) -> dict:  # JSON values
     "What a results file keeps of a run: the record, and the end on the test set, which nothing is chosen by"
-    known = lambda v: v if isinstance(v, int) else rounded([v])[0] if math.isfinite(v) else math.inf
-    return {k: [known(v) for v in vs] if k!='moves' else [{c: known(m[c]) for c in COLUMNS} for m in vs] for k,vs in record.items()} | {f'test_{k}': known(v) for k,v in marks(model, data.test_x, data.test_y).items()}
+
+    def known(v):
+        return (
+            v
+            if isinstance(v, int)
+            else rounded([v])[0]
+            if math.isfinite(v)
+            else math.inf
+        )
+
+    return {
+        k: [known(v) for v in vs]
+        if k != "moves"
+        else [{c: known(m[c]) for c in COLUMNS} for m in vs]
+        for k, vs in record.items()
+    } | {
+        f"test_{k}": known(v)
+        for k, v in marks(model, data.test_x, data.test_y).items()
+    }
 
 # %% ../nbs/08_mnist.ipynb #4d134bc0
 def jobs(
-    cfg:dict, # Settings of the study
-)->list: # One dict of arguments for `run_one` per run
+    cfg: dict,  # Settings of the study
+) -> list:  # One dict of arguments for `run_one` per run
     "Every arm with every rate of every optimizer, seed by seed; a reset does nothing to plain SGD, so it is left out there"
-    return [dict(arm=a, optimizer=o, lr=lr, seed=s) for s in cfg['seeds'] for o in cfg['rates'] for lr in cfg['rates'][o] for a in cfg['arms'] if (o,a)!=('SGD','reset')]
+    return [
+        dict(arm=a, optimizer=o, lr=lr, seed=s)
+        for s in cfg["seeds"]
+        for o in cfg["rates"]
+        for lr in cfg["rates"][o]
+        for a in cfg["arms"]
+        if (o, a) != ("SGD", "reset")
+    ]
 
-SCALE = dict(arms=[a for a in ARMS if a!='gentle'], data='MNIST', batch=20, images=48000, teleport_epoch=1, batches=4) # of Z22's Fig. 4
-LISTS = 'seeds','rates','arms' # settings that only list jobs
-LOOKS = [*range(1,11),12,14,16,18,20,25,30,35,40,45,50,55,60,65,70,75,80]
-small = Experiment('mnist_small', {**SCALE, 'images': 24000, 'hidden': [16,10], 'epochs': 2, 'points': 4, 'rates': RATES, 'seeds': [0,1,2,3,4]}, jobs, run_one, grows=LISTS)
-tuning = Experiment('mnist_tuning', {**SCALE, 'arms': list(ARMS), 'hidden': [512,512], 'epochs': 3, 'points': 1, 'rates': {'SGD': [.02,.05,.1,.2], 'AdaGrad': [.002,.005,.01,.02]}, 'seeds': [0,1,2]}, jobs, run_one, grows=LISTS)
-sgd = Experiment('mnist_sgd', {**SCALE, 'hidden': [512,512], 'epochs': 80, 'points': LOOKS, 'rates': {'SGD': [.002]}, 'seeds': [0,1,2]}, jobs, run_one, grows=LISTS)
-adagrad = Experiment('mnist_adagrad', {**sgd.config, 'rates': {'AdaGrad': [.002]}}, jobs, run_one, grows=LISTS)
-speed = Experiment('mnist_speed', dict(steps=100, rounds=10), lambda cfg: [dict(hidden=h, batch=b) for h in ([16,10],[512,512]) for b in (20,200)], run_speed, workers=1)
+
+SCALE = dict(
+    arms=[a for a in ARMS if a != "gentle"],
+    data="MNIST",
+    batch=20,
+    images=48000,
+    teleport_epoch=1,
+    batches=4,
+)  # of Z22's Fig. 4
+LISTS = "seeds", "rates", "arms"  # settings that only list jobs
+LOOKS = [
+    *range(1, 11),
+    12,
+    14,
+    16,
+    18,
+    20,
+    25,
+    30,
+    35,
+    40,
+    45,
+    50,
+    55,
+    60,
+    65,
+    70,
+    75,
+    80,
+]
+small = Experiment(
+    "mnist_small",
+    {
+        **SCALE,
+        "images": 24000,
+        "hidden": [16, 10],
+        "epochs": 2,
+        "points": 4,
+        "rates": RATES,
+        "seeds": [0, 1, 2, 3, 4],
+    },
+    jobs,
+    run_one,
+    grows=LISTS,
+)
+tuning = Experiment(
+    "mnist_tuning",
+    {
+        **SCALE,
+        "arms": list(ARMS),
+        "hidden": [512, 512],
+        "epochs": 3,
+        "points": 1,
+        "rates": {
+            "SGD": [0.02, 0.05, 0.1, 0.2],
+            "AdaGrad": [0.002, 0.005, 0.01, 0.02],
+        },
+        "seeds": [0, 1, 2],
+    },
+    jobs,
+    run_one,
+    grows=LISTS,
+)
+sgd = Experiment(
+    "mnist_sgd",
+    {
+        **SCALE,
+        "hidden": [512, 512],
+        "epochs": 80,
+        "points": LOOKS,
+        "rates": {"SGD": [0.002]},
+        "seeds": [0, 1, 2],
+    },
+    jobs,
+    run_one,
+    grows=LISTS,
+)
+adagrad = Experiment(
+    "mnist_adagrad",
+    {**sgd.config, "rates": {"AdaGrad": [0.002]}},
+    jobs,
+    run_one,
+    grows=LISTS,
+)
+speed = Experiment(
+    "mnist_speed",
+    dict(steps=100, rounds=10),
+    lambda cfg: [
+        dict(hidden=h, batch=b) for h in ([16, 10], [512, 512]) for b in (20, 200)
+    ],
+    run_speed,
+    workers=1,
+)
 
 # %% ../nbs/08_mnist.ipynb #887309d0
 def input_map(
-    arm:str, # A key of `INPUTS`
-    moment:Tensor, # Second moment of the training images
-    seed:int, # Of the random basis
-)->Tensor: # M, same shape
+    arm: str,  # A key of `INPUTS`
+    moment: Tensor,  # Second moment of the training images
+    seed: int,  # Of the random basis
+) -> Tensor:  # M, same shape
     "The matrix of an arm that moves the data"
     n = len(moment)
-    if arm=='basis': return torch.linalg.qr(torch.randn(n, n, dtype=moment.dtype, generator=Generator().manual_seed(seed)))[0]
+    if arm == "basis":
+        return torch.linalg.qr(
+            torch.randn(
+                n, n, dtype=moment.dtype, generator=Generator().manual_seed(seed)
+            )
+        )[0]
     M = ridge_whitener(moment)
-    if arm=='ridge': return M
-    if arm=='rescale': return torch.eye(n, dtype=M.dtype)*M.diagonal().mean()
-    if arm!='top': raise ValueError(f"input_map(arm=...) must be 'ridge', 'top', 'basis' or 'rescale', got {arm!r}")
-    e,v = torch.linalg.eigh(moment); top = v[:,-1:] # the largest direction as the whitener takes it, the others all alike
-    stretch = (M@top).norm(); rest = ((e.sum()-e[-1]*stretch**2)/e[:-1].sum())**.5
-    return rest*torch.eye(n, dtype=M.dtype) + (stretch-rest)*top@top.mT
+    if arm == "ridge":
+        return M
+    if arm == "rescale":
+        return torch.eye(n, dtype=M.dtype) * M.diagonal().mean()
+    if arm != "top":
+        raise ValueError(
+            f"input_map(arm=...) must be 'ridge', 'top', 'basis' or 'rescale', got {arm!r}"
+        )
+    e, v = torch.linalg.eigh(moment)
+    top = v[
+        :, -1:
+    ]  # the largest direction as the whitener takes it, the others all alike
+    stretch = (M @ top).norm()
+    rest = ((e.sum() - e[-1] * stretch**2) / e[:-1].sum()) ** 0.5
+    return rest * torch.eye(n, dtype=M.dtype) + (stretch - rest) * top @ top.mT
 
 # %% ../nbs/08_mnist.ipynb #a8122228
-INPUTS = { # arm -> (label, colour, line style)
-    'base': ('images as they are', '#444444', '-'), 'ridge': ('Algorithm 3, ridge whitening', '#17becf', '-'), 'top': ('Algorithm 3, first direction shrunk', '#1f6f8b', (0,(4,2))),
-    'basis': ('Algorithm 3, random basis', '#9467bd', (0,(1,2))), 'rescale': ('Algorithm 3, larger images', '#e377c2', (0,(4,2,1,2))), 'mean': ('mean removed', '#ff7f0e', (0,(6,1,1,1))),
-    'standardised': ('pixels standardised', '#bcbd22', (0,(3,1))), 'floored': ('pixels standardised, σ at least 0.3', '#8c6d31', (0,(3,1,1,1)))}
+INPUTS = {  # arm -> (label, colour, line style)
+    "base": ("images as they are", "#444444", "-"),
+    "ridge": ("Algorithm 3, ridge whitening", "#17becf", "-"),
+    "top": ("Algorithm 3, first direction shrunk", "#1f6f8b", (0, (4, 2))),
+    "basis": ("Algorithm 3, random basis", "#9467bd", (0, (1, 2))),
+    "rescale": ("Algorithm 3, larger images", "#e377c2", (0, (4, 2, 1, 2))),
+    "mean": ("mean removed", "#ff7f0e", (0, (6, 1, 1, 1))),
+    "standardised": ("pixels standardised", "#bcbd22", (0, (3, 1))),
+    "floored": (
+        "pixels standardised, σ at least 0.3",
+        "#8c6d31",
+        (0, (3, 1, 1, 1)),
+    ),
+}
+
 
 def prepared(
-    arm:str, # A key of `INPUTS`
-    model:nn.Sequential, # Changed in place where the arm is a symmetry
-    data:Images, # The images
-    seed:int, # Of the random basis
-)->tuple: # The images as the network sees them from now on, and the moves
+    arm: str,  # A key of `INPUTS`
+    model: nn.Sequential,  # Changed in place where the arm is a symmetry
+    data: Images,  # The images
+    seed: int,  # Of the random basis
+) -> tuple:  # The images as the network sees them from now on, and the moves
     "Move the data, and the network with them"
-    if arm not in INPUTS: raise ValueError(f"prepared(arm=...) must be one of {list(INPUTS)}, got {arm!r}")
-    if arm=='base': return data, []
-    put = lambda f: replace(data, x=f(data.x), valid_x=f(data.valid_x), test_x=f(data.test_x))
-    mean,std = data.x.mean(0),data.x.std(0)
-    if arm=='standardised': return put(lambda x: (x-mean)/torch.where(std>0, std, 1.)), []
-    if arm=='floored': return put(lambda x: (x-mean)/std.clamp(min=.3)), []
-    if arm=='mean':
-        with torch.no_grad(): model[0].bias += model[0].weight@mean
-        return put(lambda x: x-mean), []
-    inputs = nn.Linear(data.x.shape[1], data.x.shape[1], bias=False).requires_grad_(False); nn.init.eye_(inputs.weight)
+    if arm not in INPUTS:
+        raise ValueError(
+            f"prepared(arm=...) must be one of {list(INPUTS)}, got {arm!r}"
+        )
+    if arm == "base":
+        return data, []
+
+    def put(f):
+        return replace(
+            data, x=f(data.x), valid_x=f(data.valid_x), test_x=f(data.test_x)
+        )
+
+    mean, std = data.x.mean(0), data.x.std(0)
+    if arm == "standardised":
+        return put(lambda x: (x - mean) / torch.where(std > 0, std, 1.0)), []
+    if arm == "floored":
+        return put(lambda x: (x - mean) / std.clamp(min=0.3)), []
+    if arm == "mean":
+        with torch.no_grad():
+            model[0].bias += model[0].weight @ mean
+        return put(lambda x: x - mean), []
+    inputs = nn.Linear(
+        data.x.shape[1], data.x.shape[1], bias=False
+    ).requires_grad_(False)
+    nn.init.eye_(inputs.weight)
     search = MoveData(input_map(arm, second_moment(data.x), seed))
-    tele = Teleporter(model, F.cross_entropy, GL(), schedule=at(0), search=search, inputs=inputs, probe=(data.valid_x[:1000], data.valid_y[:1000]))
+    tele = Teleporter(
+        model,
+        F.cross_entropy,
+        GL(),
+        schedule=at(0),
+        search=search,
+        inputs=inputs,
+        probe=(data.valid_x[:1000], data.valid_y[:1000]),
+    )
     out = tele.step(data.x[:200], data.y[:200])
-    if not out.accepted: raise ValueError(f"{arm}: {out.reason}")
+    if not out.accepted:
+        raise ValueError(f"{arm}: {out.reason}")
     return put(inputs), tele.history
 
 # %% ../nbs/08_mnist.ipynb #bc33ea4e
 def run_inputs(
-    cfg:dict, # Settings of the study
-    arm:str, # A key of `INPUTS`
-    optimizer:str, # A key of `OPTIMIZERS`
-    lr:float, # Learning rate
-    seed:int, # Of the weights, the order of the batches and the random basis
-)->dict: # As `run_one`, and the seconds that the preparation took
+    cfg: dict,  # Settings of the study
+    arm: str,  # A key of `INPUTS`
+    optimizer: str,  # A key of `OPTIMIZERS`
+    lr: float,  # Learning rate
+    seed: int,  # Of the weights, the order of the batches and the random basis
+) -> dict:  # As `run_one`, and the seconds that the preparation took
     "One training run on data that have been moved"
-    data = images(cfg['data'])
-    model = net(data.x.shape[1], *cfg['hidden'], 10, seed=seed)
-    began = time.perf_counter(); data,moves = prepared(arm, model, data, seed); setup = time.perf_counter()-began
+    data = images(cfg["data"])
+    model = net(data.x.shape[1], *cfg["hidden"], 10, seed=seed)
+    began = time.perf_counter()
+    data, moves = prepared(arm, model, data, seed)
+    setup = time.perf_counter() - began
     opt = OPTIMIZERS[optimizer](model.parameters(), lr=lr)
-    record = train(model, F.cross_entropy, opt, epoch_of(cfg, data, seed), cfg['epochs'], watch(data), None, cfg['points'], 0., in_place_sgd(model, lr) if optimizer=='SGD' else None)
-    return kept({**record, 'moves': moves}, model, data) | dict(setup_seconds=round(setup, 3))
+    record = train(
+        model,
+        F.cross_entropy,
+        opt,
+        epoch_of(cfg, data, seed),
+        cfg["epochs"],
+        watch(data),
+        None,
+        cfg["points"],
+        0.0,
+        in_place_sgd(model, lr) if optimizer == "SGD" else None,
+    )
+    return kept({**record, "moves": moves}, model, data) | dict(
+        setup_seconds=round(setup, 3)
+    )
 
-def input_jobs(cfg): return [dict(arm=a, optimizer=o, lr=lr, seed=s) for s in cfg['seeds'] for o,arms in cfg['plan'].items() for a,rates in arms.items() for lr in rates]
 
-FEW = 'base','ridge','top','mean','floored'
-PLAN = {'SGD': {'base': [.2,.3,.4,.5,.6], 'ridge': [.4,.6,.8,1.,1.2], 'top': [.4,.6,.8,1.,1.2], 'basis': [.2,.3,.4,.5,.6], 'rescale': [.1,.2,.3,.4,.5], 'mean': [.4,.6,.8,1.,1.2], 'standardised': [.4,.6,.8,1.,1.2], 'floored': [.6,.8,1.,1.2,1.4]},
-    'momentum': {a: [.02,.04,.06,.1,.15] for a in FEW}, 'AdaGrad': {a: [.002,.005,.01,.02,.04] for a in FEW}, 'Adam': {a: [.00025,.0005,.001,.002] for a in FEW}}
-inputs = Experiment('mnist_inputs', dict(data='MNIST', hidden=[512,512], batch=200, images=48000, epochs=2, points=2, seeds=[0,1,2,3,4], plan=PLAN), input_jobs, run_inputs, grows=('seeds','plan'))
+def input_jobs(cfg):
+    return [
+        dict(arm=a, optimizer=o, lr=lr, seed=s)
+        for s in cfg["seeds"]
+        for o, arms in cfg["plan"].items()
+        for a, rates in arms.items()
+        for lr in rates
+    ]
+
+
+FEW = "base", "ridge", "top", "mean", "floored"
+PLAN = {
+    "SGD": {
+        "base": [0.2, 0.3, 0.4, 0.5, 0.6],
+        "ridge": [0.4, 0.6, 0.8, 1.0, 1.2],
+        "top": [0.4, 0.6, 0.8, 1.0, 1.2],
+        "basis": [0.2, 0.3, 0.4, 0.5, 0.6],
+        "rescale": [0.1, 0.2, 0.3, 0.4, 0.5],
+        "mean": [0.4, 0.6, 0.8, 1.0, 1.2],
+        "standardised": [0.4, 0.6, 0.8, 1.0, 1.2],
+        "floored": [0.6, 0.8, 1.0, 1.2, 1.4],
+    },
+    "momentum": {a: [0.02, 0.04, 0.06, 0.1, 0.15] for a in FEW},
+    "AdaGrad": {a: [0.002, 0.005, 0.01, 0.02, 0.04] for a in FEW},
+    "Adam": {a: [0.00025, 0.0005, 0.001, 0.002] for a in FEW},
+}
+inputs = Experiment(
+    "mnist_inputs",
+    dict(
+        data="MNIST",
+        hidden=[512, 512],
+        batch=200,
+        images=48000,
+        epochs=2,
+        points=2,
+        seeds=[0, 1, 2, 3, 4],
+        plan=PLAN,
+    ),
+    input_jobs,
+    run_inputs,
+    grows=("seeds", "plan"),
+)
 experiments = [small, tuning, sgd, adagrad, inputs, speed]
 
 # %% ../nbs/08_mnist.ipynb #cb7a1d77
 def last(
-    rows:list, # Rows of a study
-    **where, # Values that must match, such as arm="base"
-)->list: # Rows that match, each with the last point of its record
+    rows: list,  # Rows of a study
+    **where,  # Values that must match, such as arm="base"
+) -> list:  # Rows that match, each with the last point of its record
     "The ends of some runs"
-    return [{k: v[-1] if isinstance(v, list) and k!='moves' else v for k,v in r.items()} for r in rows if all(r[k]==v for k,v in where.items())]
+    return [
+        {
+            k: v[-1] if isinstance(v, list) and k != "moves" else v
+            for k, v in r.items()
+        }
+        for r in rows
+        if all(r[k] == v for k, v in where.items())
+    ]
+
 
 def best_rate(
-    rows:list, # Rows of a study
-    arm:str, # One of its arms
-    optimizer:str, # One of its optimizers
-    by:str='valid_loss', # Column whose median at the end is to be lowest
-)->float: # A learning rate
+    rows: list,  # Rows of a study
+    arm: str,  # One of its arms
+    optimizer: str,  # One of its optimizers
+    by: str = "valid_loss",  # Column whose median at the end is to be lowest
+) -> float:  # A learning rate
     "The tuned rate of one arm"
     mine = last(rows, arm=arm, optimizer=optimizer)
-    if not mine: raise ValueError(f"rows have no run of arm {arm!r} with optimizer {optimizer!r}")
-    return min(dict.fromkeys(r['lr'] for r in mine), key=lambda lr: median(r[by] for r in mine if r['lr']==lr))
+    if not mine:
+        raise ValueError(
+            f"rows have no run of arm {arm!r} with optimizer {optimizer!r}"
+        )
+    return min(
+        dict.fromkeys(r["lr"] for r in mine),
+        key=lambda lr: median(r[by] for r in mine if r["lr"] == lr),
+    )
+
 
 def paired(
-    rows:list, # Rows of a study
-    arm:str, # One of its arms
-    optimizer:str, # One of its optimizers
-    key:str, # Column to compare at the end
-)->list: # One ratio per seed
+    rows: list,  # Rows of a study
+    arm: str,  # One of its arms
+    optimizer: str,  # One of its optimizers
+    key: str,  # Column to compare at the end
+) -> list:  # One ratio per seed
     "An arm over the base with the same seed, each at its best rate"
-    mine,base = ({r['seed']: r[key] for r in last(rows, arm=a, optimizer=optimizer, lr=best_rate(rows, a, optimizer))} for a in (arm,'base'))
-    return [mine[s]/base[s] for s in base]
+    mine, base = (
+        {
+            r["seed"]: r[key]
+            for r in last(
+                rows, arm=a, optimizer=optimizer, lr=best_rate(rows, a, optimizer)
+            )
+        }
+        for a in (arm, "base")
+    )
+    return [mine[s] / base[s] for s in base]
 
 # %% ../nbs/08_mnist.ipynb #45e884ff
 def held_out(
-    m:dict, # A move of a row
-)->float: # Infinite where that loss is not finite
+    m: dict,  # A move of a row
+) -> float:  # Infinite where that loss is not finite
     "Relative change of the held-out loss by a move"
-    return abs(m['probe_after']/m['probe_before']-1) if math.isfinite(m['probe_after']+m['probe_before']) else math.inf
+    return (
+        abs(m["probe_after"] / m["probe_before"] - 1)
+        if math.isfinite(m["probe_after"] + m["probe_before"])
+        else math.inf
+    )
+
 
 def summary(
-    rows:list, # Rows of a study
-    arm:str, # One of its arms
-    optimizer:str, # One of its optimizers
-    lr:float|None=None, # Learning rate; None: the best by validation loss
-)->dict: # Medians over seeds at the end, the number that diverged, and the worst drifts over all moves
+    rows: list,  # Rows of a study
+    arm: str,  # One of its arms
+    optimizer: str,  # One of its optimizers
+    lr: float | None = None,  # Learning rate; None: the best by validation loss
+) -> dict:  # Medians over seeds at the end, the number that diverged, and the worst drifts over all moves
     "One line of a table"
     lr = best_rate(rows, arm, optimizer) if lr is None else lr
-    mine = last(rows, arm=arm, optimizer=optimizer, lr=lr); moves = [m for r in mine for m in r['moves']]
-    return dict(arm=arm, optimizer=optimizer, lr=lr, seeds=len(mine), diverged=sum(math.isinf(r['train_loss']) for r in mine),
-        **{k: median(r[k] for r in mine) for k in ('train_loss','valid_loss','valid_error','gradients','seconds')}, drift=max((m['drift'] for m in moves), default=0.), held_out=max(map(held_out, moves), default=0.))
+    mine = last(rows, arm=arm, optimizer=optimizer, lr=lr)
+    moves = [m for r in mine for m in r["moves"]]
+    return dict(
+        arm=arm,
+        optimizer=optimizer,
+        lr=lr,
+        seeds=len(mine),
+        diverged=sum(math.isinf(r["train_loss"]) for r in mine),
+        **{
+            k: median(r[k] for r in mine)
+            for k in (
+                "train_loss",
+                "valid_loss",
+                "valid_error",
+                "gradients",
+                "seconds",
+            )
+        },
+        drift=max((m["drift"] for m in moves), default=0.0),
+        held_out=max(map(held_out, moves), default=0.0),
+    )
 
 # %% ../nbs/08_mnist.ipynb #af3e1334
 def draw_training(
-    rows:list, # Rows of one optimizer and rate per arm
-    look:dict, # arm -> (label, colour, line style)
-    title:str='', # Of the figure
-)->plt.Figure: # Losses, validation losses from the fifth epoch on, squared gradient norm, error rate
+    rows: list,  # Rows of one optimizer and rate per arm
+    look: dict,  # arm -> (label, colour, line style)
+    title: str = "",  # Of the figure
+) -> plt.Figure:  # Losses, validation losses from the fifth epoch on, squared gradient norm, error rate
     "Median curves over seeds, training solid and validation dashed, as in Z22's Fig. 4"
-    with plt.rc_context(STYLE): fig,axes = plt.subplots(1, 4, figsize=(15,3.6))
-    for arm in dict.fromkeys(r['arm'] for r in rows):
-        mine,(name,colour,_) = [r for r in rows if r['arm']==arm],look[arm]
-        mid = lambda k: [median(c) for c in zip(*(r[k] for r in mine))]
-        e = mid('epoch'); late = sum(t<5 for t in e); lost = sum(map(math.isfinite, mid('train_loss')))-1
-        if lost<len(e)-1: axes[0].plot(e[lost], mid('train_loss')[lost], 'x', color=colour, ms=9, mew=2, label=f'{name}, diverges'); continue
-        axes[0].plot(e, mid('train_loss'), color=colour, label=name); axes[0].plot(e, mid('valid_loss'), color=colour, ls='--')
-        axes[1].plot(e[late:], mid('valid_loss')[late:], color=colour, ls='--')
-        axes[2].plot(e, mid('gsq'), color=colour); axes[3].plot(e[late:], mid('valid_error')[late:], color=colour, ls='--')
-    for ax,y in zip(axes, ('loss: training solid, validation dashed','validation loss','squared gradient norm','validation error rate')):
-        ax.set(xlabel='epoch', ylabel=y); log_axis(ax)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=7); fig.suptitle(title)
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, 4, figsize=(15, 3.6))
+    for arm in dict.fromkeys(r["arm"] for r in rows):
+        mine, (name, colour, _) = [r for r in rows if r["arm"] == arm], look[arm]
+
+        def mid(k):
+            return [median(c) for c in zip(*(r[k] for r in mine))]
+
+        e = mid("epoch")
+        late = sum(t < 5 for t in e)
+        lost = sum(map(math.isfinite, mid("train_loss"))) - 1
+        if lost < len(e) - 1:
+            axes[0].plot(
+                e[lost],
+                mid("train_loss")[lost],
+                "x",
+                color=colour,
+                ms=9,
+                mew=2,
+                label=f"{name}, diverges",
+            )
+            continue
+        axes[0].plot(e, mid("train_loss"), color=colour, label=name)
+        axes[0].plot(e, mid("valid_loss"), color=colour, ls="--")
+        axes[1].plot(e[late:], mid("valid_loss")[late:], color=colour, ls="--")
+        axes[2].plot(e, mid("gsq"), color=colour)
+        axes[3].plot(e[late:], mid("valid_error")[late:], color=colour, ls="--")
+    for ax, y in zip(
+        axes,
+        (
+            "loss: training solid, validation dashed",
+            "validation loss",
+            "squared gradient norm",
+            "validation error rate",
+        ),
+    ):
+        ax.set(xlabel="epoch", ylabel=y)
+        log_axis(ax)
+    fig.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7
+    )
+    fig.suptitle(title)
     return fig
 
 # %% ../nbs/08_mnist.ipynb #2e01e174
 def draw_rates(
-    rows:list, # Rows of a study
-    look:dict, # arm -> (label, colour, line style)
-    top:float, # Losses above are drawn there
-    by:str='valid_loss', # Column to draw the end of
-)->plt.Figure: # One panel per optimizer
+    rows: list,  # Rows of a study
+    look: dict,  # arm -> (label, colour, line style)
+    top: float,  # Losses above are drawn there
+    by: str = "valid_loss",  # Column to draw the end of
+) -> plt.Figure:  # One panel per optimizer
     "Final loss against the learning rate, median and range; runs that diverged are crosses at the top"
-    optimizers,arms = (list(dict.fromkeys(r[k] for r in rows)) for k in ('optimizer','arm'))
-    with plt.rc_context(STYLE): fig,axes = plt.subplots(1, len(optimizers), figsize=(1+4*len(optimizers),3.8), sharey=True, squeeze=False)
-    for ax,o in zip(axes[0], optimizers):
-        for i,arm in enumerate(arms):
-            name,colour,ls = look[arm]; mine = last(rows, arm=arm, optimizer=o); rates = sorted({r['lr'] for r in mine})
-            if mine and all(math.isinf(r[by]) for r in mine): name += ' (diverged)'
-            ends = [[min(r[by], top) for r in mine if r['lr']==lr] for lr in rates]
-            at = [lr*1.04**(i-2) for lr in rates] # side by side, not on top of each other
-            ax.plot(at, [m if (m := median(e))<top else math.nan for e in ends], color=colour, ls=ls, marker='o', ms=4, label=name)
-            ax.vlines(at, [min(e) for e in ends], [max(e) for e in ends], color=colour, lw=1)
-            gone = [a for a,lr in zip(at, rates) if any(math.isinf(r[by]) for r in mine if r['lr']==lr)]
-            ax.plot(gone, [top]*len(gone), 'x', color=colour, ms=8)
-        ax.set(xscale='log', xlabel='learning rate', title=o, yscale='log')
-        rates = sorted({r['lr'] for r in rows if r['optimizer']==o}); ax.set_xticks(rates, [f'{lr:g}' if i%2==0 or len(rates)<8 else '' for i,lr in enumerate(rates)]); ax.xaxis.set_minor_formatter(NullFormatter())
-    axes[0][0].set_ylim(top=top*1.02)
-    for ax in axes[0]: log_axis(ax)
-    axes[0][0].set(ylabel=f"{dict(valid_loss='validation', train_loss='training')[by]} loss at the end")
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside lower center', ncols=min(6, 2*len(optimizers)))
+    optimizers, arms = (
+        list(dict.fromkeys(r[k] for r in rows)) for k in ("optimizer", "arm")
+    )
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(
+            1,
+            len(optimizers),
+            figsize=(1 + 4 * len(optimizers), 3.8),
+            sharey=True,
+            squeeze=False,
+        )
+    for ax, o in zip(axes[0], optimizers):
+        for i, arm in enumerate(arms):
+            name, colour, ls = look[arm]
+            mine = last(rows, arm=arm, optimizer=o)
+            rates = sorted({r["lr"] for r in mine})
+            if mine and all(math.isinf(r[by]) for r in mine):
+                name += " (diverged)"
+            ends = [
+                [min(r[by], top) for r in mine if r["lr"] == lr] for lr in rates
+            ]
+            at = [
+                lr * 1.04 ** (i - 2) for lr in rates
+            ]  # side by side, not on top of each other
+            ax.plot(
+                at,
+                [m if (m := median(e)) < top else math.nan for e in ends],
+                color=colour,
+                ls=ls,
+                marker="o",
+                ms=4,
+                label=name,
+            )
+            ax.vlines(
+                at,
+                [min(e) for e in ends],
+                [max(e) for e in ends],
+                color=colour,
+                lw=1,
+            )
+            gone = [
+                a
+                for a, lr in zip(at, rates)
+                if any(math.isinf(r[by]) for r in mine if r["lr"] == lr)
+            ]
+            ax.plot(gone, [top] * len(gone), "x", color=colour, ms=8)
+        ax.set(xscale="log", xlabel="learning rate", title=o, yscale="log")
+        rates = sorted({r["lr"] for r in rows if r["optimizer"] == o})
+        ax.set_xticks(
+            rates,
+            [
+                f"{lr:g}" if i % 2 == 0 or len(rates) < 8 else ""
+                for i, lr in enumerate(rates)
+            ],
+        )
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    axes[0][0].set_ylim(top=top * 1.02)
+    for ax in axes[0]:
+        log_axis(ax)
+    axes[0][0].set(
+        ylabel=f"{dict(valid_loss='validation', train_loss='training')[by]} loss at the end"
+    )
+    fig.legend(
+        *axes[0][0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(6, 2 * len(optimizers)),
+    )
     return fig
 
 # %% ../nbs/08_mnist.ipynb #c5b76da3
 def draw_inputs(
-    rows:list, # Rows of `inputs`
-    rates:dict, # optimizer -> arm -> learning rate
-    prices:dict, # arm -> price of the preparation in gradients
-    look:dict, # arm -> (label, colour, line style)
-)->plt.Figure: # A column for each optimizer
+    rows: list,  # Rows of `inputs`
+    rates: dict,  # optimizer -> arm -> learning rate
+    prices: dict,  # arm -> price of the preparation in gradients
+    look: dict,  # arm -> (label, colour, line style)
+) -> plt.Figure:  # A column for each optimizer
     "Training and validation loss against what was spent, preparation included; medians over seeds"
-    with plt.rc_context(STYLE): fig,axes = plt.subplots(2, len(rates), figsize=(3.7*len(rates),5.6), sharex=True, sharey='row')
-    for (o,arms),column in zip(rates.items(), axes.T):
-        for a,lr in arms.items():
-            mine,(name,colour,ls) = [r for r in rows if (r['arm'],r['optimizer'],r['lr'])==(a,o,lr)],look[a]
-            for ax,key in zip(column, ('train_loss','valid_loss')):
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(
+            2,
+            len(rates),
+            figsize=(3.7 * len(rates), 5.6),
+            sharex=True,
+            sharey="row",
+        )
+    for (o, arms), column in zip(rates.items(), axes.T):
+        for a, lr in arms.items():
+            mine, (name, colour, ls) = (
+                [
+                    r
+                    for r in rows
+                    if (r["arm"], r["optimizer"], r["lr"]) == (a, o, lr)
+                ],
+                look[a],
+            )
+            for ax, key in zip(column, ("train_loss", "valid_loss")):
                 mid = [median(c) for c in zip(*(r[key] for r in mine))]
-                ax.plot([s+prices[a] for s in mine[0]['step']][1:], mid[1:], color=colour, ls=ls, marker='o', ms=3, label=name)
-        column[0].set(title=o); column[1].set(xlabel='gradients, preparation included')
-    for ax,y in zip(axes[:,0], ('training loss','validation loss')): ax.set(ylabel=y); log_axis(ax)
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside lower center', ncols=5)
+                ax.plot(
+                    [s + prices[a] for s in mine[0]["step"]][1:],
+                    mid[1:],
+                    color=colour,
+                    ls=ls,
+                    marker="o",
+                    ms=3,
+                    label=name,
+                )
+        column[0].set(title=o)
+        column[1].set(xlabel="gradients, preparation included")
+    for ax, y in zip(axes[:, 0], ("training loss", "validation loss")):
+        ax.set(ylabel=y)
+        log_axis(ax)
+    fig.legend(
+        *axes[0][0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=5,
+    )
     return fig

@@ -10,7 +10,10 @@ __all__ = ['PRODUCTS', 'LAYERS', 'figure', 'practice', 'experiments', 'LINES', '
            'precision_table', 'memory_table', 'practice_table', 'share', 'report']
 
 # %% ../nbs/10_runtime.ipynb #da4b9237
-import argparse, gc, math, weakref
+import argparse
+import gc
+import math
+import weakref
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -24,424 +27,884 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .experiments import FLOPS, LOOK, STYLE, Experiment, count_flops, environment
+from symtele.experiments import (
+    FLOPS,
+    LOOK,
+    STYLE,
+    Experiment,
+    count_flops,
+    environment,
+)
 from .groups import GL, BatchGL
-from .mlp import Formula, in_turn, small_rate, speed_problem, speed_runs, squared
+from symtele.mlp import (
+    Formula,
+    in_turn,
+    small_rate,
+    speed_problem,
+    speed_runs,
+    squared,
+)
 from .mnist import net
 from .teleport import Ascent, Teleporter, at, every, loss_of
 
 # %% ../nbs/10_runtime.ipynb #fe5dbbce
 class Operation(NamedTuple):
     "One call of a tensor operation"
-    kind:str # "products", "factorisations" or "others"
-    double:bool # Whether in float64
-    func:Callable # What was called
-    args:tuple # With what; tensors stand for all of the same shape, layout and dtype
-    kwargs:dict # Likewise
 
-    def __call__(self): return self.func(*self.args, **self.kwargs)
+    kind: str  # "products", "factorisations" or "others"
+    double: bool  # Whether in float64
+    func: Callable  # What was called
+    args: tuple  # With what; tensors stand for all of the same shape, layout and dtype
+    kwargs: dict  # Likewise
 
-PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
+    def __call__(self):
+        return self.func(*self.args, **self.kwargs)
+
+
+PRODUCTS = {
+    torch.ops.aten.mm,
+    torch.ops.aten.addmm,
+    torch.ops.aten.bmm,
+    torch.ops.aten.baddbmm,
+}
+
 
 class _Record(TorchDispatchMode):
-    def __init__(self): super().__init__(); self.calls,self.pool = [],{}
-    def one(self, t): return self.pool.setdefault((t.shape, t.stride(), t.dtype), t.detach()) if isinstance(t, Tensor) else t
+    def __init__(self):
+        super().__init__()
+        self.calls, self.pool = [], {}
+
+    def one(self, t):
+        return (
+            self.pool.setdefault((t.shape, t.stride(), t.dtype), t.detach())
+            if isinstance(t, Tensor)
+            else t
+        )
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        op,leaves = func._overloadpacket,pytree.tree_leaves((args, kwargs))
-        kind = 'products' if op in PRODUCTS else 'factorisations' if op in FLOPS else 'others'
-        with torch._C._DisableTorchDispatch(): args,kwargs = pytree.tree_map(self.one, (args, kwargs or {}))
-        self.calls.append(Operation(kind, any(isinstance(t, Tensor) and t.dtype==torch.float64 for t in leaves), func, args, kwargs))
+        op, leaves = func._overloadpacket, pytree.tree_leaves((args, kwargs))
+        kind = (
+            "products"
+            if op in PRODUCTS
+            else "factorisations"
+            if op in FLOPS
+            else "others"
+        )
+        with torch._C._DisableTorchDispatch():
+            args, kwargs = pytree.tree_map(self.one, (args, kwargs or {}))
+        self.calls.append(
+            Operation(
+                kind,
+                any(
+                    isinstance(t, Tensor) and t.dtype == torch.float64
+                    for t in leaves
+                ),
+                func,
+                args,
+                kwargs,
+            )
+        )
         return out
 
+
 def operations(
-    f:Callable, # Called once with no arguments
-)->list: # One `Operation` per call, in order
+    f: Callable,  # Called once with no arguments
+) -> list:  # One `Operation` per call, in order
     "Every tensor operation in a computation"
-    with _Record() as r: f()
+    with _Record() as r:
+        f()
     return r.calls
 
 # %% ../nbs/10_runtime.ipynb #b1d57811
 def replay(
-    calls:list, # Of `operations`; what they change in place is changed again
-    kind:str|None=None, # Only these
-    double:bool|None=None, # Only those in float64 (True) or in none (False)
-)->Callable: # With no arguments
+    calls: list,  # Of `operations`; what they change in place is changed again
+    kind: str | None = None,  # Only these
+    double: bool | None = None,  # Only those in float64 (True) or in none (False)
+) -> Callable:  # With no arguments
     "The same calls again, without the program that made them"
-    calls = [c for c in calls if kind in (None, c.kind) and double in (None, c.double)]
+    calls = [
+        c for c in calls if kind in (None, c.kind) and double in (None, c.double)
+    ]
+
     def run():
         with torch.no_grad():
-            for c in calls: c()
+            for c in calls:
+                c()
+
     return run
 
 # %% ../nbs/10_runtime.ipynb #bd307a3e
 class _Live(TorchDispatchMode):
-    def __init__(self): super().__init__(); self.now,self.peak,self.known = 0,0,set()
-    def free(self, key, n): self.now -= n; self.known.discard(key)
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+
+    def free(self, key, n):
+        self.now -= n
+        self.known.discard(key)
+
     def hold(self, tensors, made):
         for t in pytree.tree_leaves(tensors):
-            if not isinstance(t, Tensor) or (key := (s := t.untyped_storage())._cdata) in self.known: continue
-            n = s.nbytes() if made else 0 # what was there before is not counted
-            self.known.add(key); self.now += n; self.peak = max(self.peak, self.now); weakref.finalize(s, self.free, key, n)
+            if (
+                not isinstance(t, Tensor)
+                or (key := (s := t.untyped_storage())._cdata) in self.known
+            ):
+                continue
+            n = s.nbytes() if made else 0  # what was there before is not counted
+            self.known.add(key)
+            self.now += n
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(s, self.free, key, n)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.hold((args, kwargs), False)
-        out = func(*args, **(kwargs or {})); self.hold(out, True)
+        out = func(*args, **(kwargs or {}))
+        self.hold(out, True)
         return out
 
+
 def peak_memory(
-    f:Callable, # Called once with no arguments
-)->int: # Bytes
+    f: Callable,  # Called once with no arguments
+) -> int:  # Bytes
     "The most memory that a computation holds at one time, beyond what was there before"
     gc.collect()
-    with _Live() as m: f()
+    with _Live() as m:
+        f()
     return m.peak
 
 # %% ../nbs/10_runtime.ipynb #1574bddb
 def laps(
-    model:nn.Sequential, # Of `mlp`; not modified
-    x:Tensor, # The batch
-    y:Tensor, # Its targets
-    make:Callable, # `make(model)` -> what has the `step` of a `Teleporter`
-    epochs:int, # Of a lap
-)->Callable: # With no arguments: one lap
+    model: nn.Sequential,  # Of `mlp`; not modified
+    x: Tensor,  # The batch
+    y: Tensor,  # Its targets
+    make: Callable,  # `make(model)` -> what has the `step` of a `Teleporter`
+    epochs: int,  # Of a lap
+) -> Callable:  # With no arguments: one lap
     "Some epochs of gradient descent with a teleporter in the loop, from the same weights every time"
-    model,start,k = deepcopy(model),[p.detach().clone() for p in model.parameters()],count()
-    tele,opt = make(model),torch.optim.SGD(model.parameters(), 1e-6)
+    model, start, k = (
+        deepcopy(model),
+        [p.detach().clone() for p in model.parameters()],
+        count(),
+    )
+    tele, opt = make(model), torch.optim.SGD(model.parameters(), 1e-6)
+
     def lap():
         with torch.no_grad():
-            for p,s in zip(model.parameters(), start): p.copy_(s)
+            for p, s in zip(model.parameters(), start):
+                p.copy_(s)
         for _ in range(epochs):
             tele.step(x, y, next(k))
-            opt.zero_grad(); squared(model(x), y).backward(); opt.step()
+            opt.zero_grad()
+            squared(model(x), y).backward()
+            opt.step()
+
     return lap
 
 # %% ../nbs/10_runtime.ipynb #0716d970
 def counted(
-    runs:dict, # Of `speed_runs`
-    steps:int, # Training steps in its "train"
-)->dict: # Per teleport, and per training step where the name ends in "train"; bytes are the peak
+    runs: dict,  # Of `speed_runs`
+    steps: int,  # Training steps in its "train"
+) -> dict:  # Per teleport, and per training step where the name ends in "train"; bytes are the peak
     "What does not vary: operations, calls, factorisations and memory"
     out = {}
-    for k,n in dict(train=steps, fixed=1, trust=1, formula=1).items():
+    for k, n in dict(train=steps, fixed=1, trust=1, formula=1).items():
         calls = operations(runs[k])
-        found = dict(flops=count_flops(runs[k])/n, calls=len(calls)/n, factorisations=sum(c.kind=='factorisations' for c in calls), bytes=peak_memory(runs[k]))
-        out |= {f'{what}_{k}': v for what,v in found.items()}
+        found = dict(
+            flops=count_flops(runs[k]) / n,
+            calls=len(calls) / n,
+            factorisations=sum(c.kind == "factorisations" for c in calls),
+            bytes=peak_memory(runs[k]),
+        )
+        out |= {f"{what}_{k}": v for what, v in found.items()}
     return out
 
+
 def parts(
-    calls:list, # Of `operations`
-)->dict: # Name -> a function to be timed
+    calls: list,  # Of `operations`
+) -> dict:  # Name -> a function to be timed
     "A computation by kind of operation; float64 is told apart where it multiplies"
-    return dict(products=replay(calls, 'products', False), products_double=replay(calls, 'products', True),
-        factorisations=replay(calls, 'factorisations'), others=replay(calls, 'others'))
+    return dict(
+        products=replay(calls, "products", False),
+        products_double=replay(calls, "products", True),
+        factorisations=replay(calls, "factorisations"),
+        others=replay(calls, "others"),
+    )
 
 # %% ../nbs/10_runtime.ipynb #9e6a55b6
 def run_one(
-    cfg:dict, # Settings
-    width:int, # Of every layer, and of the data
-    layers:int, # How many
-    samples:int, # In the batch
-    dtype:str, # "float32" or "float64"
-)->dict: # Quartiles of seconds, and of their ratios to a training lap: of teleports, the parts of one, laps with them; and what `counted` counts
+    cfg: dict,  # Settings
+    width: int,  # Of every layer, and of the data
+    layers: int,  # How many
+    samples: int,  # In the batch
+    dtype: str,  # "float32" or "float64"
+) -> dict:  # Quartiles of seconds, and of their ratios to a training lap: of teleports, the parts of one, laps with them; and what `counted` counts
     "Everything that is measured on one network, in turn in one process"
-    steps,main = cfg['epochs'],samples==width and dtype=='float32'
-    model,x,y = (t.to(cfg['device'], getattr(torch, dtype)) for t in speed_problem((width,)*(layers+1), samples))
-    rate = small_rate(model, x, y, steps); runs = speed_runs(model, x, y, steps, rate)
+    steps, main = cfg["epochs"], samples == width and dtype == "float32"
+    model, x, y = (
+        t.to(cfg["device"], getattr(torch, dtype))
+        for t in speed_problem((width,) * (layers + 1), samples)
+    )
+    rate = small_rate(model, x, y, steps)
+    runs = speed_runs(model, x, y, steps, rate)
     out = counted(runs, steps)
-    for k in ('fixed','trust'): t = runs[k](); out |= {f'accepted_{k}': t.accepted.item(), f'raised_{k}': (t.objective[1]/t.objective[0]).item()}
-    out['kind'] = ', '.join(sorted({r.kind for r in t.report.values()}-{'fixed'}))
+    for k in ("fixed", "trust"):
+        t = runs[k]()
+        out |= {
+            f"accepted_{k}": t.accepted.item(),
+            f"raised_{k}": (t.objective[1] / t.objective[0]).item(),
+        }
+    out["kind"] = ", ".join(
+        sorted({r.kind for r in t.report.values()} - {"fixed"})
+    )
     z = torch.randn(width, width, device=x.device, dtype=x.dtype)
-    runs['product'] = lambda: [z@z for _ in range(10)]
-    if main: runs |= parts(operations(runs['fixed']))
-    if main and cfg['laps']:
+    runs["product"] = lambda: [z @ z for _ in range(10)]
+    if main:
+        runs |= parts(operations(runs["fixed"]))
+    if main and cfg["laps"]:
         when = every(steps, start=0)
-        exact = lambda search: lambda m: Teleporter(m, squared, BatchGL(), schedule=when, search=search)
-        makes = dict(fixed=exact(Ascent(steps, lr=rate)), trust=exact(Ascent(steps)), formula=lambda m: Formula(m, steps, rate, when))
-        runs |= {f'lap_{k}': laps(model, x, y, make, steps) for k,make in makes.items()}
-    return out | in_turn(runs, cfg['rounds'], unit='train', wait=torch.cuda.synchronize if x.is_cuda else lambda: None)
+
+        def exact(search):
+            return lambda m: Teleporter(
+                m, squared, BatchGL(), schedule=when, search=search
+            )
+
+        makes = dict(
+            fixed=exact(Ascent(steps, lr=rate)),
+            trust=exact(Ascent(steps)),
+            formula=lambda m: Formula(m, steps, rate, when),
+        )
+        runs |= {
+            f"lap_{k}": laps(model, x, y, make, steps)
+            for k, make in makes.items()
+        }
+    return out | in_turn(
+        runs,
+        cfg["rounds"],
+        unit="train",
+        wait=torch.cuda.synchronize if x.is_cuda else lambda: None,
+    )
 
 # %% ../nbs/10_runtime.ipynb #91032ad7
 def run_practice(
-    cfg:dict, # Settings
-    group:str, # "GL", "BatchGL" or "formula"
-)->dict: # Quartiles of seconds of ten training steps, one teleport, and a thousand calls of `step` with none due; and of their ratios to the first
+    cfg: dict,  # Settings
+    group: str,  # "GL", "BatchGL" or "formula"
+) -> dict:  # Quartiles of seconds of ten training steps, one teleport, and a thousand calls of `step` with none due; and of their ratios to the first
     "What teleports cost in an ordinary training loop"
-    model = net(*cfg['widths'], seed=0).to(cfg['device'])
-    x,y = (t.to(cfg['device']) for t in (torch.randn(cfg['batch'], cfg['widths'][0]), torch.arange(cfg['batch'])%cfg['widths'][-1]))
-    twin = deepcopy(model); opt = torch.optim.SGD(twin.parameters(), 1e-6); idle = Teleporter(twin, F.cross_entropy, schedule=at(10**9))
+    model = net(*cfg["widths"], seed=0).to(cfg["device"])
+    x, y = (
+        t.to(cfg["device"])
+        for t in (
+            torch.randn(cfg["batch"], cfg["widths"][0]),
+            torch.arange(cfg["batch"]) % cfg["widths"][-1],
+        )
+    )
+    twin = deepcopy(model)
+    opt = torch.optim.SGD(twin.parameters(), 1e-6)
+    idle = Teleporter(twin, F.cross_entropy, schedule=at(10**9))
+
     def train():
-        for _ in range(10): opt.zero_grad(); F.cross_entropy(twin(x), y).backward(); opt.step()
+        for _ in range(10):
+            opt.zero_grad()
+            F.cross_entropy(twin(x), y).backward()
+            opt.step()
+
     def wait():
-        for _ in range(1000): idle.step(x, y)
-    when,search = (lambda k: True),Ascent(cfg['steps'])
-    if group=='formula': tele = Formula(model, cfg['steps'], 1e-9, when, F.cross_entropy); move = lambda: tele.put(tele.ascend(x, y))
-    else:
-        tele = Teleporter(model, F.cross_entropy, dict(GL=GL, BatchGL=BatchGL)[group](), schedule=when, search=search)
-        start = [p.detach().clone() for p in model.parameters()]
+        for _ in range(1000):
+            idle.step(x, y)
+
+    when, search = (lambda k: True), Ascent(cfg["steps"])
+    if group == "formula":
+        tele = Formula(model, cfg["steps"], 1e-9, when, F.cross_entropy)
+
         def move():
-            with torch.no_grad(): [p.copy_(s) for p,s in zip(model.parameters(), start)]
+            return tele.put(tele.ascend(x, y))
+    else:
+        tele = Teleporter(
+            model,
+            F.cross_entropy,
+            dict(GL=GL, BatchGL=BatchGL)[group](),
+            schedule=when,
+            search=search,
+        )
+        start = [p.detach().clone() for p in model.parameters()]
+
+        def move():
+            with torch.no_grad():
+                [p.copy_(s) for p, s in zip(model.parameters(), start)]
             assert tele.step(x, y).accepted
-    return in_turn(dict(train=train, move=move, idle=wait), cfg['rounds'], unit='train', wait=torch.cuda.synchronize if x.is_cuda else lambda: None)
+
+    return in_turn(
+        dict(train=train, move=move, idle=wait),
+        cfg["rounds"],
+        unit="train",
+        wait=torch.cuda.synchronize if x.is_cuda else lambda: None,
+    )
 
 # %% ../nbs/10_runtime.ipynb #472b07b9
 def jobs(
-    cfg:dict, # Settings
-)->list: # Arguments for `run_one`, each once
+    cfg: dict,  # Settings
+) -> list:  # Arguments for `run_one`, each once
     "The networks of Fig. 6, then other batches, then float64"
-    w = cfg['wide']
-    nets = [(d, 3, d, 'float32') for d in cfg['widths']] + [(w, l, w, 'float32') for l in cfg['layers']]
-    nets += [(w, 3, n, 'float32') for n in cfg['samples']] + [(d, 3, d, 'float64') for d in cfg['double']]
-    return [dict(zip(('width','layers','samples','dtype'), n)) for n in dict.fromkeys(nets)]
+    w = cfg["wide"]
+    nets = [(d, 3, d, "float32") for d in cfg["widths"]] + [
+        (w, l, w, "float32") for l in cfg["layers"]
+    ]
+    nets += [(w, 3, n, "float32") for n in cfg["samples"]] + [
+        (d, 3, d, "float64") for d in cfg["double"]
+    ]
+    return [
+        dict(zip(("width", "layers", "samples", "dtype"), n))
+        for n in dict.fromkeys(nets)
+    ]
 
-LAYERS = [784,512,512,10]
-figure = Experiment('runtime', dict(device='cpu', epochs=10, rounds=30, laps=True, wide=128, widths=[32,64,128,256,512], layers=[3,5,8,12,16],
-    samples=[8,16,32,64,128,256], double=[128,256]), jobs, run_one, workers=1)
-practice = Experiment('runtime_mnist', dict(device='cpu', rounds=30, steps=10, batch=20, widths=LAYERS, epochs=80, epoch_steps=2400, teleports=4),
-    lambda cfg: [dict(group=g) for g in ('GL','BatchGL','formula')], run_practice, workers=1)
+
+LAYERS = [784, 512, 512, 10]
+figure = Experiment(
+    "runtime",
+    dict(
+        device="cpu",
+        epochs=10,
+        rounds=30,
+        laps=True,
+        wide=128,
+        widths=[32, 64, 128, 256, 512],
+        layers=[3, 5, 8, 12, 16],
+        samples=[8, 16, 32, 64, 128, 256],
+        double=[128, 256],
+    ),
+    jobs,
+    run_one,
+    workers=1,
+)
+practice = Experiment(
+    "runtime_mnist",
+    dict(
+        device="cpu",
+        rounds=30,
+        steps=10,
+        batch=20,
+        widths=LAYERS,
+        epochs=80,
+        epoch_steps=2400,
+        teleports=4,
+    ),
+    lambda cfg: [dict(group=g) for g in ("GL", "BatchGL", "formula")],
+    run_practice,
+    workers=1,
+)
 experiments = [figure, practice]
 
 # %% ../nbs/10_runtime.ipynb #7719a1c7
-LINES = {'fixed': ('exact, fixed rate', '#1f77b4', '-'), 'trust': ('exact, trust region', '#2ca02c', (0,(6,1,1,1))), 'formula': LOOK['formula']}
-AIMS = {(32,3): 1.5, (64,3): 2., (128,3): 2.5, (256,3): 3.2, (128,8): 3.4} # (width, layers) -> most plain runs that one with 30 exact teleports should cost
-FORMULA_AIM = (11., 38.) # where we had expected the formula
+LINES = {
+    "fixed": ("exact, fixed rate", "#1f77b4", "-"),
+    "trust": ("exact, trust region", "#2ca02c", (0, (6, 1, 1, 1))),
+    "formula": LOOK["formula"],
+}
+AIMS = {
+    (32, 3): 1.5,
+    (64, 3): 2.0,
+    (128, 3): 2.5,
+    (256, 3): 3.2,
+    (128, 8): 3.4,
+}  # (width, layers) -> most plain runs that one with 30 exact teleports should cost
+FORMULA_AIM = (11.0, 38.0)  # where we had expected the formula
+
 
 def total(
-    row:dict, # Of `figure`
-    arm:str, # A key of `LINES`
-)->list: # Quartiles
+    row: dict,  # Of `figure`
+    arm: str,  # A key of `LINES`
+) -> list:  # Quartiles
     "A run with a teleport every lap, in plain runs"
-    return [1+q for q in row[f'seconds_ratio_{arm}']]
+    return [1 + q for q in row[f"seconds_ratio_{arm}"]]
+
 
 def by_count(
-    row:dict, # Of `figure`
-)->float: # Plain runs
+    row: dict,  # Of `figure`
+) -> float:  # Plain runs
     "The same for a fixed rate if time went into nothing but counted operations"
-    return 1+row['flops_fixed']/row['flops_train']/10
+    return 1 + row["flops_fixed"] / row["flops_train"] / 10
+
 
 def squares(
-    rows:list, # Of `figure`
-)->list: # Rows
+    rows: list,  # Of `figure`
+) -> list:  # Rows
     "The networks of Fig. 6: as many samples as features, float32"
-    return [r for r in rows if r['samples']==r['width'] and r['dtype']=='float32']
+    return [
+        r for r in rows if r["samples"] == r["width"] and r["dtype"] == "float32"
+    ]
 
 # %% ../nbs/10_runtime.ipynb #22d200f8
 def cost_table(
-    rows:list, # Of `figure`
-)->str: # A line per network of Fig. 6
+    rows: list,  # Of `figure`
+) -> str:  # A line per network of Fig. 6
     "Fig. 6 as a table"
-    lines = [f"{'width':>5} {'layers':>6} {'training step':>14} " + ' '.join(f'{LINES[k][0]:>20}' for k in LINES) + f" {'counted':>8} {'aim':>4}"]
+    lines = [
+        f"{'width':>5} {'layers':>6} {'training step':>14} "
+        + " ".join(f"{LINES[k][0]:>20}" for k in LINES)
+        + f" {'counted':>8} {'aim':>4}"
+    ]
     for r in squares(rows):
-        aim,q = AIMS.get((r['width'],r['layers'])),{k: total(r, k) for k in LINES}
-        cells = [f'{m:.2f} ({lo:.1f} to {hi:.1f})' for lo,m,hi in q.values()]
-        lines.append(f"{r['width']:5} {r['layers']:6} {r['seconds_train'][1]*1e5:11.0f} µs " + ' '.join(f'{c:>20}' for c in cells)
-            + f" {by_count(r):8.2f} {aim or '':>4}" + ('' if not aim or q['fixed'][1]<=aim else '  not reached'))
-    return '\n'.join(lines)
+        aim, q = (
+            AIMS.get((r["width"], r["layers"])),
+            {k: total(r, k) for k in LINES},
+        )
+        cells = [f"{m:.2f} ({lo:.1f} to {hi:.1f})" for lo, m, hi in q.values()]
+        lines.append(
+            f"{r['width']:5} {r['layers']:6} {r['seconds_train'][1] * 1e5:11.0f} µs "
+            + " ".join(f"{c:>20}" for c in cells)
+            + f" {by_count(r):8.2f} {aim or '':>4}"
+            + ("" if not aim or q["fixed"][1] <= aim else "  not reached")
+        )
+    return "\n".join(lines)
 
 # %% ../nbs/10_runtime.ipynb #cb4e5208
 def draw_cost(
-    rows:list, # Of `figure`
-)->plt.Figure: # Two panels: width, depth
+    rows: list,  # Of `figure`
+) -> plt.Figure:  # Two panels: width, depth
     "Fig. 6: run time in plain runs, medians, with quartiles and aims"
-    with plt.rc_context(STYLE): fig,axes = plt.subplots(1, 2, figsize=(9.5,3.8), sharey=True)
-    fig6 = squares(rows); base = [r for r in fig6 if r['layers']!=3][:1]
-    deep = [r for r in fig6 if base and r['width']==base[0]['width']]
-    panels = ('width', [r for r in fig6 if r['layers']==3], '(a) three layers'), ('layers', deep, f"(b) width {base[0]['width'] if base else ''}")
-    for ax,(key,mine,title) in zip(axes, panels):
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), sharey=True)
+    fig6 = squares(rows)
+    base = [r for r in fig6 if r["layers"] != 3][:1]
+    deep = [r for r in fig6 if base and r["width"] == base[0]["width"]]
+    panels = (
+        ("width", [r for r in fig6 if r["layers"] == 3], "(a) three layers"),
+        ("layers", deep, f"(b) width {base[0]['width'] if base else ''}"),
+    )
+    for ax, (key, mine, title) in zip(axes, panels):
         at = [r[key] for r in mine]
-        ax.plot(at, [1]*len(at), color=LOOK['base'][1], label='plain')
-        for arm,(name,colour,ls) in LINES.items():
+        ax.plot(at, [1] * len(at), color=LOOK["base"][1], label="plain")
+        for arm, (name, colour, ls) in LINES.items():
             q = [total(r, arm) for r in mine]
-            ax.plot(at, [m for _,m,_ in q], color=colour, ls=ls, marker='o', ms=3.5, label=name)
-            ax.vlines(at, [a for a,_,_ in q], [b for _,_,b in q], color=colour, lw=2.5, alpha=.5)
-        aims = [(r[key], AIMS[k]) for r in mine if (k := (r['width'],r['layers'])) in AIMS]
-        ax.plot(*zip(*aims), 'x', color='k', ms=6, label='aim') if aims else None
-        ax.set(xlabel={'width': 'width and samples', 'layers': 'layers'}[key], title=title, yscale='log', yticks=[1,2,3,5,8,12], xticks=at)
-        ax.set_xscale('log', base=2) if key=='width' else None; ax.set_xticks(at, at)
-        ax.yaxis.set_major_formatter(lambda v,_: f'{v:g}'); ax.yaxis.set_minor_formatter(plt.NullFormatter())
-    axes[0].set(ylabel='run time, in plain runs')
-    with plt.rc_context(STYLE): fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=5)
+            ax.plot(
+                at,
+                [m for _, m, _ in q],
+                color=colour,
+                ls=ls,
+                marker="o",
+                ms=3.5,
+                label=name,
+            )
+            ax.vlines(
+                at,
+                [a for a, _, _ in q],
+                [b for _, _, b in q],
+                color=colour,
+                lw=2.5,
+                alpha=0.5,
+            )
+        aims = [
+            (r[key], AIMS[k])
+            for r in mine
+            if (k := (r["width"], r["layers"])) in AIMS
+        ]
+        ax.plot(*zip(*aims), "x", color="k", ms=6, label="aim") if aims else None
+        ax.set(
+            xlabel={"width": "width and samples", "layers": "layers"}[key],
+            title=title,
+            yscale="log",
+            yticks=[1, 2, 3, 5, 8, 12],
+            xticks=at,
+        )
+        ax.set_xscale("log", base=2) if key == "width" else None
+        ax.set_xticks(at, at)
+        ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+        ax.yaxis.set_minor_formatter(plt.NullFormatter())
+    axes[0].set(ylabel="run time, in plain runs")
+    with plt.rc_context(STYLE):
+        fig.legend(
+            *axes[0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=5,
+        )
     return fig
 
 # %% ../nbs/10_runtime.ipynb #ca3512f4
 def exponent(
-    x:list, # Sizes
-    y:list, # Costs
-)->tuple: # Slope of log y by log x, and half the width of its 95 % interval, inf for two points
+    x: list,  # Sizes
+    y: list,  # Costs
+) -> tuple:  # Slope of log y by log x, and half the width of its 95 % interval, inf for two points
     "A power fitted by least squares on logarithms"
-    u,v = (torch.tensor(t, dtype=torch.float64).log() for t in (x, y))
-    u,v = u-u.mean(), v-v.mean(); n,slope = len(u)-2,(u@v/(u@u)).item()
-    if n<1: return slope, math.inf
+    u, v = (torch.tensor(t, dtype=torch.float64).log() for t in (x, y))
+    u, v = u - u.mean(), v - v.mean()
+    n, slope = len(u) - 2, (u @ v / (u @ u)).item()
+    if n < 1:
+        return slope, math.inf
     t = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}.get(n, 2.5)
-    return slope, t*((v-slope*u).square().sum()/n/(u@u)).sqrt().item()
+    return slope, t * ((v - slope * u).square().sum() / n / (u @ u)).sqrt().item()
 
 # %% ../nbs/10_runtime.ipynb #761f22b2
-GROWTH = {'a training step': ('flops_train','calls_train','seconds_train'), 'exact, fixed rate': ('flops_fixed','calls_fixed','seconds_fixed'),
-    'exact, trust region': ('flops_trust','calls_trust','seconds_trust'), "the paper's formula": ('flops_formula','calls_formula','seconds_formula')}
+GROWTH = {
+    "a training step": ("flops_train", "calls_train", "seconds_train"),
+    "exact, fixed rate": ("flops_fixed", "calls_fixed", "seconds_fixed"),
+    "exact, trust region": ("flops_trust", "calls_trust", "seconds_trust"),
+    "the paper's formula": ("flops_formula", "calls_formula", "seconds_formula"),
+}
+
 
 def growth(
-    rows:list, # Of `figure`
-    by:str, # "width" or "layers"
-)->dict: # (line of `GROWTH`, column) -> exponent and half its interval, and the exponent between the two largest
+    rows: list,  # Of `figure`
+    by: str,  # "width" or "layers"
+) -> dict:  # (line of `GROWTH`, column) -> exponent and half its interval, and the exponent between the two largest
     "Exponents of the cost"
-    fig6 = squares(rows); wide = next((r['width'] for r in fig6 if r['layers']!=3), None)
-    mine = sorted((r for r in fig6 if (r['layers']==3 if by=='width' else r['width']==wide)), key=lambda r: r[by])
-    value = lambda r,c: r[c][1] if isinstance(r[c], list) else r[c]
+    fig6 = squares(rows)
+    wide = next((r["width"] for r in fig6 if r["layers"] != 3), None)
+    mine = sorted(
+        (
+            r
+            for r in fig6
+            if (r["layers"] == 3 if by == "width" else r["width"] == wide)
+        ),
+        key=lambda r: r[by],
+    )
+
+    def value(r, c):
+        return r[c][1] if isinstance(r[c], list) else r[c]
+
     x = [r[by] for r in mine]
-    return {(n,c): (*exponent(x, y := [value(r, c) for r in mine]), exponent(x[-2:], y[-2:])[0]) for n,cs in GROWTH.items() for c in cs}
+    return {
+        (n, c): (
+            *exponent(x, y := [value(r, c) for r in mine]),
+            exponent(x[-2:], y[-2:])[0],
+        )
+        for n, cs in GROWTH.items()
+        for c in cs
+    }
+
 
 def growth_table(
-    rows:list, # Of `figure`
-)->str: # A line per computation and direction
+    rows: list,  # Of `figure`
+) -> str:  # A line per computation and direction
     "The exponents as a table"
     lines = [f"{'':28} {'operations':>24} {'calls':>24} {'seconds':>24}"]
-    for by in ('width','layers'):
+    for by in ("width", "layers"):
         g = growth(rows, by)
-        for n,cs in GROWTH.items(): lines.append(f"{by:6} {n:21} " + ' '.join(f'{g[n,c][0]:10.2f} ± {g[n,c][1]:.2f}, {g[n,c][2]:6.2f}' for c in cs))
-    return '\n'.join(lines+['Each: the exponent, half its 95 % interval, and the exponent between the two largest sizes'])
+        for n, cs in GROWTH.items():
+            lines.append(
+                f"{by:6} {n:21} "
+                + " ".join(
+                    f"{g[n, c][0]:10.2f} ± {g[n, c][1]:.2f}, {g[n, c][2]:6.2f}"
+                    for c in cs
+                )
+            )
+    return "\n".join(
+        lines
+        + [
+            "Each: the exponent, half its 95 % interval, and the exponent between the two largest sizes"
+        ]
+    )
 
 # %% ../nbs/10_runtime.ipynb #0286dd55
 def draw_growth(
-    rows:list, # Of `figure`
-)->plt.Figure: # Two panels: width, depth
+    rows: list,  # Of `figure`
+) -> plt.Figure:  # Two panels: width, depth
     "Seconds of ten training steps and of a teleport; dotted, the counted operations at the speed of the largest network"
-    with plt.rc_context(STYLE): fig,axes = plt.subplots(1, 2, figsize=(9.5,3.6))
-    fig6 = squares(rows); wide = next((r['width'] for r in fig6 if r['layers']!=3), None)
-    for ax,key in zip(axes, ('width','layers')):
-        mine = sorted((r for r in fig6 if (r['layers']==3 if key=='width' else r['width']==wide)), key=lambda r: r[key])
-        for arm,(name,colour,_) in {'train': ('ten training steps', LOOK['base'][1], '-'), **LINES}.items():
-            at,t,n = [r[key] for r in mine],[r[f'seconds_{arm}'][1] for r in mine],[r[f'flops_{arm}'] for r in mine]
-            ax.loglog(at, t, color=colour, marker='o', ms=3.5, label=name); ax.loglog(at, [t[-1]*m/n[-1] for m in n], color=colour, ls=':', lw=1)
-        ax.set(xlabel={'width': 'width and samples, three layers', 'layers': f'layers, width {wide}'}[key]); ax.set_xticks(at, at); ax.minorticks_off()
-    axes[0].set(ylabel='seconds')
-    with plt.rc_context(STYLE): fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
+    fig6 = squares(rows)
+    wide = next((r["width"] for r in fig6 if r["layers"] != 3), None)
+    for ax, key in zip(axes, ("width", "layers")):
+        mine = sorted(
+            (
+                r
+                for r in fig6
+                if (r["layers"] == 3 if key == "width" else r["width"] == wide)
+            ),
+            key=lambda r: r[key],
+        )
+        for arm, (name, colour, _) in {
+            "train": ("ten training steps", LOOK["base"][1], "-"),
+            **LINES,
+        }.items():
+            at, t, n = (
+                [r[key] for r in mine],
+                [r[f"seconds_{arm}"][1] for r in mine],
+                [r[f"flops_{arm}"] for r in mine],
+            )
+            ax.loglog(at, t, color=colour, marker="o", ms=3.5, label=name)
+            ax.loglog(
+                at, [t[-1] * m / n[-1] for m in n], color=colour, ls=":", lw=1
+            )
+        ax.set(
+            xlabel={
+                "width": "width and samples, three layers",
+                "layers": f"layers, width {wide}",
+            }[key]
+        )
+        ax.set_xticks(at, at)
+        ax.minorticks_off()
+    axes[0].set(ylabel="seconds")
+    with plt.rc_context(STYLE):
+        fig.legend(
+            *axes[0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=4,
+        )
     return fig
 
 # %% ../nbs/10_runtime.ipynb #fe2ef495
-PARTS = {'products': ('matrix products', '#1f77b4', ''), 'products_double': ('products in float64', '#9ecae1', '///'),
-    'factorisations': ('factorisations', '#d62728', 'xx'), 'others': ('other tensor operations', '#b0843b', '..')}
+PARTS = {
+    "products": ("matrix products", "#1f77b4", ""),
+    "products_double": ("products in float64", "#9ecae1", "///"),
+    "factorisations": ("factorisations", "#d62728", "xx"),
+    "others": ("other tensor operations", "#b0843b", ".."),
+}
+
 
 def shares(
-    row:dict, # Of `figure`, with parts
-)->dict: # Part -> its share of a teleport; "rest" is Python and autograd
+    row: dict,  # Of `figure`, with parts
+) -> dict:  # Part -> its share of a teleport; "rest" is Python and autograd
     "Where the time of an exact teleport at a fixed rate goes"
-    s = {k: row[f'seconds_ratio_{k}'][1]/row['seconds_ratio_fixed'][1] for k in PARTS}
-    return s | {'rest': max(0., 1-sum(s.values()))}
+    s = {
+        k: row[f"seconds_ratio_{k}"][1] / row["seconds_ratio_fixed"][1]
+        for k in PARTS
+    }
+    return s | {"rest": max(0.0, 1 - sum(s.values()))}
+
 
 def speed_of(
-    row:dict, # Of `figure`
-    arm:str, # "train", or a key of `LINES`
-    epochs:int=10, # Training steps in a lap
-)->float: # A share, usually below 1
+    row: dict,  # Of `figure`
+    arm: str,  # "train", or a key of `LINES`
+    epochs: int = 10,  # Training steps in a lap
+) -> float:  # A share, usually below 1
     "Counted operations per second, over those of a square product of the same width"
-    n = epochs if arm=='train' else 1
-    return n*row[f'flops_{arm}']/row[f'seconds_ratio_{arm}'][1] / (10*2*row['width']**3/row['seconds_ratio_product'][1])
+    n = epochs if arm == "train" else 1
+    return (
+        n
+        * row[f"flops_{arm}"]
+        / row[f"seconds_ratio_{arm}"][1]
+        / (10 * 2 * row["width"] ** 3 / row["seconds_ratio_product"][1])
+    )
+
 
 def where_table(
-    rows:list, # Of `figure`
-)->str: # A line per network of Fig. 6
+    rows: list,  # Of `figure`
+) -> str:  # A line per network of Fig. 6
     "Shares of a teleport, and how close it and a training step come to the speed of a product"
-    names = [*(n for n,_,_ in PARTS.values()), 'Python and autograd', 'speed of a product', 'and a step']
-    lines = [f"{'width':>5} {'layers':>6} " + ' '.join(f'{n:>{len(n)}}' for n in names)]
+    names = [
+        *(n for n, _, _ in PARTS.values()),
+        "Python and autograd",
+        "speed of a product",
+        "and a step",
+    ]
+    lines = [
+        f"{'width':>5} {'layers':>6} " + " ".join(f"{n:>{len(n)}}" for n in names)
+    ]
     for r in squares(rows):
-        values = [*shares(r).values(), speed_of(r, 'fixed'), speed_of(r, 'train')]
-        lines.append(f"{r['width']:5} {r['layers']:6} " + ' '.join(f'{v:{len(n)}.0%}' for n,v in zip(names, values)))
-    return '\n'.join(lines)
+        values = [*shares(r).values(), speed_of(r, "fixed"), speed_of(r, "train")]
+        lines.append(
+            f"{r['width']:5} {r['layers']:6} "
+            + " ".join(f"{v:{len(n)}.0%}" for n, v in zip(names, values))
+        )
+    return "\n".join(lines)
 
 # %% ../nbs/10_runtime.ipynb #827bfc45
 def draw_where(
-    rows:list, # Of `figure`
-)->plt.Figure: # A bar per network of Fig. 6
+    rows: list,  # Of `figure`
+) -> plt.Figure:  # A bar per network of Fig. 6
     "The cost of one step of the ascent, by kind of operation, in training steps"
-    with plt.rc_context(STYLE): fig,ax = plt.subplots(figsize=(9.5,4))
-    mine = squares(rows); base = [0.]*len(mine)
-    for k,(name,colour,hatch) in {**PARTS, 'rest': ('Python and autograd', '#dddddd', '')}.items():
-        h = [shares(r)[k]*r['seconds_ratio_fixed'][1] for r in mine]
-        ax.bar(range(len(mine)), h, bottom=base, color=colour, hatch=hatch, edgecolor='white', label=name); base = [a+b for a,b in zip(base, h)]
-    ax.set(xticks=range(len(mine)), xticklabels=[f"{r['width']}×{r['layers']}" for r in mine], xlabel='width × layers')
-    ax.set(ylabel='training steps\nper step of the ascent'); ax.grid(axis='x', visible=False)
-    with plt.rc_context(STYLE): fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=3)
+    with plt.rc_context(STYLE):
+        fig, ax = plt.subplots(figsize=(9.5, 4))
+    mine = squares(rows)
+    base = [0.0] * len(mine)
+    for k, (name, colour, hatch) in {
+        **PARTS,
+        "rest": ("Python and autograd", "#dddddd", ""),
+    }.items():
+        h = [shares(r)[k] * r["seconds_ratio_fixed"][1] for r in mine]
+        ax.bar(
+            range(len(mine)),
+            h,
+            bottom=base,
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            label=name,
+        )
+        base = [a + b for a, b in zip(base, h)]
+    ax.set(
+        xticks=range(len(mine)),
+        xticklabels=[f"{r['width']}×{r['layers']}" for r in mine],
+        xlabel="width × layers",
+    )
+    ax.set(ylabel="training steps\nper step of the ascent")
+    ax.grid(axis="x", visible=False)
+    with plt.rc_context(STYLE):
+        fig.legend(
+            *ax.get_legend_handles_labels(), loc="outside lower center", ncols=3
+        )
     return fig
 
 # %% ../nbs/10_runtime.ipynb #e1822db4
 def batch_table(
-    rows:list, # Of `figure`
-)->str: # A line per batch size
+    rows: list,  # Of `figure`
+) -> str:  # A line per batch size
     "Cost of a step of the ascent against the number of samples"
-    wide = {r['width'] for r in rows if r['samples']!=r['width']}
-    mine = sorted((r for r in rows if r['width'] in wide and r['layers']==3 and r['dtype']=='float32'), key=lambda r: r['samples'])
-    lines = [f"{'samples':>7} {'training step':>14} " + ' '.join(f'{LINES[k][0]:>21}' for k in LINES) + '  moves by']
-    for r in mine: lines.append(f"{r['samples']:7} {r['seconds_train'][1]*1e5:11.0f} µs " + ' '.join(f"{r[f'seconds_ratio_{k}'][1]:21.2f}" for k in LINES)
-        + f"  {dict(batch='any matrix', scale='positive diagonals').get(r['kind'], r['kind'])}")
-    return '\n'.join(lines)
+    wide = {r["width"] for r in rows if r["samples"] != r["width"]}
+    mine = sorted(
+        (
+            r
+            for r in rows
+            if r["width"] in wide and r["layers"] == 3 and r["dtype"] == "float32"
+        ),
+        key=lambda r: r["samples"],
+    )
+    lines = [
+        f"{'samples':>7} {'training step':>14} "
+        + " ".join(f"{LINES[k][0]:>21}" for k in LINES)
+        + "  moves by"
+    ]
+    for r in mine:
+        lines.append(
+            f"{r['samples']:7} {r['seconds_train'][1] * 1e5:11.0f} µs "
+            + " ".join(f"{r[f'seconds_ratio_{k}'][1]:21.2f}" for k in LINES)
+            + f"  {dict(batch='any matrix', scale='positive diagonals').get(r['kind'], r['kind'])}"
+        )
+    return "\n".join(lines)
 
 # %% ../nbs/10_runtime.ipynb #c5b76da3
 def precision_table(
-    rows:list, # Of `figure`
-)->str: # A line per network that was run in both
+    rows: list,  # Of `figure`
+) -> str:  # A line per network that was run in both
     "Teleports in mixed precision and in float64, in training steps of the network in float32"
-    lines = [f"{'width':>5} {'training step, float64':>23} {'teleport, mixed':>16} {'teleport, float64':>18} {'float64 share of mixed':>23}"]
+    lines = [
+        f"{'width':>5} {'training step, float64':>23} {'teleport, mixed':>16} {'teleport, float64':>18} {'float64 share of mixed':>23}"
+    ]
     for r in rows:
-        if r['dtype']!='float64': continue
-        m = next(m for m in squares(rows) if (m['width'],m['layers'])==(r['width'],r['layers'])); s,t = shares(m),m['seconds_train'][1]
-        cells = r['seconds_train'][1]/t, 10*m['seconds_ratio_fixed'][1], 10*r['seconds_fixed'][1]/t, s['products_double']+s['factorisations']
-        lines.append(f"{r['width']:5} " + '{:23.2f} {:16.1f} {:18.1f} {:23.0%}'.format(*cells))
-    return '\n'.join(lines)
+        if r["dtype"] != "float64":
+            continue
+        m = next(
+            m
+            for m in squares(rows)
+            if (m["width"], m["layers"]) == (r["width"], r["layers"])
+        )
+        s, t = shares(m), m["seconds_train"][1]
+        cells = (
+            r["seconds_train"][1] / t,
+            10 * m["seconds_ratio_fixed"][1],
+            10 * r["seconds_fixed"][1] / t,
+            s["products_double"] + s["factorisations"],
+        )
+        lines.append(
+            f"{r['width']:5} "
+            + "{:23.2f} {:16.1f} {:18.1f} {:23.0%}".format(*cells)
+        )
+    return "\n".join(lines)
 
 # %% ../nbs/10_runtime.ipynb #54ceb912
 def memory_table(
-    rows:list, # Of `figure`
-)->str: # A line per network of Fig. 6
+    rows: list,  # Of `figure`
+) -> str:  # A line per network of Fig. 6
     "Peak memory in units of the parameters"
-    lines = [f"{'width':>5} {'layers':>6} {'training step':>14} " + ' '.join(f'{LINES[k][0]:>21}' for k in LINES)]
+    lines = [
+        f"{'width':>5} {'layers':>6} {'training step':>14} "
+        + " ".join(f"{LINES[k][0]:>21}" for k in LINES)
+    ]
     for r in squares(rows):
-        size = 4*r['layers']*r['width']**2
-        lines.append(f"{r['width']:5} {r['layers']:6} {r['bytes_train']/size:14.2f} " + ' '.join(f"{r[f'bytes_{k}']/size:21.2f}" for k in LINES))
-    return '\n'.join(lines)
+        size = 4 * r["layers"] * r["width"] ** 2
+        lines.append(
+            f"{r['width']:5} {r['layers']:6} {r['bytes_train'] / size:14.2f} "
+            + " ".join(f"{r[f'bytes_{k}'] / size:21.2f}" for k in LINES)
+        )
+    return "\n".join(lines)
 
 # %% ../nbs/10_runtime.ipynb #5a5b0f9b
 def practice_table(
-    rows:list, # Of `practice`
-    cfg:dict, # Its settings
-)->str: # A line per way of teleporting
+    rows: list,  # Of `practice`
+    cfg: dict,  # Its settings
+) -> str:  # A line per way of teleporting
     "Teleports in an ordinary training"
-    lines = [f"{'':10} {'one teleport':>20} {'share of the training':>22} {'a call with none due':>21}"]
-    for r in rows: t,s = share(r, cfg); lines.append(f"{r['group']:10} {t:14.1f} steps {s:22.4%} {r['seconds_ratio_idle'][1]/100:16.3%} step")
-    return '\n'.join(lines)
+    lines = [
+        f"{'':10} {'one teleport':>20} {'share of the training':>22} {'a call with none due':>21}"
+    ]
+    for r in rows:
+        t, s = share(r, cfg)
+        lines.append(
+            f"{r['group']:10} {t:14.1f} steps {s:22.4%} {r['seconds_ratio_idle'][1] / 100:16.3%} step"
+        )
+    return "\n".join(lines)
+
 
 def share(
-    row:dict, # Of `practice`
-    cfg:dict, # Its settings
-)->tuple: # A teleport in training steps; the share of a training that its teleports take, 0 to 1
+    row: dict,  # Of `practice`
+    cfg: dict,  # Its settings
+) -> tuple:  # A teleport in training steps; the share of a training that its teleports take, 0 to 1
     "What the teleports of a training cost"
-    t = 10*row['seconds_ratio_move'][1]; n = cfg['teleports']*t
-    return t, n/(n+cfg['epochs']*cfg['epoch_steps'])
+    t = 10 * row["seconds_ratio_move"][1]
+    n = cfg["teleports"] * t
+    return t, n / (n + cfg["epochs"] * cfg["epoch_steps"])
 
 # %% ../nbs/10_runtime.ipynb #511a418e
-less = dict(rounds=5, laps=False, widths=[32,64,128,256], layers=[3,5,8], samples=[16,128,256], double=[128])
-quick = Experiment('runtime_quick', {**figure.config, **less}, jobs, run_one, workers=1)
-quick_practice = Experiment('runtime_mnist_quick', {**practice.config, 'rounds': 5}, practice.jobs, run_practice, workers=1)
+less = dict(
+    rounds=5,
+    laps=False,
+    widths=[32, 64, 128, 256],
+    layers=[3, 5, 8],
+    samples=[16, 128, 256],
+    double=[128],
+)
+quick = Experiment(
+    "runtime_quick", {**figure.config, **less}, jobs, run_one, workers=1
+)
+quick_practice = Experiment(
+    "runtime_mnist_quick",
+    {**practice.config, "rounds": 5},
+    practice.jobs,
+    run_practice,
+    workers=1,
+)
+
 
 def report(
-    rows:list, # Of `figure` or `quick`
-    mnist:list, # Of `practice`
-    cfg:dict, # Settings of the latter
-)->str: # Several tables
+    rows: list,  # Of `figure` or `quick`
+    mnist: list,  # Of `practice`
+    cfg: dict,  # Settings of the latter
+) -> str:  # Several tables
     "All tables of this page"
-    tables = {'Run time in plain runs (quartiles)': cost_table(rows), 'Exponents': growth_table(rows), 'Where a teleport spends its time': where_table(rows),
-        'Cost of a step of the ascent in training steps': batch_table(rows), 'What float64 costs, in training steps in float32': precision_table(rows),
-        'Peak memory in units of the parameters': memory_table(rows),
-        'MNIST, 784-512-512-10, batch 20, four teleports in 80 epochs': practice_table(mnist, cfg)}
-    return '\n\n'.join(f'{k}\n{v}' for k,v in tables.items())
+    tables = {
+        "Run time in plain runs (quartiles)": cost_table(rows),
+        "Exponents": growth_table(rows),
+        "Where a teleport spends its time": where_table(rows),
+        "Cost of a step of the ascent in training steps": batch_table(rows),
+        "What float64 costs, in training steps in float32": precision_table(rows),
+        "Peak memory in units of the parameters": memory_table(rows),
+        "MNIST, 784-512-512-10, batch 20, four teleports in 80 epochs": practice_table(
+            mnist, cfg
+        ),
+    }
+    return "\n\n".join(f"{k}\n{v}" for k, v in tables.items())
+
 
 def _main(argv=None):
     "Command line of `python -m symtele.runtime`: what a teleport costs on this machine"
-    p = argparse.ArgumentParser(prog='python -m symtele.runtime', description='What a teleport costs on this machine, in plain training steps')
-    p.add_argument('--into', default='_runtime', help='folder for the results; what is there is not measured again')
-    p.add_argument('--device', default='cpu', help='cpu or cuda')
+    p = argparse.ArgumentParser(
+        prog="python -m symtele.runtime",
+        description="What a teleport costs on this machine, in plain training steps",
+    )
+    p.add_argument(
+        "--into",
+        default="_runtime",
+        help="folder for the results; what is there is not measured again",
+    )
+    p.add_argument("--device", default="cpu", help="cpu or cuda")
     a = p.parse_args(argv)
-    if a.device!='cpu' and not torch.cuda.is_available(): raise SystemExit(f'--device {a.device}: no GPU that PyTorch can use')
-    on = lambda e: replace(e, config={**e.config, 'device': a.device}); e = environment()
-    print(f"{torch.cuda.get_device_name() if a.device!='cpu' else e['processor']}, {e['cores']} cores, one thread; torch {e['torch']}, Python {e['python']}")
-    print(report(on(quick).run(a.into), on(quick_practice).run(a.into), practice.config))
+    if a.device != "cpu" and not torch.cuda.is_available():
+        raise SystemExit(f"--device {a.device}: no GPU that PyTorch can use")
 
-if __name__=='__main__' and '__file__' in globals(): _main()
+    def on(e):
+        return replace(e, config={**e.config, "device": a.device})
+
+    e = environment()
+    print(
+        f"{torch.cuda.get_device_name() if a.device != 'cpu' else e['processor']}, {e['cores']} cores, one thread; torch {e['torch']}, Python {e['python']}"
+    )
+    print(
+        report(
+            on(quick).run(a.into), on(quick_practice).run(a.into), practice.config
+        )
+    )
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    _main()

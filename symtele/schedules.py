@@ -11,7 +11,10 @@ __all__ = ['WHEN', 'OFTEN', 'MANY', 'TRIGGER', 'study', 'slides', 'large', 'expe
            'booth_problem', 'ellipse_problem']
 
 # %% ../nbs/09_schedules.ipynb #da4b9237
-import html, math, re, time
+import html
+import math
+import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
@@ -23,567 +26,1370 @@ import torch.nn.functional as F
 from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Generator, Tensor, nn
 
-from .experiments import LOOK, STYLE, Experiment, Switch, img, log_axis, rounded, switch
+from symtele.experiments import (
+    LOOK,
+    STYLE,
+    Experiment,
+    Switch,
+    img,
+    log_axis,
+    rounded,
+    switch,
+)
 from .groups import GL, BatchGL, dot
 from .mlp import OPTIMIZERS, regression, squared
-from .mnist import LOOKS, MOVED, SCALE, epoch_of, images, mover, net, run_one, watch
-from .test_functions import LAND, Problem, _around, _plain, booth_problem, descend, draw_path, ellipse_problem, rosenbrock_problem
-from .teleport import (Ascent, GreatCircle, Grid, Random, Sample, Teleporter, as_schedule, at, every, first, grad_norm,
-    lookahead, loss_of, measure)
+from symtele.mnist import (
+    LOOKS,
+    MOVED,
+    SCALE,
+    epoch_of,
+    images,
+    mover,
+    net,
+    run_one,
+    watch,
+)
+from symtele.teleport import (
+    Ascent,
+    GreatCircle,
+    Grid,
+    Random,
+    Sample,
+    Teleporter,
+    as_schedule,
+    at,
+    every,
+    first,
+    grad_norm,
+    lookahead,
+    loss_of,
+    measure,
+)
+from symtele.test_functions import (
+    LAND,
+    Problem,
+    _around,
+    _plain,
+    booth_problem,
+    descend,
+    draw_path,
+    ellipse_problem,
+    rosenbrock_problem,
+)
 
-_all_ = ['at','every','first','rosenbrock_problem','booth_problem','ellipse_problem']
+_all_ = [
+    "at",
+    "every",
+    "first",
+    "rosenbrock_problem",
+    "booth_problem",
+    "ellipse_problem",
+]
 
 # %% ../nbs/09_schedules.ipynb #0ade7c2c
 def _whole(name, value, least):
     "Raise unless a value is a whole number, and large enough"
-    if isinstance(value, bool) or not isinstance(value, int) or value<least: raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(
+            f"{name} must be a whole number of at least {least}, got {value!r}"
+        )
+
 
 def draw_schedules(
-    schedules:list, # Schedules, sets of steps, or functions of k
-    steps:int, # How many steps to show, at least 1
-)->plt.Figure:
+    schedules: list,  # Schedules, sets of steps, or functions of k
+    steps: int,  # How many steps to show, at least 1
+) -> plt.Figure:
     "Which steps k schedules name, one row each"
-    _whole('draw_schedules(steps=...)', steps, 1)
+    _whole("draw_schedules(steps=...)", steps, 1)
     rows = [as_schedule(s) for s in schedules]
     with plt.rc_context(STYLE):
-        fig,ax = plt.subplots(figsize=(9, .6+.36*len(rows)))
-        for i,s in enumerate(rows):
-            ax.plot(range(steps), [i]*steps, '|', color='#cccccc', ms=5); due = [k for k in range(steps) if s(k)]
-            ax.plot(due, [i]*len(due), 'o', color=LAND, ms=6, label=s.text)
-        ax.set(xlabel='step k, zero-based', ylim=(len(rows)-.5,-.5)); ax.set_yticks(range(len(rows)), [s.text for s in rows], family='monospace')
-        ax.grid(False); ax.xaxis.get_major_locator().set_params(integer=True)
+        fig, ax = plt.subplots(figsize=(9, 0.6 + 0.36 * len(rows)))
+        for i, s in enumerate(rows):
+            ax.plot(range(steps), [i] * steps, "|", color="#cccccc", ms=5)
+            due = [k for k in range(steps) if s(k)]
+            ax.plot(due, [i] * len(due), "o", color=LAND, ms=6, label=s.text)
+        ax.set(xlabel="step k, zero-based", ylim=(len(rows) - 0.5, -0.5))
+        ax.set_yticks(
+            range(len(rows)), [s.text for s in rows], family="monospace"
+        )
+        ax.grid(False)
+        ax.xaxis.get_major_locator().set_params(integer=True)
     return fig
 
 # %% ../nbs/09_schedules.ipynb #bd307a3e
 def stack_sgd(
-    models:list, # Of `net`, all of one shape; their parameters become views of common tensors
-    lrs:list, # Learning rate of each
-)->Callable: # `advance(x, y)`, one step of each on the mean cross-entropy of the same batch
+    models: list,  # Of `net`, all of one shape; their parameters become views of common tensors
+    lrs: list,  # Learning rate of each
+) -> Callable:  # `advance(x, y)`, one step of each on the mean cross-entropy of the same batch
     "Plain SGD for many networks at once"
-    layers,slope,n = [[m for m in model if isinstance(m, nn.Linear)] for model in models],models[0][1].negative_slope,len(models)
-    W,b = ([torch.stack([getattr(l, k).detach() for l in ls]) for ls in zip(*layers)] for k in ('weight','bias'))
-    for i,ls in enumerate(layers):
-        for l,w,c in zip(ls, W, b): l.weight.data,l.bias.data = w[i],c[i]
-    rates = torch.tensor(lrs)[:,None,None]
+    layers, slope, n = (
+        [[m for m in model if isinstance(m, nn.Linear)] for model in models],
+        models[0][1].negative_slope,
+        len(models),
+    )
+    W, b = (
+        [torch.stack([getattr(l, k).detach() for l in ls]) for ls in zip(*layers)]
+        for k in ("weight", "bias")
+    )
+    for i, ls in enumerate(layers):
+        for l, w, c in zip(ls, W, b):
+            l.weight.data, l.bias.data = w[i], c[i]
+    rates = torch.tensor(lrs)[:, None, None]
+
     def advance(x, y):
-        wide = lambda t: t.transpose(0, 1).flatten(1) # shape (samples, networks · features)
-        z = torch.addmm(b[0].flatten(), x, W[0].flatten(0, 1).mT).unflatten(1, (n, -1)).transpose(0, 1)
+        def wide(t):
+            return t.transpose(0, 1).flatten(
+                1
+            )  # shape (samples, networks · features)
+
+        z = (
+            torch.addmm(b[0].flatten(), x, W[0].flatten(0, 1).mT)
+            .unflatten(1, (n, -1))
+            .transpose(0, 1)
+        )
         h = [F.leaky_relu(z, slope)]
-        for w,c in zip(W[1:], b[1:]): z = torch.baddbmm(c[:,None], h[-1], w.mT); h.append(F.leaky_relu(z, slope))
-        d = z.softmax(2); d[:,torch.arange(len(y)),y] -= 1; d *= rates/len(y)
-        for w,c,a in zip(W[:0:-1], b[:0:-1], h[-2::-1]):
-            below = d@w
-            w.baddbmm_(d.mT, a, alpha=-1); c.sub_(d.sum(1))
-            d = torch.where(a>0, below, slope*below)
-        W[0].flatten(0, 1).addmm_(wide(d).mT, x, alpha=-1); b[0].sub_(d.sum(1))
+        for w, c in zip(W[1:], b[1:]):
+            z = torch.baddbmm(c[:, None], h[-1], w.mT)
+            h.append(F.leaky_relu(z, slope))
+        d = z.softmax(2)
+        d[:, torch.arange(len(y)), y] -= 1
+        d *= rates / len(y)
+        for w, c, a in zip(W[:0:-1], b[:0:-1], h[-2::-1]):
+            below = d @ w
+            w.baddbmm_(d.mT, a, alpha=-1)
+            c.sub_(d.sum(1))
+            d = torch.where(a > 0, below, slope * below)
+        W[0].flatten(0, 1).addmm_(wide(d).mT, x, alpha=-1)
+        b[0].sub_(d.sum(1))
+
     return advance
 
 # %% ../nbs/09_schedules.ipynb #1574bddb
 @dataclass(eq=False)
 class Stalled:
     "Schedule: due where a watched value has not fallen over the last looks"
-    patience:int # Looks to compare over, at least 1
-    share:float=.1 # Share by which the value must fall, from 0 to 1
-    most:int|None=None # How often it may be due, at least 1; None for any number
-    seen:list=field(default_factory=list) # Values since it was last due
-    due:set=field(default_factory=set) # Where it was
+
+    patience: int  # Looks to compare over, at least 1
+    share: float = 0.1  # Share by which the value must fall, from 0 to 1
+    most: int | None = None  # How often it may be due; None: ever
+    seen: list = field(default_factory=list)  # Values since it was last due
+    due: set = field(default_factory=set)  # Where it was
+
     def __post_init__(self):
-        _whole('Stalled(patience=...)', self.patience, 1)
-        if isinstance(self.share, str) or not 0<=self.share<=1: raise ValueError(f"Stalled(share=...) must be from 0 to 1, got {self.share!r}")
-        if self.most is not None: _whole('Stalled(most=...), if not None,', self.most, 1)
-    def see(self,
-        k:int, # The step or epoch to come
-        value:float, # What is watched, before it
+        _whole("Stalled(patience=...)", self.patience, 1)
+        if isinstance(self.share, str) or not 0 <= self.share <= 1:
+            raise ValueError(
+                f"Stalled(share=...) must be from 0 to 1, got {self.share!r}"
+            )
+        if self.most is not None:
+            _whole("Stalled(most=...), if not None,", self.most, 1)
+
+    def see(
+        self,
+        k: int,  # The step or epoch to come
+        value: float,  # What is watched, before it
     ):
         "Look once"
         self.seen.append(value)
-        if len(self.seen)>self.patience and value>(1-self.share)*self.seen[-1-self.patience] and (self.most is None or len(self.due)<self.most):
-            self.due.add(k); self.seen.clear()
-    def __call__(self, k:int)->bool: return k in self.due
+        if (
+            len(self.seen) > self.patience
+            and value > (1 - self.share) * self.seen[-1 - self.patience]
+            and (self.most is None or len(self.due) < self.most)
+        ):
+            self.due.add(k)
+            self.seen.clear()
+
+    def __call__(self, k: int) -> bool:
+        return k in self.due
+
     @property
-    def __name__(self): return f'Stalled({self.patience}, {self.share}' + (f', {self.most})' if self.most else ')')
+    def __name__(self):
+        return f"Stalled({self.patience}, {self.share}" + (
+            f", {self.most})" if self.most else ")"
+        )
 
 # %% ../nbs/09_schedules.ipynb #b3f0c7f6
-WHEN = {f'[{k}]': ([k], 4) for k in (0,1,2,4,16)} # name -> epochs and mini-batches
-OFTEN = {str(ks).replace(' ', ''): (ks, 4) for ks in ([1,2,3,4,5],[1,3,5,7,9],[1,5,9,13,17],[4,5,6,7,8],[4,6,8,10,12],[4,8,12,16,20])}
-MANY = {f'[1], {b} batches': ([1], b) for b in (1,16,64)}
-TRIGGER = {f'stalled, {n}': (n, 4) for n in (1,5)} # at most n firings, after three epochs without a fall by a tenth
+WHEN = {
+    f"[{k}]": ([k], 4) for k in (0, 1, 2, 4, 16)
+}  # name -> epochs and mini-batches
+OFTEN = {
+    str(ks).replace(" ", ""): (ks, 4)
+    for ks in (
+        [1, 2, 3, 4, 5],
+        [1, 3, 5, 7, 9],
+        [1, 5, 9, 13, 17],
+        [4, 5, 6, 7, 8],
+        [4, 6, 8, 10, 12],
+        [4, 8, 12, 16, 20],
+    )
+}
+MANY = {f"[1], {b} batches": ([1], b) for b in (1, 16, 64)}
+TRIGGER = {
+    f"stalled, {n}": (n, 4) for n in (1, 5)
+}  # at most n firings, after three epochs without a fall by a tenth
+
 
 def arms_of(
-    cfg:dict, # Settings of a study
-)->list: # A dict for each network: group ("base" or one of `MOVED`), schedule (a name) and learning rate
+    cfg: dict,  # Settings of a study
+) -> list:  # A dict for each network: group ("base" or one of `MOVED`), schedule (a name) and learning rate
     "Every network of one seed"
-    named = [dict(group=g, schedule=s, lr=cfg['lr']) for g in MOVED for s in cfg['schedules']]
-    swept = [dict(group=g, schedule=s, lr=lr) for lr in cfg['rates'] for g,s in (('base',''),*((g, '[1,2,3,4,5]') for g in MOVED))]
-    return list({str(a): a for a in swept+named}.values())
+    named = [
+        dict(group=g, schedule=s, lr=cfg["lr"])
+        for g in MOVED
+        for s in cfg["schedules"]
+    ]
+    swept = [
+        dict(group=g, schedule=s, lr=lr)
+        for lr in cfg["rates"]
+        for g, s in (("base", ""), *((g, "[1,2,3,4,5]") for g in MOVED))
+    ]
+    return list({str(a): a for a in swept + named}.values())
+
 
 def scheduled(
-    model:nn.Sequential, # Of `net`
-    group:str, # "base" or an arm of the MNIST page
-    epochs:list|int, # After which epochs; or the number of firings where it waits for a stall
-    batches:int, # Mini-batches of a firing
-    data, # Images
-    seed:int, # Of the search
-)->tuple: # The `Teleporter` or None, and the `Stalled` to show the gradient norm or None
+    model: nn.Sequential,  # Of `net`
+    group: str,  # "base" or an arm of the MNIST page
+    epochs: list
+    | int,  # After which epochs; or the number of firings where it waits for a stall
+    batches: int,  # Mini-batches of a firing
+    data,  # Images
+    seed: int,  # Of the search
+) -> tuple:  # The `Teleporter` or None, and the `Stalled` to show the gradient norm or None
     "What moves the network of an arm"
-    trigger = Stalled(3, .1, epochs) if isinstance(epochs, int) else None
-    return mover(model, None, group, data, trigger or at(*epochs), batches, seed) if group!='base' else None, trigger
+    trigger = Stalled(3, 0.1, epochs) if isinstance(epochs, int) else None
+    return mover(
+        model, None, group, data, trigger or at(*epochs), batches, seed
+    ) if group != "base" else None, trigger
 
 # %% ../nbs/09_schedules.ipynb #91032ad7
 def run_seed(
-    cfg:dict, # Settings
-    seed:int, # Of the weights, the order of the batches and the searches
-)->dict: # "looks", epochs; and "arms", a dict for each network
+    cfg: dict,  # Settings
+    seed: int,  # Of the weights, the order of the batches and the searches
+) -> dict:  # "looks", epochs; and "arms", a dict for each network
     "All networks of one seed, trained together"
-    data = images(cfg['data']); look,epoch = watch(data),epoch_of(cfg, data, seed)
-    arms = arms_of(cfg); models = [net(data.x.shape[1], *cfg['hidden'], 10, seed=seed) for _ in arms]
-    advance = stack_sgd(models, [a['lr'] for a in arms])
-    teles = [scheduled(m, a['group'], *cfg['schedules'].get(a['schedule'], ([],0)), data, seed) for m,a in zip(models, arms)]
-    seen,gone = [[] for _ in arms],[False]*len(arms)
-    for e in range(cfg['epochs']+1):
-        for i,(m,(_,trigger)) in enumerate(zip(models, teles)):
-            if e in cfg['points'] or trigger:
-                now = look(m); gone[i] = gone[i] or not all(map(math.isfinite, now.values()))
-                if e in cfg['points']: seen[i].append({k: math.inf if gone[i] else v for k,v in now.items()})
-                if trigger and e: trigger.see(e, now['gsq'])
-        if e==cfg['epochs']: break
-        for x,y in epoch(e):
-            for i,(tele,_) in enumerate(teles):
-                if tele and not gone[i] and (tele.left or tele.schedule(e) and e not in tele.fired):
-                    gone[i] = not all(p.isfinite().all() for p in models[i].parameters()) or not F.cross_entropy(models[i](x), y).isfinite()
-                    if not gone[i]: tele.step(x, y, k=e)
+    data = images(cfg["data"])
+    look, epoch = watch(data), epoch_of(cfg, data, seed)
+    arms = arms_of(cfg)
+    models = [net(data.x.shape[1], *cfg["hidden"], 10, seed=seed) for _ in arms]
+    advance = stack_sgd(models, [a["lr"] for a in arms])
+    teles = [
+        scheduled(
+            m,
+            a["group"],
+            *cfg["schedules"].get(a["schedule"], ([], 0)),
+            data,
+            seed,
+        )
+        for m, a in zip(models, arms)
+    ]
+    seen, gone = [[] for _ in arms], [False] * len(arms)
+    for e in range(cfg["epochs"] + 1):
+        for i, (m, (_, trigger)) in enumerate(zip(models, teles)):
+            if e in cfg["points"] or trigger:
+                now = look(m)
+                gone[i] = gone[i] or not all(map(math.isfinite, now.values()))
+                if e in cfg["points"]:
+                    seen[i].append(
+                        {k: math.inf if gone[i] else v for k, v in now.items()}
+                    )
+                if trigger and e:
+                    trigger.see(e, now["gsq"])
+        if e == cfg["epochs"]:
+            break
+        for x, y in epoch(e):
+            for i, (tele, _) in enumerate(teles):
+                if (
+                    tele
+                    and not gone[i]
+                    and (tele.left or tele.schedule(e) and e not in tele.fired)
+                ):
+                    gone[i] = (
+                        not all(
+                            p.isfinite().all() for p in models[i].parameters()
+                        )
+                        or not F.cross_entropy(models[i](x), y).isfinite()
+                    )
+                    if not gone[i]:
+                        tele.step(x, y, k=e)
             advance(x, y)
-    return dict(looks=cfg['points'], arms=[{**a, **{k: rounded([s[k] for s in ss]) for k in ss[0]}, **moves_of(t)} for a,ss,(t,_) in zip(arms, seen, teles)])
+    return dict(
+        looks=cfg["points"],
+        arms=[
+            {
+                **a,
+                **{k: rounded([s[k] for s in ss]) for k in ss[0]},
+                **moves_of(t),
+            }
+            for a, ss, (t, _) in zip(arms, seen, teles)
+        ],
+    )
+
 
 def moves_of(
-    tele, # A `Teleporter` or None
-)->dict: # Number, epochs, worst drift and worst change of held-out loss of the moves; number of those refused
+    tele,  # A `Teleporter` or None
+) -> dict:  # Number, epochs, worst drift and worst change of held-out loss of the moves; number of those refused
     "The moves of a run in a few numbers"
     rows = tele.history if tele else []
-    far = lambda a,b: rounded([max((abs(m[b]/m[a]-1) for m in rows), default=0.)])[0]
-    return dict(moves=len(rows), fired=sorted({m['k'] for m in rows}), refused=sum(not m['accepted'] for m in rows), drift=far('loss_before','loss_after'), held_out=far('probe_before','probe_after'))
+
+    def far(a, b):
+        return rounded([max((abs(m[b] / m[a] - 1) for m in rows), default=0.0)])[
+            0
+        ]
+
+    return dict(
+        moves=len(rows),
+        fired=sorted({m["k"] for m in rows}),
+        refused=sum(not m["accepted"] for m in rows),
+        drift=far("loss_before", "loss_after"),
+        held_out=far("probe_before", "probe_after"),
+    )
 
 # %% ../nbs/09_schedules.ipynb #ae565d58
 def run_large(
-    cfg:dict, # Settings
-    arm:str, # "base" or an arm of the MNIST page
-    schedule:str, # A name in the settings, "" for the base
-    lr:float, # Learning rate
-    seed:int, # Of the weights, the order of the batches and the search
-)->dict: # As `run_one`
+    cfg: dict,  # Settings
+    arm: str,  # "base" or an arm of the MNIST page
+    schedule: str,  # A name in the settings, "" for the base
+    lr: float,  # Learning rate
+    seed: int,  # Of the weights, the order of the batches and the search
+) -> dict:  # As `run_one`
     "One network at the paper's scale"
-    epochs,batches = cfg['schedules'].get(schedule, ([0],1)) # the base has no use for them
-    return run_one({**cfg, 'batches': batches}, arm, 'SGD', lr, seed, at(*epochs))
+    epochs, batches = cfg["schedules"].get(
+        schedule, ([0], 1)
+    )  # the base has no use for them
+    return run_one({**cfg, "batches": batches}, arm, "SGD", lr, seed, at(*epochs))
+
 
 def large_jobs(
-    cfg:dict, # Settings
-)->list: # Arguments of `run_large`, a dict for each network
+    cfg: dict,  # Settings
+) -> list:  # Arguments of `run_large`, a dict for each network
     "Every schedule with `BatchGL`, some with random moves, and the base at larger rates too"
-    kinds = [('base', '', cfg['lr']), *(('BatchGL', s, cfg['lr']) for s in cfg['schedules']), *((a, s, cfg['lr']) for a,names in cfg['random'].items() for s in names), *(('base', '', lr) for lr in cfg['rates'])]
-    return [dict(arm=a, schedule=s, lr=lr, seed=i) for i in cfg['seeds'] for a,s,lr in kinds]
+    kinds = [
+        ("base", "", cfg["lr"]),
+        *(("BatchGL", s, cfg["lr"]) for s in cfg["schedules"]),
+        *((a, s, cfg["lr"]) for a, names in cfg["random"].items() for s in names),
+        *(("base", "", lr) for lr in cfg["rates"]),
+    ]
+    return [
+        dict(arm=a, schedule=s, lr=lr, seed=i)
+        for i in cfg["seeds"]
+        for a, s, lr in kinds
+    ]
 
 # %% ../nbs/09_schedules.ipynb #472b07b9
-study = Experiment('schedules', {**{k: SCALE[k] for k in ('data','batch','images')}, 'hidden': [16,10], 'lr': .002, 'rates': [.001,.002,.004,.016,.06,.12], 'epochs': 24,
-    'points': [*range(11),12,14,16,18,20,22,24], 'schedules': WHEN|OFTEN|MANY|TRIGGER, 'seeds': [0,1,2,3,4]}, lambda cfg: [dict(seed=s) for s in cfg['seeds']], run_seed)
-slides = Experiment('schedules_200', {**study.config, 'batch': 200, 'lr': .01, 'rates': [.01], 'schedules': {'[1]': ([1],4), '[1,2,3,4,5]': ([1,2,3,4,5],4), 'every epoch': (list(range(1,24)),4)}}, study.jobs, run_seed)
-large = Experiment('schedules_large', {**{k: SCALE[k] for k in ('data','batch','images')}, 'hidden': [512,512], 'lr': .002, 'rates': [.004,.008], 'epochs': 120, 'points': [*LOOKS, *range(85,121,5)],
-    'schedules': WHEN|OFTEN|MANY, 'random': {'random': ['[1,2,3,4,5]'], 'random BatchGL': ['[1]','[1,2,3,4,5]','[1,5,9,13,17]','[1], 16 batches']}, 'seeds': [0,1]}, large_jobs, run_large, grows=('seeds','random','rates'))
+study = Experiment(
+    "schedules",
+    {
+        **{k: SCALE[k] for k in ("data", "batch", "images")},
+        "hidden": [16, 10],
+        "lr": 0.002,
+        "rates": [0.001, 0.002, 0.004, 0.016, 0.06, 0.12],
+        "epochs": 24,
+        "points": [*range(11), 12, 14, 16, 18, 20, 22, 24],
+        "schedules": WHEN | OFTEN | MANY | TRIGGER,
+        "seeds": [0, 1, 2, 3, 4],
+    },
+    lambda cfg: [dict(seed=s) for s in cfg["seeds"]],
+    run_seed,
+)
+slides = Experiment(
+    "schedules_200",
+    {
+        **study.config,
+        "batch": 200,
+        "lr": 0.01,
+        "rates": [0.01],
+        "schedules": {
+            "[1]": ([1], 4),
+            "[1,2,3,4,5]": ([1, 2, 3, 4, 5], 4),
+            "every epoch": (list(range(1, 24)), 4),
+        },
+    },
+    study.jobs,
+    run_seed,
+)
+large = Experiment(
+    "schedules_large",
+    {
+        **{k: SCALE[k] for k in ("data", "batch", "images")},
+        "hidden": [512, 512],
+        "lr": 0.002,
+        "rates": [0.004, 0.008],
+        "epochs": 120,
+        "points": [*LOOKS, *range(85, 121, 5)],
+        "schedules": WHEN | OFTEN | MANY,
+        "random": {
+            "random": ["[1,2,3,4,5]"],
+            "random BatchGL": [
+                "[1]",
+                "[1,2,3,4,5]",
+                "[1,5,9,13,17]",
+                "[1], 16 batches",
+            ],
+        },
+        "seeds": [0, 1],
+    },
+    large_jobs,
+    run_large,
+    grows=("seeds", "random", "rates"),
+)
 experiments = [study, slides, large]
 
 # %% ../nbs/09_schedules.ipynb #bc33ea4e
 def runs_of(
-    rows:list, # Of the study, one per seed
-    group:str, # "base", "random", "GL" or "BatchGL"
-    schedule:str, # A name in the settings, "" for the base
-    lr:float, # Learning rate
-)->list: # Its runs, one per seed
+    rows: list,  # Of the study, one per seed
+    group: str,  # "base", "random", "GL" or "BatchGL"
+    schedule: str,  # A name in the settings, "" for the base
+    lr: float,  # Learning rate
+) -> list:  # Its runs, one per seed
     "The runs of one arm"
-    return [a for r in rows for a in r['arms'] if (a['group'],a['schedule'],a['lr'])==(group,schedule,lr)]
+    return [
+        a
+        for r in rows
+        for a in r["arms"]
+        if (a["group"], a["schedule"], a["lr"]) == (group, schedule, lr)
+    ]
+
 
 def mid(
-    runs:list, # Of one arm
-    key:str, # Which column
-    at:int=-1, # Which look
-)->float: # Median over seeds
+    runs: list,  # Of one arm
+    key: str,  # Which column
+    at: int = -1,  # Which look
+) -> float:  # Median over seeds
     "One number of an arm"
     return median(r[key][at] for r in runs)
 
 # %% ../nbs/09_schedules.ipynb #e9075ff5
 def draw_when(
-    rows:list, # Of the study
-    lr:float, # Learning rate
-    families:dict, # Title -> name of a schedule -> its label
-    groups:tuple=('GL','BatchGL'), # A row of panels each
-    span:tuple=(.8,1.4), # What to show of the ratio
-)->plt.Figure: # Training loss over that of the base with the same seed, against epochs; medians over seeds
+    rows: list,  # Of the study
+    lr: float,  # Learning rate
+    families: dict,  # Title -> name of a schedule -> its label
+    groups: tuple = ("GL", "BatchGL"),  # A row of panels each
+    span: tuple = (0.8, 1.4),  # What to show of the ratio
+) -> plt.Figure:  # Training loss over that of the base with the same seed, against epochs; medians over seeds
     "When, how often, how many: Z22's Fig. 5; a cross where a curve leaves at the top"
-    base,looks = [a['train_loss'] for a in runs_of(rows, 'base', '', lr)],rows[0]['looks']
-    def curve(runs): return [median(c) for c in zip(*([p/q for p,q in zip(r['train_loss'], b)] for r,b in zip(runs, base)))]
-    with plt.rc_context(STYLE): fig,axes = plt.subplots(len(groups), len(families), figsize=(4.6*len(families),2.9*len(groups)+.4), sharey=True, sharex=True, squeeze=False)
-    for ax,(g,(title,names)) in zip(axes.flat, ((g,f) for g in groups for f in families.items())):
-        for n,(s,label) in enumerate(names.items()):
-            half = len(names)//2 if len(names)>5 else len(names) # many are two families: solid and dashed
-            style = dict(color=plt.cm.viridis(n%half/max(1, half-.6)), ls='-' if n<half else (0,(4,1.5)))
-            runs = runs_of(rows, g, s, lr); y = curve(runs) if runs else []
-            gone = next((i for i,v in enumerate(y) if not v<span[1]), len(y))
+    base, looks = (
+        [a["train_loss"] for a in runs_of(rows, "base", "", lr)],
+        rows[0]["looks"],
+    )
+
+    def curve(runs):
+        return [
+            median(c)
+            for c in zip(
+                *(
+                    [p / q for p, q in zip(r["train_loss"], b)]
+                    for r, b in zip(runs, base)
+                )
+            )
+        ]
+
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(
+            len(groups),
+            len(families),
+            figsize=(4.6 * len(families), 2.9 * len(groups) + 0.4),
+            sharey=True,
+            sharex=True,
+            squeeze=False,
+        )
+    for ax, (g, (title, names)) in zip(
+        axes.flat, ((g, f) for g in groups for f in families.items())
+    ):
+        for n, (s, label) in enumerate(names.items()):
+            half = (
+                len(names) // 2 if len(names) > 5 else len(names)
+            )  # many are two families: solid and dashed
+            style = dict(
+                color=plt.cm.viridis(n % half / max(1, half - 0.6)),
+                ls="-" if n < half else (0, (4, 1.5)),
+            )
+            runs = runs_of(rows, g, s, lr)
+            y = curve(runs) if runs else []
+            gone = next((i for i, v in enumerate(y) if not v < span[1]), len(y))
             ax.plot(looks[:gone], y[:gone], label=label, **style)
-            if gone<len(y): ax.plot(looks[gone]+n*.008*looks[-1], span[1]-.03*(span[1]-span[0]), 'x', color=style['color'], ms=7, mew=1.8)
-        ax.axhline(1, color='k', ls=':', lw=1.2, label='base'); ax.set(title=f'{g}: {title}', ylim=span)
-    for ax in axes[-1]: ax.set(xlabel='epoch'); ax.legend(fontsize=8, ncols=3, loc='upper center', bbox_to_anchor=(.5, -.2), frameon=False)
-    for ax in axes[:,0]: ax.set(ylabel='training loss over the base\'s')
+            if gone < len(y):
+                ax.plot(
+                    looks[gone] + n * 0.008 * looks[-1],
+                    span[1] - 0.03 * (span[1] - span[0]),
+                    "x",
+                    color=style["color"],
+                    ms=7,
+                    mew=1.8,
+                )
+        ax.axhline(1, color="k", ls=":", lw=1.2, label="base")
+        ax.set(title=f"{g}: {title}", ylim=span)
+    for ax in axes[-1]:
+        ax.set(xlabel="epoch")
+        ax.legend(
+            fontsize=8,
+            ncols=3,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.2),
+            frameon=False,
+        )
+    for ax in axes[:, 0]:
+        ax.set(ylabel="training loss over the base's")
     return fig
 
 # %% ../nbs/09_schedules.ipynb #fc074d50
 def equivalent_rate(
-    loss:float, # Of another arm
-    rates:list, # Learning rates of the base, increasing
-    losses:list, # Its losses there, one per rate
-)->float: # Between two rates by a straight line in logarithms; the first rate where it does as well already, infinite below the lowest loss
+    loss: float,  # Of another arm
+    rates: list,  # Learning rates of the base, increasing
+    losses: list,  # Its losses there, one per rate
+) -> float:  # Between two rates by a straight line in logarithms; the first rate where it does as well already, infinite below the lowest loss
     "The smallest learning rate with which the base does as well"
-    if len(rates)!=len(losses) or not rates: raise ValueError(f"losses must have one value for each of the {len(rates)} rates, got {len(losses)}")
-    if any(not a<b for a,b in zip(rates, rates[1:])): raise ValueError(f"rates must increase, got {rates}")
-    if loss>=losses[0]: return rates[0]
-    for a,b,p,q in zip(rates, rates[1:], losses, losses[1:]):
-        if q<=loss: return a*(b/a)**(math.log(loss/p)/math.log(q/p)) if math.isfinite(p) else b
+    if len(rates) != len(losses) or not rates:
+        raise ValueError(
+            f"losses must have one value for each of the {len(rates)} rates, got {len(losses)}"
+        )
+    if any(not a < b for a, b in zip(rates, rates[1:])):
+        raise ValueError(f"rates must increase, got {rates}")
+    if loss >= losses[0]:
+        return rates[0]
+    for a, b, p, q in zip(rates, rates[1:], losses, losses[1:]):
+        if q <= loss:
+            return (
+                a * (b / a) ** (math.log(loss / p) / math.log(q / p))
+                if math.isfinite(p)
+                else b
+            )
     return math.inf
 
+
 def draw_rates_of(
-    rows:list, # Of the study
-    cfg:dict, # Its settings
-    schedule:str, # The dense one
-    look:dict, # arm -> (label, colour, line style)
-)->plt.Figure: # Training and validation loss at the end, and after a few epochs, against the learning rate
+    rows: list,  # Of the study
+    cfg: dict,  # Its settings
+    schedule: str,  # The dense one
+    look: dict,  # arm -> (label, colour, line style)
+) -> plt.Figure:  # Training and validation loss at the end, and after a few epochs, against the learning rate
     "The dense schedule and the base, at every rate; a cross at the top stands for a median of 3 or more"
-    panels = (('train_loss', cfg['points'].index(6)), ('train_loss', -1), ('valid_loss', -1))
-    with plt.rc_context(STYLE): fig,axes = plt.subplots(1, 3, figsize=(13,3.8), sharey=True)
-    for ax,(key,at) in zip(axes, panels):
-        for g in ('base',*MOVED):
-            runs = [runs_of(rows, g, schedule if g!='base' else '', lr) for lr in cfg['rates']]; name,colour,ls = look[g]
-            ends = [[min(r[key][at], 3.) for r in rs] for rs in runs]; mids = [median(e) for e in ends]
-            ax.plot(cfg['rates'], [m if m<3 else math.nan for m in mids], color=colour, ls=ls, marker='o', ms=4, label=name)
-            ax.plot([r*1.05**(('base',*MOVED).index(g)-2) for r in cfg['rates']], [3. if m==3 else math.nan for m in mids], 'x', color=colour, ms=7) # side by side
-            ax.vlines(cfg['rates'], [min(e) for e in ends], [max(e) for e in ends], color=colour, lw=1, alpha=.6)
-        what = 'training' if key=='train_loss' else 'validation'
-        ax.set(xscale='log', xlabel='learning rate', title=f"{what} loss after {cfg['points'][at]} epochs"); log_axis(ax)
-    axes[0].set(ylabel='loss'); fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=5)
+    panels = (
+        ("train_loss", cfg["points"].index(6)),
+        ("train_loss", -1),
+        ("valid_loss", -1),
+    )
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, 3, figsize=(13, 3.8), sharey=True)
+    for ax, (key, at) in zip(axes, panels):
+        for g in ("base", *MOVED):
+            runs = [
+                runs_of(rows, g, schedule if g != "base" else "", lr)
+                for lr in cfg["rates"]
+            ]
+            name, colour, ls = look[g]
+            ends = [[min(r[key][at], 3.0) for r in rs] for rs in runs]
+            mids = [median(e) for e in ends]
+            ax.plot(
+                cfg["rates"],
+                [m if m < 3 else math.nan for m in mids],
+                color=colour,
+                ls=ls,
+                marker="o",
+                ms=4,
+                label=name,
+            )
+            ax.plot(
+                [
+                    r * 1.05 ** (("base", *MOVED).index(g) - 2)
+                    for r in cfg["rates"]
+                ],
+                [3.0 if m == 3 else math.nan for m in mids],
+                "x",
+                color=colour,
+                ms=7,
+            )  # side by side
+            ax.vlines(
+                cfg["rates"],
+                [min(e) for e in ends],
+                [max(e) for e in ends],
+                color=colour,
+                lw=1,
+                alpha=0.6,
+            )
+        what = "training" if key == "train_loss" else "validation"
+        ax.set(
+            xscale="log",
+            xlabel="learning rate",
+            title=f"{what} loss after {cfg['points'][at]} epochs",
+        )
+        log_axis(ax)
+    axes[0].set(ylabel="loss")
+    fig.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5
+    )
     return fig
 
 # %% ../nbs/09_schedules.ipynb #761f22b2
 @dataclass(frozen=True)
 class Training:
     "A network, its data, the group that keeps its loss, and the settings it is run at"
-    name:str # For titles
-    make:Callable # `seed -> nn.Module`, new every time
-    loss_fn:Callable # `(output, y) -> ()`
-    batch:Callable # `(k, seed) -> (x, y)`, the batch of step k, zero-based
-    seen:tuple # The batch (x, y) on which loss and gradient are recorded
-    group:object # A group of `symtele.groups`
-    lr:float # Learning rate of gradient descent, positive
-    steps:int # How many steps it takes
+
+    name: str  # For titles
+    make: Callable  # `seed -> nn.Module`, new every time
+    loss_fn: Callable  # `(output, y) -> ()`
+    batch: Callable  # `(k, seed) -> (x, y)`, the batch of step k, zero-based
+    seen: tuple  # The batch (x, y) on which loss and gradient are recorded
+    group: object  # A group of `symtele.groups`
+    lr: float  # Learning rate of gradient descent, positive
+    steps: int  # How many steps it takes
+
 
 def regression_problem(
-    n:int=0, # Number of the draw, from 0
-)->Training:
+    n: int = 0,  # Number of the draw, from 0
+) -> Training:
     "The regression of Z22's Figure 3, full batch, teleported by `BatchGL`"
-    _,x,y = regression(n)
-    return Training('regression', lambda seed: regression(n)[0], squared, lambda k,seed: (x, y), (x, y), BatchGL(), lr=5e-4, steps=100)
+    _, x, y = regression(n)
+    return Training(
+        "regression",
+        lambda seed: regression(n)[0],
+        squared,
+        lambda k, seed: (x, y),
+        (x, y),
+        BatchGL(),
+        lr=5e-4,
+        steps=100,
+    )
 
-def images_problem()->Training:
+
+def images_problem() -> Training:
     "A network with 16 and 10 hidden units on MNIST, or on scikit-learn's digits where it is missing; batches of 50, teleported by `GL`"
     data = images()
+
     def batch(k, seed):
-        i = torch.randint(len(data.x), (50,), generator=Generator().manual_seed(1000*seed+k))
+        i = torch.randint(
+            len(data.x), (50,), generator=Generator().manual_seed(1000 * seed + k)
+        )
         return data.x[i], data.y[i]
-    make = lambda seed: net(data.x.shape[1], 16, 10, 10, seed=seed)
-    return Training(data.name, make, F.cross_entropy, batch, (data.x[:500], data.y[:500]), GL(), lr=.05, steps=200)
+
+    def make(seed):
+        return net(data.x.shape[1], 16, 10, 10, seed=seed)
+
+    return Training(
+        data.name,
+        make,
+        F.cross_entropy,
+        batch,
+        (data.x[:500], data.y[:500]),
+        GL(),
+        lr=0.05,
+        steps=200,
+    )
 
 # %% ../nbs/09_schedules.ipynb #0286dd55
 @dataclass(frozen=True)
 class Trace:
     "The record of one run; index k is after k steps, and after the teleport at k where there was one"
-    loss:Tensor # Shape (K+1,)
-    gsq:Tensor # Squared gradient norm, shape (K+1,)
-    moves:list # One dict per teleport: k, drift, accepted, evals and what else its runner knows
-    path:Tensor|None=None # Parameters, shape (K+1, 2), where the problem is a test function
-    lost:int|None=None # Step at which it diverged, None where it did not
+
+    loss: Tensor  # Shape (K+1,)
+    gsq: Tensor  # Squared gradient norm, shape (K+1,)
+    moves: list  # One dict per teleport: k, drift, accepted, evals and what else its runner knows
+    path: Tensor | None = None  # Parameters of a test function, shape (K+1, 2)
+    lost: int | None = None  # Step at which it diverged, None where it did not
+
 
 def _trace(loss, gsq, moves, path=None):
     "Keep what comes before the first step that is lost"
-    fine = loss.isfinite() & (loss<1e12) & gsq.isfinite()
+    fine = loss.isfinite() & (loss < 1e12) & gsq.isfinite()
     lost = None if fine.all() else fine.int().argmin().item()
-    return Trace(loss[:lost], gsq[:lost], [m for m in moves if m['k']<(len(loss) if lost is None else lost)], None if path is None else path[:lost], lost)
+    return Trace(
+        loss[:lost],
+        gsq[:lost],
+        [m for m in moves if m["k"] < (len(loss) if lost is None else lost)],
+        None if path is None else path[:lost],
+        lost,
+    )
 
 # %% ../nbs/09_schedules.ipynb #98fbc42f
-_END = 1e-24 # loss at which the run of a test function ends
+_END = 1e-24  # loss at which the run of a test function ends
 
-def _descend(problem, schedule, search, objective, optimizer, steps, seed, progress):
-    run = descend(problem, torch.tensor(problem.start, dtype=torch.float64), steps, optimizer, schedule, search, objective, target=_END, seed=seed, progress=progress)
-    return _trace(run.loss[:,0], run.gsq[:,0], run.moves, run.path[:,0])
 
-def _train(problem, schedule, search, objective, optimizer, steps, seed, progress):
-    model = problem.make(seed); opt,tele = optimizer(model.parameters()),None
-    if schedule is not None: tele = Teleporter(model, problem.loss_fn, problem.group, schedule=schedule, objective=objective, search=search, seed=seed)
-    (seen,y),record = problem.seen,[]
-    for k in range(steps+1):
-        if tele and k<steps: tele.step(*problem.batch(k, seed), k)
-        loss,w = loss_of(model, problem.loss_fn, y); m = measure(lambda w: loss(w, seen), w)
+def _descend(
+    problem, schedule, search, objective, optimizer, steps, seed, progress
+):
+    run = descend(
+        problem,
+        torch.tensor(problem.start, dtype=torch.float64),
+        steps,
+        optimizer,
+        schedule,
+        search,
+        objective,
+        target=_END,
+        seed=seed,
+        progress=progress,
+    )
+    return _trace(run.loss[:, 0], run.gsq[:, 0], run.moves, run.path[:, 0])
+
+
+def _train(
+    problem, schedule, search, objective, optimizer, steps, seed, progress
+):
+    model = problem.make(seed)
+    opt, tele = optimizer(model.parameters()), None
+    if schedule is not None:
+        tele = Teleporter(
+            model,
+            problem.loss_fn,
+            problem.group,
+            schedule=schedule,
+            objective=objective,
+            search=search,
+            seed=seed,
+        )
+    (seen, y), record = problem.seen, []
+    for k in range(steps + 1):
+        if tele and k < steps:
+            tele.step(*problem.batch(k, seed), k)
+        loss, w = loss_of(model, problem.loss_fn, y)
+        m = measure(lambda w: loss(w, seen), w)
         record.append(torch.stack((m.loss, dot(m.gradient, m.gradient))).double())
-        if not (record[-1].isfinite().all() and m.loss<1e12): break
-        opt.zero_grad(); data,target = problem.batch(k, seed); problem.loss_fn(model(data), target).backward(); opt.step()
-        if progress: progress(k, steps)
+        if not (record[-1].isfinite().all() and m.loss < 1e12):
+            break
+        opt.zero_grad()
+        data, target = problem.batch(k, seed)
+        problem.loss_fn(model(data), target).backward()
+        opt.step()
+        if progress:
+            progress(k, steps)
     return _trace(*torch.stack(record).T, tele.history if tele else [])
 
 # %% ../nbs/09_schedules.ipynb #fe2ef495
 @dataclass(frozen=True)
 class ScheduleRun:
     "A run with teleports, and the same one without"
-    problem:object # A `Problem` or a `Training`
-    settings:str # How it was run, for titles
-    steps:int # How many steps were asked for
-    tele:Trace # With teleports
-    base:Trace # Without
-    def said(self, until:int|None=None)->str:
+
+    problem: object  # A `Problem` or a `Training`
+    settings: str  # How it was run, for titles
+    steps: int  # How many steps were asked for
+    tele: Trace  # With teleports
+    base: Trace  # Without
+
+    def said(self, until: int | None = None) -> str:
         "Where both ended, in words; or where the teleported one stood after step `until`"
-        many = lambda n,word: f'{n} {word}' + ('' if n==1 else 's')
+
+        def many(n, word):
+            return f"{n} {word}" + ("" if n == 1 else "s")
+
         if until is not None:
-            k,gone = min(until, len(self.tele.loss)-1),sum(m['k']<=until for m in self.tele.moves)
-            return f'step {k}, after teleport {gone} of {len(self.tele.moves)}: loss {self.tele.loss[k]:.3g}, squared gradient norm {self.tele.gsq[k]:.3g}'
-        def end(t): return f'diverged at step {t.lost}' if t.lost is not None else f'loss {t.loss[-1]:.3g} after {many(len(t.loss)-1, "step")}' + (', where it ends' if len(t.loss)<=self.steps else '')
-        n,evals = len(self.tele.moves),sum(m['evals'] for m in self.tele.moves)
-        return f'{many(n, "teleport")} ({many(evals, "evaluation")}): {end(self.tele)}; without: {end(self.base)}' if n else end(self.base)
+            k, gone = (
+                min(until, len(self.tele.loss) - 1),
+                sum(m["k"] <= until for m in self.tele.moves),
+            )
+            return f"step {k}, after teleport {gone} of {len(self.tele.moves)}: loss {self.tele.loss[k]:.3g}, squared gradient norm {self.tele.gsq[k]:.3g}"
+
+        def end(t):
+            return (
+                f"diverged at step {t.lost}"
+                if t.lost is not None
+                else f"loss {t.loss[-1]:.3g} after {many(len(t.loss) - 1, 'step')}"
+                + (", where it ends" if len(t.loss) <= self.steps else "")
+            )
+
+        n, evals = len(self.tele.moves), sum(m["evals"] for m in self.tele.moves)
+        return (
+            f"{many(n, 'teleport')} ({many(evals, 'evaluation')}): {end(self.tele)}; without: {end(self.base)}"
+            if n
+            else end(self.base)
+        )
+
     @property
-    def notes(self)->list:
+    def notes(self) -> list:
         "What a reader should know, one sentence each"
-        t,b,out = self.tele,self.base,[]; ended,moves = t.lost or len(t.loss)-1,t.moves
-        refused,idle = [m['k'] for m in moves if not m['accepted']],sum(_idle(m) for m in moves)
-        if t is not b and not moves: out.append(f'No teleport: none is due in the {self.steps} steps of this run.' if ended==self.steps else f'No teleport: none is due before the run ends, at step {ended}.')
-        if t.lost is not None: out.append(f'It diverged at step {t.lost}: a smaller learning rate may hold.' if b.lost is not None else f'It diverged at step {t.lost}; without teleports it does not.')
-        if b.lost is not None and moves: out.append(f'Without teleports it diverged at step {b.lost}.')
-        if refused: out.append(f'{len(refused)} of {len(moves)} teleports were refused, the first at step {refused[0]}: they did not hold the loss.')
-        if idle: out.append(f'{f"{idle} of {len(moves)} teleports" if len(moves)>1 else "The teleport"} found nothing better and stayed.')
+        t, b, out = self.tele, self.base, []
+        ended, moves = t.lost or len(t.loss) - 1, t.moves
+        refused, idle = (
+            [m["k"] for m in moves if not m["accepted"]],
+            sum(_idle(m) for m in moves),
+        )
+        if t is not b and not moves:
+            out.append(
+                f"No teleport: none is due in the {self.steps} steps of this run."
+                if ended == self.steps
+                else f"No teleport: none is due before the run ends, at step {ended}."
+            )
+        if t.lost is not None:
+            out.append(
+                f"It diverged at step {t.lost}: a smaller learning rate may hold."
+                if b.lost is not None
+                else f"It diverged at step {t.lost}; without teleports it does not."
+            )
+        if b.lost is not None and moves:
+            out.append(f"Without teleports it diverged at step {b.lost}.")
+        if refused:
+            out.append(
+                f"{len(refused)} of {len(moves)} teleports were refused, the first at step {refused[0]}: they did not hold the loss."
+            )
+        if idle:
+            out.append(
+                f"{f'{idle} of {len(moves)} teleports' if len(moves) > 1 else 'The teleport'} found nothing better and stayed."
+            )
         return out
+
 
 def _word(v):
     "A value as code"
-    return v.__name__ if hasattr(v, '__name__') else repr(v)
+    return v.__name__ if hasattr(v, "__name__") else repr(v)
+
 
 def _idle(m):
     "Whether a teleport stayed where it was"
-    before,after = m['objective'] if 'objective' in m else (m['objective_before'], m['objective_after'])
-    return m['accepted'] and abs(after-before)<=1e-9*abs(before) # what rounding adds is nothing
+    before, after = (
+        m["objective"]
+        if "objective" in m
+        else (m["objective_before"], m["objective_after"])
+    )
+    return m["accepted"] and abs(after - before) <= 1e-9 * abs(
+        before
+    )  # what rounding adds is nothing
 
 # %% ../nbs/09_schedules.ipynb #827bfc45
 def run_schedule(
-    problem, # A `Problem` or a `Training`
-    schedule=None, # When to teleport: `at(...)`, `every(...)`, `first(...)`, a set, or a function of k. None: never
-    search:Callable=Ascent(), # How to find the element
-    objective:Callable=grad_norm, # What to climb
-    optimizer:str='GD', # A key of `OPTIMIZERS`
-    lr:float|None=None, # Learning rate, positive; None: the problem's
-    steps:int|None=None, # Optimizer steps, at least 1; None: the problem's. A test function's run ends earlier at a loss of 1e-24
-    seed:int=0, # Of the search; of a network's weights and batches too
-    progress:Callable|None=None, # Called as `progress(k, steps)` while it runs
-)->ScheduleRun:
+    problem,  # A `Problem` or a `Training`
+    schedule=None,  # When to teleport: `at(...)`, `every(...)`, `first(...)`, a set, or a function of k. None: never
+    search: Callable = Ascent(),  # How to find the element
+    objective: Callable = grad_norm,  # What to climb
+    optimizer: str = "GD",  # A key of `OPTIMIZERS`
+    lr: float | None = None,  # Learning rate, positive; None: the problem's
+    steps: int
+    | None = None,  # Optimizer steps, at least 1; None: the problem's. A test function's run ends earlier at a loss of 1e-24
+    seed: int = 0,  # Of the search; of a network's weights and batches too
+    progress: Callable
+    | None = None,  # Called as `progress(k, steps)` while it runs
+) -> ScheduleRun:
     "Minimise with teleports where the schedule says so, and without"
-    if not isinstance(problem, (Problem,Training)): raise TypeError(f"problem must be a Problem or a Training, such as rosenbrock_problem(), got {problem!r}")
-    lr,steps = problem.lr if lr is None else lr,problem.steps if steps is None else steps
-    for name,value,such in (('search',search,'GreatCircle()'), ('objective',objective,'lookahead(1e-3)')):
-        if isinstance(value, type) or not callable(value): raise TypeError(f"{name} must be a value that can be called, such as {such}, got {value!r}")
-    if isinstance(lr, bool) or not isinstance(lr, (int,float)): raise TypeError(f"lr must be a number, got {lr!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int): raise TypeError(f"seed must be a whole number, got {seed!r}")
-    if optimizer not in OPTIMIZERS: raise ValueError(f"optimizer must be one of {list(OPTIMIZERS)}, got {optimizer!r}")
-    if not 0<lr<math.inf: raise ValueError(f"lr must be positive and finite, got {lr}")
-    _whole('steps', steps, 1)
+    if not isinstance(problem, (Problem, Training)):
+        raise TypeError(
+            f"problem must be a Problem or a Training, such as rosenbrock_problem(), got {problem!r}"
+        )
+    lr, steps = (
+        problem.lr if lr is None else lr,
+        problem.steps if steps is None else steps,
+    )
+    for name, value, such in (
+        ("search", search, "GreatCircle()"),
+        ("objective", objective, "lookahead(1e-3)"),
+    ):
+        if isinstance(value, type) or not callable(value):
+            raise TypeError(
+                f"{name} must be a value that can be called, such as {such}, got {value!r}"
+            )
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)):
+        raise TypeError(f"lr must be a number, got {lr!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be a whole number, got {seed!r}")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(
+            f"optimizer must be one of {list(OPTIMIZERS)}, got {optimizer!r}"
+        )
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be positive and finite, got {lr}")
+    _whole("steps", steps, 1)
     go = _descend if isinstance(problem, Problem) else _train
-    rest = (search, objective, lambda p: OPTIMIZERS[optimizer](p, lr), steps, seed, progress)
+    rest = (
+        search,
+        objective,
+        lambda p: OPTIMIZERS[optimizer](p, lr),
+        steps,
+        seed,
+        progress,
+    )
     due = None if schedule is None else as_schedule(schedule)
-    base = go(problem, None, *rest); tele = base if due is None else go(problem, due, *rest)
-    return ScheduleRun(problem, f'{problem.name}, {optimizer} {lr:.3g}'+(f', {due}, {search!r}, {_word(objective)}' if due else ''), steps, tele, base)
+    base = go(problem, None, *rest)
+    tele = base if due is None else go(problem, due, *rest)
+    return ScheduleRun(
+        problem,
+        f"{problem.name}, {optimizer} {lr:.3g}"
+        + (f", {due}, {search!r}, {_word(objective)}" if due else ""),
+        steps,
+        tele,
+        base,
+    )
 
 # %% ../nbs/09_schedules.ipynb #a9334987
 def _curves(ax, run, name, until, title):
-    arms = [(run.base, None, 'without teleports', LOOK['base'][1], .45)]
-    if run.tele.moves: arms.append((run.tele, until, 'with teleports', LOOK['teleport'][1], 1))
-    for t,stop,label,colour,alpha in arms:
-        y = getattr(t, name).clamp_min(1e-32); ax.semilogy(y, color='none') # the axes are those of the whole run, wherever it is cut
-        ax.semilogy(y[:stop], '.-' if len(y)<60 else '-', color=colour, alpha=alpha, label=label, lw=1.4, ms=4)
-    for i,m in enumerate(run.tele.moves):
-        if until is None or m['k']<until: ax.axvline(m['k'], color=LAND, ls='--', lw=.8, zorder=0, label=None if i else 'teleport')
-    lo,hi = ax.get_ylim(); ax.yaxis.set_major_locator(LogLocator(subs=(1,) if hi>100*lo else (1,2,5), numticks=6)); _plain(ax.yaxis)
+    arms = [(run.base, None, "without teleports", LOOK["base"][1], 0.45)]
+    if run.tele.moves:
+        arms.append((run.tele, until, "with teleports", LOOK["teleport"][1], 1))
+    for t, stop, label, colour, alpha in arms:
+        y = getattr(t, name).clamp_min(1e-32)
+        ax.semilogy(
+            y, color="none"
+        )  # the axes are those of the whole run, wherever it is cut
+        ax.semilogy(
+            y[:stop],
+            ".-" if len(y) < 60 else "-",
+            color=colour,
+            alpha=alpha,
+            label=label,
+            lw=1.4,
+            ms=4,
+        )
+    for i, m in enumerate(run.tele.moves):
+        if until is None or m["k"] < until:
+            ax.axvline(
+                m["k"],
+                color=LAND,
+                ls="--",
+                lw=0.8,
+                zorder=0,
+                label=None if i else "teleport",
+            )
+    lo, hi = ax.get_ylim()
+    ax.yaxis.set_major_locator(
+        LogLocator(subs=(1,) if hi > 100 * lo else (1, 2, 5), numticks=6)
+    )
+    _plain(ax.yaxis)
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    ax.set(xlabel='step', title=title)
+    ax.set(xlabel="step", title=title)
 
 # %% ../nbs/09_schedules.ipynb #c5b76da3
 def draw_run(
-    run:ScheduleRun, # Of `run_schedule`
-    until:int|None=None, # Draw the teleported run up to this step only, zero-based; None: all of it
-)->plt.Figure:
+    run: ScheduleRun,  # Of `run_schedule`
+    until: int
+    | None = None,  # Draw the teleported run up to this step only, zero-based; None: all of it
+) -> plt.Figure:
     "The path on the level sets where there is one, loss and squared gradient norm"
-    if until is not None and not 0<=until: raise ValueError(f"draw_run(until=...) must be None or at least 0, got {until}")
-    t,cut = run.tele,None if until is None else until+1
-    with plt.rc_context(STYLE|{'figure.constrained_layout.use': False, 'axes.titlesize': 10, 'axes.titley': 1.02}): # fixed titles draw faster
-        fig = plt.figure(figsize=(13, 4.5)); flat = t.path is not None
-        place = lambda x,w: fig.add_axes((x, .25, w, .525))
+    if until is not None and not 0 <= until:
+        raise ValueError(
+            f"draw_run(until=...) must be None or at least 0, got {until}"
+        )
+    t, cut = run.tele, None if until is None else until + 1
+    with plt.rc_context(
+        STYLE
+        | {
+            "figure.constrained_layout.use": False,
+            "axes.titlesize": 10,
+            "axes.titley": 1.02,
+        }
+    ):  # fixed titles draw faster
+        fig = plt.figure(figsize=(13, 4.5))
+        flat = t.path is not None
+
+        def place(x, w):
+            return fig.add_axes((x, 0.25, w, 0.525))
+
         if flat:
-            moves = [m for m in t.moves if cut is None or m['k']<cut]
-            ax,cax = place(.05, .28),fig.add_axes((.09, .105, .2, .022))
-            draw_path(ax, cax, run.problem, t.path[:cut], moves, _box(run), t.moves[len(moves):]); cax.tick_params(labelsize=8)
-            ax.locator_params(nbins=4) # ticks are most of what a redraw waits for
-            ax.plot(*run.base.path.T, '-', color=LOOK['base'][1], alpha=.45, lw=1.2)
-        for i,(name,title) in enumerate((('loss','loss'), ('gsq','squared gradient norm'))):
-            ax = place(*((.39+.32*i, .27) if flat else (.07+.49*i, .42))); _curves(ax, run, name, cut, title)
-        fig.legend(*ax.get_legend_handles_labels(), loc='lower center', bbox_to_anchor=(.68 if flat else .525, -.01), ncols=3, fontsize=9)
-        lines = (run.settings, run.said(until), ' '.join(run.notes))
-        for y,line,colour in zip((.965, .915, .865), lines, ('k','k',LAND)): fig.text(.5, y, line, ha='center', va='center', color=colour)
+            moves = [m for m in t.moves if cut is None or m["k"] < cut]
+            ax, cax = place(0.05, 0.28), fig.add_axes((0.09, 0.105, 0.2, 0.022))
+            draw_path(
+                ax,
+                cax,
+                run.problem,
+                t.path[:cut],
+                moves,
+                _box(run),
+                t.moves[len(moves) :],
+            )
+            cax.tick_params(labelsize=8)
+            ax.locator_params(
+                nbins=4
+            )  # ticks are most of what a redraw waits for
+            ax.plot(
+                *run.base.path.T, "-", color=LOOK["base"][1], alpha=0.45, lw=1.2
+            )
+        for i, (name, title) in enumerate(
+            (("loss", "loss"), ("gsq", "squared gradient norm"))
+        ):
+            ax = place(
+                *((0.39 + 0.32 * i, 0.27) if flat else (0.07 + 0.49 * i, 0.42))
+            )
+            _curves(ax, run, name, cut, title)
+        fig.legend(
+            *ax.get_legend_handles_labels(),
+            loc="lower center",
+            bbox_to_anchor=(0.68 if flat else 0.525, -0.01),
+            ncols=3,
+            fontsize=9,
+        )
+        lines = (run.settings, run.said(until), " ".join(run.notes))
+        for y, line, colour in zip(
+            (0.965, 0.915, 0.865), lines, ("k", "k", LAND)
+        ):
+            fig.text(0.5, y, line, ha="center", va="center", color=colour)
     return fig
+
 
 def _box(run):
     "Where the two paths are, their jumps and the minimum; of a path that ran away, its beginning"
-    part = lambda t: t.path if t.lost is None else t.path[:1]
-    goal = torch.tensor([run.problem.target], dtype=torch.float64); jumps = run.tele.moves if run.tele.lost is None else run.tele.moves[:1]
-    box = _around(torch.cat([part(run.tele), part(run.base), goal, *[m[k][None] for m in jumps for k in ('from','to')]]))
-    return box if run.base.lost is None else [f(a, b) for f,a,b in zip((min,max,min,max), box, run.problem.box)]
+
+    def part(t):
+        return t.path if t.lost is None else t.path[:1]
+
+    goal = torch.tensor([run.problem.target], dtype=torch.float64)
+    jumps = run.tele.moves if run.tele.lost is None else run.tele.moves[:1]
+    box = _around(
+        torch.cat(
+            [
+                part(run.tele),
+                part(run.base),
+                goal,
+                *[m[k][None] for m in jumps for k in ("from", "to")],
+            ]
+        )
+    )
+    return (
+        box
+        if run.base.lost is None
+        else [
+            f(a, b) for f, a, b in zip((min, max, min, max), box, run.problem.box)
+        ]
+    )
 
 # %% ../nbs/09_schedules.ipynb #80e28a51
 def img_of(
-    run:ScheduleRun, # What to draw
-    until:int|None=None, # As in `draw_run`
-)->str: # An <img> element
+    run: ScheduleRun,  # What to draw
+    until: int | None = None,  # As in `draw_run`
+) -> str:  # An <img> element
     "A drawn run as HTML, told in words too"
-    return img(draw_run(run, until), '. '.join(s.rstrip('.') for s in (run.settings, run.said(until), *run.notes))+'.', 80)
+    return img(
+        draw_run(run, until),
+        ". ".join(
+            s.rstrip(".") for s in (run.settings, run.said(until), *run.notes)
+        )
+        + ".",
+        80,
+    )
 
 # %% ../nbs/09_schedules.ipynb #6c1e671f
-SEARCHES = { # name -> search of a size, what the size counts, and its smallest, largest, step and first value
-    'great circle': (GreatCircle, 'angles', (3,32,1,9)), 'grid': (Grid, 'angles', (4,32,1,16)), 'ascent': (Ascent, 'ascent steps', (1,32,1,10)),
-    'sample': (Sample, 'draws', (1,32,1,10)), 'random': (Random, 'norm', (.1,6.2,.1,.5)),
+SEARCHES = {  # name -> search of a size, what the size counts, and its smallest, largest, step and first value
+    "great circle": (GreatCircle, "angles", (3, 32, 1, 9)),
+    "grid": (Grid, "angles", (4, 32, 1, 16)),
+    "ascent": (Ascent, "ascent steps", (1, 32, 1, 10)),
+    "sample": (Sample, "draws", (1, 32, 1, 10)),
+    "random": (Random, "norm", (0.1, 6.2, 0.1, 0.5)),
 }
-OBJECTIVES = {'gradient': lambda lr: grad_norm, 'next step': lookahead} # what to climb, given the learning rate
-_CIRCLE = dict(start=0, interval=5, count=3, objective='next step', search='great circle', size=9, steps=30)
-_ASCENT = dict(start=5, interval=10, count=1, objective='gradient', search='ascent', size=10)
-EXPLORED = { # name -> maker, learning rate by optimizer, and the other settings it begins with
-    'Rosenbrock': (rosenbrock_problem, dict(GD=1e-3, momentum=3e-4, AdaGrad=.1, Adam=.05), _CIRCLE),
-    'Booth': (booth_problem, dict(GD=.08, momentum=.02, AdaGrad=2., Adam=.5), _CIRCLE | dict(start=4, count=1)),
-    'ellipse': (ellipse_problem, dict(GD=.02, momentum=.01, AdaGrad=.3, Adam=.1), _CIRCLE | dict(start=5, interval=8, objective='gradient')),
-    'regression': (regression_problem, dict(GD=1e-4, momentum=1.5e-4, AdaGrad=.1, Adam=.03), _ASCENT | dict(steps=100)),
-    'images': (images_problem, dict(GD=.05, momentum=.01, AdaGrad=.02, Adam=.005), _ASCENT | dict(start=20, interval=50, steps=200)),
+OBJECTIVES = {
+    "gradient": lambda lr: grad_norm,
+    "next step": lookahead,
+}  # what to climb, given the learning rate
+_CIRCLE = dict(
+    start=0,
+    interval=5,
+    count=3,
+    objective="next step",
+    search="great circle",
+    size=9,
+    steps=30,
+)
+_ASCENT = dict(
+    start=5, interval=10, count=1, objective="gradient", search="ascent", size=10
+)
+EXPLORED = {  # name -> maker, learning rate by optimizer, and the other settings it begins with
+    "Rosenbrock": (
+        rosenbrock_problem,
+        dict(GD=1e-3, momentum=3e-4, AdaGrad=0.1, Adam=0.05),
+        _CIRCLE,
+    ),
+    "Booth": (
+        booth_problem,
+        dict(GD=0.08, momentum=0.02, AdaGrad=2.0, Adam=0.5),
+        _CIRCLE | dict(start=4, count=1),
+    ),
+    "ellipse": (
+        ellipse_problem,
+        dict(GD=0.02, momentum=0.01, AdaGrad=0.3, Adam=0.1),
+        _CIRCLE | dict(start=5, interval=8, objective="gradient"),
+    ),
+    "regression": (
+        regression_problem,
+        dict(GD=1e-4, momentum=1.5e-4, AdaGrad=0.1, Adam=0.03),
+        _ASCENT | dict(steps=100),
+    ),
+    "images": (
+        images_problem,
+        dict(GD=0.05, momentum=0.01, AdaGrad=0.02, Adam=0.005),
+        _ASCENT | dict(start=20, interval=50, steps=200),
+    ),
 }
 
 # %% ../nbs/09_schedules.ipynb #511a418e
 def setting(
-    problem:str='Rosenbrock', # A key of `EXPLORED`
-    start:int=0, # Step of the first teleport, zero-based
-    interval:int=5, # Steps from one teleport to the next, at least 1
-    count:int=3, # How many teleports, at least 1
-    objective:str='next step', # A key of `OBJECTIVES`
-    search:str='great circle', # A key of `SEARCHES`
-    size:float=9, # Of the search: whole, but for the norm of a random element
-    optimizer:str='GD', # A key of `OPTIMIZERS`
-    lr:float|None=None, # Learning rate, rounded to three digits; None: the one `EXPLORED` begins with
-    steps:int=30, # Optimizer steps, at least 1
-    seed:int=0, # As in `run_schedule`
-)->dict: # Arguments of `run_schedule`, the problem left out
+    problem: str = "Rosenbrock",  # A key of `EXPLORED`
+    start: int = 0,  # Step of the first teleport, zero-based
+    interval: int = 5,  # Steps from one teleport to the next, at least 1
+    count: int = 3,  # How many teleports, at least 1
+    objective: str = "next step",  # A key of `OBJECTIVES`
+    search: str = "great circle",  # A key of `SEARCHES`
+    size: float = 9,  # Of the search: whole, but for the norm of a random element
+    optimizer: str = "GD",  # A key of `OPTIMIZERS`
+    lr: float
+    | None = None,  # Learning rate, rounded to three digits; None: the one `EXPLORED` begins with
+    steps: int = 30,  # Optimizer steps, at least 1
+    seed: int = 0,  # As in `run_schedule`
+) -> dict:  # Arguments of `run_schedule`, the problem left out
     "What a position of the controls means"
-    for name,value,known in (('problem',problem,EXPLORED), ('objective',objective,OBJECTIVES), ('search',search,SEARCHES), ('optimizer',optimizer,OPTIMIZERS)):
-        if value not in known: raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
-    lr = float(f'{EXPLORED[problem][1][optimizer] if lr is None else lr:.3g}')
-    for name,value,least in (('start',start,0), ('interval',interval,1), ('count',count,1)): _whole(name, value, least)
-    make,what,(*_,step,_) = SEARCHES[search]
-    if step==1:
-        if size!=int(size): raise ValueError(f"size must be a whole number of {what}, got {size}")
+    for name, value, known in (
+        ("problem", problem, EXPLORED),
+        ("objective", objective, OBJECTIVES),
+        ("search", search, SEARCHES),
+        ("optimizer", optimizer, OPTIMIZERS),
+    ):
+        if value not in known:
+            raise ValueError(
+                f"{name} must be one of {list(known)}, got {value!r}"
+            )
+    lr = float(f"{EXPLORED[problem][1][optimizer] if lr is None else lr:.3g}")
+    for name, value, least in (
+        ("start", start, 0),
+        ("interval", interval, 1),
+        ("count", count, 1),
+    ):
+        _whole(name, value, least)
+    make, what, (*_, step, _) = SEARCHES[search]
+    if step == 1:
+        if size != int(size):
+            raise ValueError(f"size must be a whole number of {what}, got {size}")
         size = int(size)
-    schedule = at(start) if count==1 else every(interval, start=start) & first(start+interval*(count-1)+1)
-    return dict(schedule=schedule, search=make(size), objective=OBJECTIVES[objective](lr), optimizer=optimizer, lr=lr, steps=steps, seed=seed)
+    schedule = (
+        at(start)
+        if count == 1
+        else every(interval, start=start)
+        & first(start + interval * (count - 1) + 1)
+    )
+    return dict(
+        schedule=schedule,
+        search=make(size),
+        objective=OBJECTIVES[objective](lr),
+        optimizer=optimizer,
+        lr=lr,
+        steps=steps,
+        seed=seed,
+    )
+
 
 def as_code(
-    problem:str, # A key of `EXPLORED`
-    arguments:dict, # Of `setting`
-)->str:
+    problem: str,  # A key of `EXPLORED`
+    arguments: dict,  # Of `setting`
+) -> str:
     "Python that runs and draws a setting"
-    if problem not in EXPLORED: raise ValueError(f"problem must be one of {list(EXPLORED)}, got {problem!r}")
-    maker,written = EXPLORED[problem][0].__name__,{k: _word(v) for k,v in arguments.items()}
-    names = sorted(set(re.findall(r'grad_norm|\w+(?=\()', ' '.join(written.values()))))
-    inner = ',\n    '.join(f'{k}={v}' for k,v in written.items())
-    return f'from symtele import {", ".join(names)}\nfrom symtele.schedules import draw_run, {maker}, run_schedule\n\nrun = run_schedule({maker}(),\n    {inner})\ndraw_run(run);'
+    if problem not in EXPLORED:
+        raise ValueError(
+            f"problem must be one of {list(EXPLORED)}, got {problem!r}"
+        )
+    maker, written = (
+        EXPLORED[problem][0].__name__,
+        {k: _word(v) for k, v in arguments.items()},
+    )
+    names = sorted(
+        set(re.findall(r"grad_norm|\w+(?=\()", " ".join(written.values())))
+    )
+    inner = ",\n    ".join(f"{k}={v}" for k, v in written.items())
+    return f"from symtele import {', '.join(names)}\nfrom symtele.schedules import draw_run, {maker}, run_schedule\n\nrun = run_schedule({maker}(),\n    {inner})\ndraw_run(run);"
 
 # %% ../nbs/09_schedules.ipynb #c66c6517
 def _controls():
     "The controls of `explorer`, by argument of `setting`"
-    look = dict(style=dict(description_width='115px'), layout=W.Layout(width='330px')); slow = look | dict(continuous_update=False)
-    choose = lambda names,text: W.Dropdown(options=list(names), description=text, **look)
-    count = lambda lo,hi,text: W.IntSlider(lo, lo, hi, description=text, **slow)
-    return dict(problem=choose(EXPLORED, 'problem'), optimizer=choose(OPTIMIZERS, 'optimizer'),
-        lr=W.FloatLogSlider(description='learning rate', base=10, min=-4.5, max=.5, step=.05, readout_format='.2g', **slow), steps=count(1, 400, 'steps'),
-        start=count(0, 100, 'first teleport'), interval=count(1, 100, 'interval'), count=count(1, 20, 'how many'), seed=count(0, 20, 'seed'),
-        objective=W.ToggleButtons(options=list(OBJECTIVES), description='climb', style=look['style']|dict(button_width='95px')).add_class('widget-inline-hbox'),
-        search=choose(SEARCHES, 'search'), size=W.FloatSlider(description='angles', **slow))
+    look = dict(
+        style=dict(description_width="115px"), layout=W.Layout(width="330px")
+    )
+    slow = look | dict(continuous_update=False)
+
+    def choose(names, text):
+        return W.Dropdown(options=list(names), description=text, **look)
+
+    def count(lo, hi, text):
+        return W.IntSlider(lo, lo, hi, description=text, **slow)
+
+    return dict(
+        problem=choose(EXPLORED, "problem"),
+        optimizer=choose(OPTIMIZERS, "optimizer"),
+        lr=W.FloatLogSlider(
+            description="learning rate",
+            base=10,
+            min=-4.5,
+            max=0.5,
+            step=0.05,
+            readout_format=".2g",
+            **slow,
+        ),
+        steps=count(1, 400, "steps"),
+        start=count(0, 100, "first teleport"),
+        interval=count(1, 100, "interval"),
+        count=count(1, 20, "how many"),
+        seed=count(0, 20, "seed"),
+        objective=W.ToggleButtons(
+            options=list(OBJECTIVES),
+            description="climb",
+            style=look["style"] | dict(button_width="95px"),
+        ).add_class("widget-inline-hbox"),
+        search=choose(SEARCHES, "search"),
+        size=W.FloatSlider(description="angles", **slow),
+    )
+
 
 def _sizes(slider, what, span, value=None):
     "Make a slider one for the sizes of a search"
-    least,most,step,first = span
-    slider.min,slider.max,slider.readout_format = 0,most,'d' if step==1 else '.1f'; slider.description,slider.step,slider.value = what,step,first if value is None else value; slider.min = least
+    least, most, step, first = span
+    slider.min, slider.max, slider.readout_format = (
+        0,
+        most,
+        "d" if step == 1 else ".1f",
+    )
+    slider.description, slider.step, slider.value = (
+        what,
+        step,
+        first if value is None else value,
+    )
+    slider.min = least
+
 
 def _place(c, *below):
     "The controls in columns, and what they make"
-    names = ('problem','optimizer','lr','steps'),('start','interval','count','seed'),('search','size','objective')
-    columns = [W.VBox([c[k] for k in ks], layout=W.Layout(flex='0 0 auto')) for ks in names]
-    return W.VBox([W.Box(columns, layout=W.Layout(flex_flow='row wrap')), *below]).add_class('symtele-explorer')
+    names = (
+        ("problem", "optimizer", "lr", "steps"),
+        ("start", "interval", "count", "seed"),
+        ("search", "size", "objective"),
+    )
+    columns = [
+        W.VBox([c[k] for k in ks], layout=W.Layout(flex="0 0 auto"))
+        for ks in names
+    ]
+    return W.VBox(
+        [W.Box(columns, layout=W.Layout(flex_flow="row wrap")), *below]
+    ).add_class("symtele-explorer")
 
 # %% ../nbs/09_schedules.ipynb #2a459380
 def explorer(
-    problem:str='Rosenbrock', # A key of `EXPLORED`, where to begin
-)->W.VBox: # For Jupyter: every control recomputes the run
+    problem: str = "Rosenbrock",  # A key of `EXPLORED`, where to begin
+) -> W.VBox:  # For Jupyter: every control recomputes the run
     "Controls around `run_schedule` and `draw_run`"
-    if problem not in EXPLORED: raise ValueError(f"problem must be one of {list(EXPLORED)}, got {problem!r}")
-    c,says,view,settling = _controls(),W.HTML(),W.HTML(),[]
-    code = W.Textarea(description='as code', layout=W.Layout(width='100%', height='13em'), style=dict(description_width='115px'))
-    bar = W.IntProgress(layout=W.Layout(width='100%', visibility='hidden'))
-    def tell(*sentences): return f'<b role="status" style="color:{LAND}">{html.escape(" ".join(sentences))}</b>'
+    if problem not in EXPLORED:
+        raise ValueError(
+            f"problem must be one of {list(EXPLORED)}, got {problem!r}"
+        )
+    c, says, view, settling = _controls(), W.HTML(), W.HTML(), []
+    code = W.Textarea(
+        description="as code",
+        layout=W.Layout(width="100%", height="13em"),
+        style=dict(description_width="115px"),
+    )
+    bar = W.IntProgress(layout=W.Layout(width="100%", visibility="hidden"))
+
+    def tell(*sentences):
+        return f'<b role="status" style="color:{LAND}">{html.escape(" ".join(sentences))}</b>'
+
     def redraw(change=None):
-        if settling: return
-        values,bar.value,began,wrong = {k: w.value for k,w in c.items()},0,time.perf_counter(),[]
+        if settling:
+            return
+        values, bar.value, began, wrong = (
+            {k: w.value for k, w in c.items()},
+            0,
+            time.perf_counter(),
+            [],
+        )
+
         def progress(k, steps):
-            if k%10==0: bar.max,bar.value = 2*steps,min(bar.value+10, 2*steps)
-            if time.perf_counter()-began>.3: bar.layout.visibility = 'visible' # what is quicker needs no bar
-        try: p = EXPLORED[values['problem']][0]()
-        except (ImportError,OSError) as e: says.value,view.value,code.value = tell(str(e)),'','' ; return # neither MNIST nor scikit-learn
-        c['interval'].disabled = values['count']==1
-        c['seed'].disabled = values['search'] not in ('sample','random') and values['problem']!='images' # where nothing is drawn
-        try: arguments = setting(**values); run = run_schedule(p, **arguments, progress=progress); code.value = as_code(values['problem'], arguments)
-        except (TypeError,ValueError,RuntimeError) as e: # what can be drawn is the run without teleports
-            wrong,code.value = [f'{e}.'] + ['Ascent, sample and random fit here.']*(isinstance(e, TypeError) and isinstance(p, Training)),''
-            run = run_schedule(p, **setting(**values | dict(search='ascent')) | dict(schedule=None), progress=progress)
-        view.value,bar.layout.visibility = img_of(run),'hidden'
-        if 0<(n := len(run.tele.moves))<values['count'] and run.tele.lost is None: wrong.append(f"{n} of {values['count']} teleports fall within the run.")
-        if values['objective']=='next step' and values['optimizer']!='GD': wrong.append(f"The next step climbed is one of gradient descent at this rate, not of {values['optimizer']}.")
+            if k % 10 == 0:
+                bar.max, bar.value = 2 * steps, min(bar.value + 10, 2 * steps)
+            if time.perf_counter() - began > 0.3:
+                bar.layout.visibility = "visible"  # what is quicker needs no bar
+
+        try:
+            p = EXPLORED[values["problem"]][0]()
+        except (ImportError, OSError) as e:
+            says.value, view.value, code.value = tell(str(e)), "", ""
+            return  # neither MNIST nor scikit-learn
+        c["interval"].disabled = values["count"] == 1
+        c["seed"].disabled = (
+            values["search"] not in ("sample", "random")
+            and values["problem"] != "images"
+        )  # where nothing is drawn
+        try:
+            arguments = setting(**values)
+            run = run_schedule(p, **arguments, progress=progress)
+            code.value = as_code(values["problem"], arguments)
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ) as e:  # what can be drawn is the run without teleports
+            wrong, code.value = (
+                [f"{e}."]
+                + ["Ascent, sample and random fit here."]
+                * (isinstance(e, TypeError) and isinstance(p, Training)),
+                "",
+            )
+            run = run_schedule(
+                p,
+                **setting(**values | dict(search="ascent")) | dict(schedule=None),
+                progress=progress,
+            )
+        view.value, bar.layout.visibility = img_of(run), "hidden"
+        if (
+            0 < (n := len(run.tele.moves)) < values["count"]
+            and run.tele.lost is None
+        ):
+            wrong.append(
+                f"{n} of {values['count']} teleports fall within the run."
+            )
+        if values["objective"] == "next step" and values["optimizer"] != "GD":
+            wrong.append(
+                f"The next step climbed is one of gradient descent at this rate, not of {values['optimizer']}."
+            )
         says.value = tell(*wrong, *run.notes)
+
     def settle(change=None):
         "A setting worth a look for a new problem; the learning rate for a new optimizer, the size for a new search"
-        new = change.owner if change else c['problem']; _,rates,begin = EXPLORED[c['problem'].value]
+        new = change.owner if change else c["problem"]
+        _, rates, begin = EXPLORED[c["problem"].value]
         settling.append(True)
-        values = begin | dict(optimizer='GD') if new is c['problem'] else {}; size = values.pop('size', None)
-        for k,v in values.items(): c[k].value = v
-        if new is not c['search']: c['lr'].value = rates[c['optimizer'].value]
-        if new is not c['optimizer']: _sizes(c['size'], *SEARCHES[c['search'].value][1:], size)
-        settling.pop(); redraw()
-    c['problem'].value = problem
-    for k,w in c.items(): w.observe(settle if k in ('problem','optimizer','search') else redraw, 'value')
+        values = begin | dict(optimizer="GD") if new is c["problem"] else {}
+        size = values.pop("size", None)
+        for k, v in values.items():
+            c[k].value = v
+        if new is not c["search"]:
+            c["lr"].value = rates[c["optimizer"].value]
+        if new is not c["optimizer"]:
+            _sizes(c["size"], *SEARCHES[c["search"].value][1:], size)
+        settling.pop()
+        redraw()
+
+    c["problem"].value = problem
+    for k, w in c.items():
+        w.observe(
+            settle if k in ("problem", "optimizer", "search") else redraw, "value"
+        )
     settle()
     return _place(c, bar, says, view, code)
 
 # %% ../nbs/09_schedules.ipynb #a72b2006
 def schedule_grid(
-    problem, # A `Problem` or a `Training`
-    starts:list, # Steps of the first teleport, zero-based
-    intervals:list, # Steps from one teleport to the next, at least 1
-    count:int, # How many teleports, at least 1
-    caption:str, # What to look for, HTML
-    still:tuple|None=None, # Number of each control's setting in the picture shown without scripts; None: the end of the first run
-    **settings, # For `run_schedule`
-)->Switch: # Three sliders and a button that plays the last, none of which needs a kernel
+    problem,  # A `Problem` or a `Training`
+    starts: list,  # Steps of the first teleport, zero-based
+    intervals: list,  # Steps from one teleport to the next, at least 1
+    count: int,  # How many teleports, at least 1
+    caption: str,  # What to look for, HTML
+    still: tuple
+    | None = None,  # Number of each control's setting in the picture shown without scripts; None: the end of the first run
+    **settings,  # For `run_schedule`
+) -> (
+    Switch
+):  # Three sliders and a button that plays the last, none of which needs a kernel
     "A run for every first teleport and every interval, up to each of its teleports and to its end"
+
     def frames(k, n):
-        run = run_schedule(problem, every(n, start=k) & first(k+n*(count-1)+1), **settings); ks = [m['k'] for m in run.tele.moves]
-        if len(ks)!=count: raise ValueError(f"count must be the number of teleports of every run, got {count} for {run.settings}, which has {len(ks)}")
-        return [img_of(run, k) for k in (*ks, len(run.tele.loss)-1)]
-    labels = {'first teleport': [f'at step {k}' for k in starts], 'interval': [f'every {n} step{"s"*(n>1)}' for n in intervals], 'shown up to': [f'teleport {i+1}' for i in range(count)]+['the end']}
-    return switch(labels, [[frames(k, n) for n in intervals] for k in starts], caption, 'grid', still=still or (0,0,count), play=True)
+        run = run_schedule(
+            problem,
+            every(n, start=k) & first(k + n * (count - 1) + 1),
+            **settings,
+        )
+        ks = [m["k"] for m in run.tele.moves]
+        if len(ks) != count:
+            raise ValueError(
+                f"count must be the number of teleports of every run, got {count} for {run.settings}, which has {len(ks)}"
+            )
+        return [img_of(run, k) for k in (*ks, len(run.tele.loss) - 1)]
+
+    labels = {
+        "first teleport": [f"at step {k}" for k in starts],
+        "interval": [f"every {n} step{'s' * (n > 1)}" for n in intervals],
+        "shown up to": [f"teleport {i + 1}" for i in range(count)] + ["the end"],
+    }
+    return switch(
+        labels,
+        [[frames(k, n) for n in intervals] for k in starts],
+        caption,
+        "grid",
+        still=still or (0, 0, count),
+        play=True,
+    )

@@ -13,7 +13,9 @@ __all__ = ['CLOSED', 'ROUNDING', 'LEVER', 'HELD', 'OK', 'DRIFT', 'NONFINITE', 'M
            'Resumable', 'Teleporter', 'check_teleporter']
 
 # %% ../nbs/03_teleport.ipynb #da4b9237
-import inspect, math, time
+import inspect
+import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,67 +27,120 @@ from torch.func import functional_call, grad, grad_and_value, vjp, vmap
 from torch.utils import _pytree as pytree
 from torch.utils._pytree import tree_map
 
-from .groups import ELEMENTS, GL, Blocks, Orbit, Slot, Space, Tap, WiredGroup, dot, eager, gram_slope, left_inverse, readable, transform, undone, wide
+from symtele.groups import (
+    ELEMENTS,
+    GL,
+    Blocks,
+    Orbit,
+    Slot,
+    Space,
+    Tap,
+    WiredGroup,
+    dot,
+    eager,
+    gram_slope,
+    left_inverse,
+    readable,
+    transform,
+    undone,
+    wide,
+)
 from .wiring import wire
 
 # %% ../nbs/03_teleport.ipynb #c1dfd96e
 @dataclass(frozen=True)
 class Measured:
     "A loss at one point"
-    loss:Tensor # (), or (T,) with T tasks
-    gradient:Tensor|dict # Of the sum over tasks; names and shapes of the parameters
-    mass:Tensor # Σ|wᵢ∂ᵢL|, shape of `loss`
+
+    loss: Tensor  # (), or (T,) with T tasks
+    gradient: Tensor | dict  # Of the sum over tasks, as the parameters
+    mass: Tensor  # Σ|wᵢ∂ᵢL|, shape of `loss`
 
 # %% ../nbs/03_teleport.ipynb #902ba3cd
 def measure(
-    loss:Callable, # `(w) -> ()` or `(T,)`
-    w:Tensor|dict, # Parameters; not modified
-)->Measured:
+    loss: Callable,  # `(w) -> ()` or `(T,)`
+    w: Tensor | dict,  # Parameters; not modified
+) -> Measured:
     "The loss, its gradient, and what one rounding of every parameter could do to it"
-    leaves,tree = pytree.tree_flatten(w)
-    each = lambda c: sum(torch.linalg.vector_norm(p*g, 1) for p,g in zip(leaves, pytree.tree_leaves(c)))
+    leaves, tree = pytree.tree_flatten(w)
+
+    def each(c):
+        return sum(
+            torch.linalg.vector_norm(p * g, 1)
+            for p, g in zip(leaves, pytree.tree_leaves(c))
+        )
+
     if eager(*leaves):
-        with torch.enable_grad(): own = [t.detach().requires_grad_() for t in leaves]; L = loss(pytree.tree_unflatten(own, tree))
+        with torch.enable_grad():
+            own = [t.detach().requires_grad_() for t in leaves]
+            L = loss(pytree.tree_unflatten(own, tree))
         if not L.ndim and L.requires_grad:
-            c = pytree.tree_unflatten(torch.autograd.grad(L, own, allow_unused=True, materialize_grads=True), tree)
+            c = pytree.tree_unflatten(
+                torch.autograd.grad(
+                    L, own, allow_unused=True, materialize_grads=True
+                ),
+                tree,
+            )
             return Measured(L.detach(), c, each(c))
-    L,back = vjp(loss, w)
-    if not L.ndim: c, = back(torch.ones_like(L)); return Measured(L, c, each(c))
-    rows, = vmap(back)(torch.eye(len(L), dtype=L.dtype, device=L.device))
+    L, back = vjp(loss, w)
+    if not L.ndim:
+        (c,) = back(torch.ones_like(L))
+        return Measured(L, c, each(c))
+    (rows,) = vmap(back)(torch.eye(len(L), dtype=L.dtype, device=L.device))
     return Measured(L, tree_map(lambda t: t.sum(0), rows), vmap(each)(rows))
 
 # %% ../nbs/03_teleport.ipynb #b1d57811
 def unwrap(
-    model:nn.Module, # A module, perhaps inside DataParallel, DistributedDataParallel or torch.compile
-)->nn.Module: # The module itself
+    model: nn.Module,  # A module, perhaps inside DataParallel, DistributedDataParallel or torch.compile
+) -> nn.Module:  # The module itself
     "Take off wrappers that prefix parameter names"
-    while (inner := getattr(model, '_orig_mod', None)) is not None or \
-          isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) and (inner := model.module) is not None: model = inner
+    while (
+        (inner := getattr(model, "_orig_mod", None)) is not None
+        or isinstance(
+            model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
+        )
+        and (inner := model.module) is not None
+    ):
+        model = inner
     return model
 
 # %% ../nbs/03_teleport.ipynb #17ba0791
 def loss_of(
-    model:nn.Module, # Not modified, nor are its buffers, its mode, its `.grad` or the random state
-    loss_fn:Callable, # `(output, y) -> ()` or `(T,)`
-    y:Tensor, # Targets of the batch
-)->tuple[Callable,dict]: # `loss(w, x)`, and a copy of the trainable parameters by name
+    model: nn.Module,  # Not modified, nor are its buffers, its mode, its `.grad` or the random state
+    loss_fn: Callable,  # `(output, y) -> ()` or `(T,)`
+    y: Tensor,  # Targets of the batch
+) -> tuple[
+    Callable, dict
+]:  # `loss(w, x)`, and a copy of the trainable parameters by name
     "A module's loss as a pure function of its trainable parameters and a batch"
     model = unwrap(model)
-    cuda = sorted({p.device.index for p in model.parameters() if p.device.type=='cuda'})
-    cpu_state,cuda_states = torch.get_rng_state(),[torch.cuda.get_rng_state(i) for i in cuda]
+    cuda = sorted(
+        {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    )
+    cpu_state, cuda_states = (
+        torch.get_rng_state(),
+        [torch.cuda.get_rng_state(i) for i in cuda],
+    )
+
     def loss(w, x):
         with torch.random.fork_rng(cuda):
             torch.set_rng_state(cpu_state)
-            for i,s in zip(cuda, cuda_states): torch.cuda.set_rng_state(s, i)
-            buffers = {k: b.clone() for k,b in model.named_buffers()}
+            for i, s in zip(cuda, cuda_states):
+                torch.cuda.set_rng_state(s, i)
+            buffers = {k: b.clone() for k, b in model.named_buffers()}
             return loss_fn(functional_call(model, {**buffers, **w}, (x,)), y)
-    return loss, {k: p.detach().clone() for k,p in model.named_parameters() if p.requires_grad}
+
+    return loss, {
+        k: p.detach().clone()
+        for k, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 # %% ../nbs/03_teleport.ipynb #fa35e192
 def grad_norm(
-    loss:Callable, # `(w) -> ()` or `(T,)`
-    w:Tensor|dict, # Parameters
-)->Tensor: # ‖∇ΣL‖², shape ()
+    loss: Callable,  # `(w) -> ()` or `(T,)`
+    w: Tensor | dict,  # Parameters
+) -> Tensor:  # ‖∇ΣL‖², shape ()
     "Objective: the squared gradient norm (Z22 Alg. 1)"
     c = grad(lambda w: loss(w).sum())(w)
     return dot(c, c)
@@ -94,497 +149,1016 @@ def grad_norm(
 @dataclass(frozen=True)
 class lookahead:
     "Objective: L(w) - L(w - η∇L(w)), the decrease over the next gradient step; summed over tasks"
-    lr:float # Learning rate η of the step looked ahead to, positive
+
+    lr: float  # Learning rate η of the step looked ahead to, positive
+
     def __post_init__(self):
-        if not 0<self.lr<math.inf: raise ValueError(f"lookahead(lr=...) must be positive and finite, got {self.lr}")
-    def __call__(self, loss:Callable, w:Tensor|dict)->Tensor:
-        c,L = grad_and_value(lambda w: loss(w).sum())(w)
+        if not 0 < self.lr < math.inf:
+            raise ValueError(
+                f"lookahead(lr=...) must be positive and finite, got {self.lr}"
+            )
+
+    def __call__(self, loss: Callable, w: Tensor | dict) -> Tensor:
+        c, L = grad_and_value(lambda w: loss(w).sum())(w)
         return L - loss(self.step(w, c)).sum()
-    def step(self, w:Tensor|dict, c:Tensor|dict): "Where the gradient step along `c` leads"; return tree_map(lambda p,c: p-self.lr*c, w, c)
+
+    def step(self, w: Tensor | dict, c: Tensor | dict):
+        "Where the gradient step along `c` leads"
+        return tree_map(lambda p, c: p - self.lr * c, w, c)
 
 # %% ../nbs/03_teleport.ipynb #9e6a55b6
 @dataclass(frozen=True)
 class Landscape:
     "An objective on an orbit, seen from one point of it; slopes by autograd"
-    orbit:Orbit # Where we are
-    loss:Callable # `(w)`, or `(w, x)` where the orbit has a batch
-    objective:Callable # `(loss, w) -> ()`
-    start:Measured # The loss where the orbit began
-    steps:Tensor|int=0 # Moves so far
-    kind,keeps = 'autograd',('height','gradient') # how slopes are found; what `choose` need not compute again
-    applies = staticmethod(lambda orbit: True) # whether this form understands the orbit
 
-    def loss_from(self, x): return self.loss if x is None else lambda w: self.loss(w, x)
-    def __call__(self, xi:Tensor)->Tensor: "J at `act(xi)`, shape ()"; return self.move(xi).height
+    orbit: Orbit  # Where we are
+    loss: Callable  # `(w)`, or `(w, x)` where the orbit has a batch
+    objective: Callable  # `(loss, w) -> ()`
+    start: Measured  # The loss where the orbit began
+    steps: Tensor | int = 0  # Moves so far
+    kind, keeps = (
+        "autograd",
+        ("height", "gradient"),
+    )  # how slopes are found; what `choose` need not compute again
+    applies = staticmethod(
+        lambda orbit: True
+    )  # whether this form understands the orbit
+
+    def loss_from(self, x):
+        return self.loss if x is None else lambda w: self.loss(w, x)
+
+    def __call__(self, xi: Tensor) -> Tensor:
+        "J at `act(xi)`, shape ()"
+        return self.move(xi).height
+
     @cached_property
-    def height(self)->Tensor: "J here, shape ()"; return self.gsq if self.objective is grad_norm else self.objective(self.loss_from(self.orbit.x), self.orbit.w)
+    def height(self) -> Tensor:
+        "J here, shape ()"
+        return (
+            self.gsq
+            if self.objective is grad_norm
+            else self.objective(self.loss_from(self.orbit.x), self.orbit.w)
+        )
+
     @cached_property
-    def gradient(self): 
+    def gradient(self):
         "∇L here; where the action does not look at the batch, carried from the start without the loss (Prop. 5.1)"
-        if self.orbit.law in ('linear','chart'): return self.orbit.carry(self.start.gradient)
+        if self.orbit.law in ("linear", "chart"):
+            return self.orbit.carry(self.start.gradient)
         return grad(lambda w: self.loss_from(self.orbit.x)(w).sum())(self.orbit.w)
+
     @cached_property
-    def here(self)->Measured: "The loss here, measured by a call"; return measure(self.loss_from(self.orbit.x), self.orbit.w)
+    def here(self) -> Measured:
+        "The loss here, measured by a call"
+        return measure(self.loss_from(self.orbit.x), self.orbit.w)
+
     @cached_property
-    def gsq(self)->Tensor: "‖∇L‖² here, shape ()"; return dot(self.gradient, self.gradient)
-    def slope(self)->Tensor: "dJ/dξ at the identity, shape (size,)"; return grad(self)(self.orbit.zero())
-    def along(self, d:Tensor, t:Tensor)->tuple: 
+    def gsq(self) -> Tensor:
+        "‖∇L‖² here, shape ()"
+        return dot(self.gradient, self.gradient)
+
+    def slope(self) -> Tensor:
+        "dJ/dξ at the identity, shape (size,)"
+        return grad(self)(self.orbit.zero())
+
+    def along(self, d: Tensor, t: Tensor) -> tuple:
         "J at the elements t·d, and its slope by t where that is closed (else None); shapes (len(t),), counted as len(t) calls of the loss"
-        def one(t): there = self.move(t*d); return (there.slope()@d, there.height) if self.kind=='closed' else (t, there.height) # the height comes with the slope
-        calls = getattr(self.loss, 'calls', 0)
-        slopes,heights = vmap(one)(t)
-        if calls: self.loss.calls = calls + len(t)*(self.loss.calls-calls)
-        return heights, slopes.to(d) if self.kind=='closed' else None
-    def move(self, xi:Tensor)->'Landscape': "The landscape seen from `act(xi)`"; return replace(self, orbit=self.orbit.to(xi), steps=self.steps+1)
-    def climb(self, rate:float|Tensor|None=None, norm:float|Tensor|None=None)->'Landscape':
+
+        def one(t):
+            there = self.move(t * d)
+            return (
+                (there.slope() @ d, there.height)
+                if self.kind == "closed"
+                else (t, there.height)
+            )  # the height comes with the slope
+
+        calls = getattr(self.loss, "calls", 0)
+        slopes, heights = vmap(one)(t)
+        if calls:
+            self.loss.calls = calls + len(t) * (self.loss.calls - calls)
+        return heights, slopes.to(d) if self.kind == "closed" else None
+
+    def move(self, xi: Tensor) -> "Landscape":
+        "The landscape seen from `act(xi)`"
+        return replace(self, orbit=self.orbit.to(xi), steps=self.steps + 1)
+
+    def climb(
+        self,
+        rate: float | Tensor | None = None,
+        norm: float | Tensor | None = None,
+    ) -> "Landscape":
         "Moved along the slope: by `rate` times it, or by an element of this norm"
-        s = self.slope(); return self.move(s*(rate if norm is None else norm/s.norm().clamp_min(1e-300)))
-    def choose(self, ok:Tensor, other:'Landscape')->'Landscape':
+        s = self.slope()
+        return self.move(
+            s * (rate if norm is None else norm / s.norm().clamp_min(1e-300))
+        )
+
+    def choose(self, ok: Tensor, other: "Landscape") -> "Landscape":
         "`other` where `ok`, else this one; what both already know is kept"
-        if readable(ok): return other if ok else self
-        mine,theirs = self.__dict__,other.__dict__
-        pick = lambda a,b: torch.where(ok, b, a) if isinstance(a, Tensor) else a
-        known = {k: tree_map(pick, mine[k], theirs[k]) for k in self.keeps if k in mine and k in theirs}
-        return replace(self, orbit=self.orbit.choose(ok, other.orbit), steps=torch.where(ok, other.steps, self.steps)).knowing(**known)
-    def knowing(self, **known)->'Landscape': 
+        if readable(ok):
+            return other if ok else self
+        mine, theirs = self.__dict__, other.__dict__
+
+        def pick(a, b):
+            return torch.where(ok, b, a) if isinstance(a, Tensor) else a
+
+        known = {
+            k: tree_map(pick, mine[k], theirs[k])
+            for k in self.keeps
+            if k in mine and k in theirs
+        }
+        return replace(
+            self,
+            orbit=self.orbit.choose(ok, other.orbit),
+            steps=torch.where(ok, other.steps, self.steps),
+        ).knowing(**known)
+
+    def knowing(self, **known) -> "Landscape":
         "The same landscape, with values that need not be computed again"
-        new = replace(self); new.__dict__.update(known); return new
+        new = replace(self)
+        new.__dict__.update(known)
+        return new
 
 # %% ../nbs/03_teleport.ipynb #91032ad7
 @dataclass(frozen=True)
 class PulledNorm(Landscape):
     "‖J⁻ᵀ∇L‖² along an orbit: Prop. 5.1, with no call of the loss and no second derivative of it"
-    kind = 'closed'
-    def slope(self): return self.orbit.slope_of_pull(self.gradient)
+
+    kind = "closed"
+
+    def slope(self):
+        return self.orbit.slope_of_pull(self.gradient)
 
 # %% ../nbs/03_teleport.ipynb #12c6fc06
 @dataclass(frozen=True)
 class PulledDecrease(Landscape):
     "The decrease over the next gradient step along an orbit, with no second derivative of the loss"
-    kind = 'closed'
+
+    kind = "closed"
+
     @cached_property
-    def ahead(self)->tuple: 
+    def ahead(self) -> tuple:
         "Gradient and loss after the step"
-        return grad_and_value(lambda w: self.loss_from(self.orbit.x)(w).sum())(self.objective.step(self.orbit.w, self.gradient))
+        return grad_and_value(lambda w: self.loss_from(self.orbit.x)(w).sum())(
+            self.objective.step(self.orbit.w, self.gradient)
+        )
+
     @cached_property
     def height(self):
-        after = self.ahead[1] if 'ahead' in self.__dict__ else self.loss_from(self.orbit.x)(self.objective.step(self.orbit.w, self.gradient)).sum()
-        return self.start.loss.sum()-after
+        after = (
+            self.ahead[1]
+            if "ahead" in self.__dict__
+            else self.loss_from(self.orbit.x)(
+                self.objective.step(self.orbit.w, self.gradient)
+            ).sum()
+        )
+        return self.start.loss.sum() - after
+
     def slope(self):
         def both(xi):
-            moved,back = vjp(lambda w: self.orbit.nudge(xi, w), self.orbit.w)
-            return dot(moved, self.ahead[0]) + self.objective.lr*dot(back(self.gradient)[0], self.ahead[0])
+            moved, back = vjp(lambda w: self.orbit.nudge(xi, w), self.orbit.w)
+            return dot(moved, self.ahead[0]) + self.objective.lr * dot(
+                back(self.gradient)[0], self.ahead[0]
+            )
+
         return -grad(both)(self.orbit.zero())
 
 # %% ../nbs/03_teleport.ipynb #f6e1126c
 def chain(
-    orbit:Orbit, # Of the batch law
-)->tuple|None: # Pairs (`Space`, kind) from the data up to the highest space that moves on the batch; None where the model below is no plain chain
+    orbit: Orbit,  # Of the batch law
+) -> (
+    tuple | None
+):  # Pairs (`Space`, kind) from the data up to the highest space that moves on the batch; None where the model below is no plain chain
     "The part of a model whose gradient the batch law bends"
-    if 'chain' not in orbit.blocks.memo: orbit.blocks.memo['chain'] = _chain(orbit)
-    return orbit.blocks.memo['chain']
+    if "chain" not in orbit.blocks.memo:
+        orbit.blocks.memo["chain"] = _chain(orbit)
+    return orbit.blocks.memo["chain"]
+
 
 def _chain(orbit):
     "What `chain` returns, worked out"
-    moving,w = dict((s.name, kind) for s,kind in orbit.blocks.spaces), orbit.start
-    batch = [s for s,kind in orbit.blocks.spaces if kind=='batch']
-    if any(s.tap.below is None for s in batch) or any(s.data for s,_ in orbit.blocks.spaces): return None
-    path,readers = [max(batch, key=lambda s: len(s.tap.below))],None
+    moving, w = (
+        dict((s.name, kind) for s, kind in orbit.blocks.spaces),
+        orbit.start,
+    )
+    batch = [s for s, kind in orbit.blocks.spaces if kind == "batch"]
+    if any(s.tap.below is None for s in batch) or any(
+        s.data for s, _ in orbit.blocks.spaces
+    ):
+        return None
+    path, readers = [max(batch, key=lambda s: len(s.tap.below))], None
     while True:
-        s,layer = path[0],path[0].tap.layer
-        own = {Slot(f'{layer}.{p}', 0) for p in ('weight','bias') if f'{layer}.{p}' in w}
+        s, layer = path[0], path[0].tap.layer
+        own = {
+            Slot(f"{layer}.{p}", 0)
+            for p in ("weight", "bias")
+            if f"{layer}.{p}" in w
+        }
         read = {Slot(t.param, 1, dual=True) for t in s.slots if t.dual}
-        if s.copies>1 or set(s.slots)!=own|read or readers not in (None, {t.param for t in read}): return None
-        readers = {f'{layer}.weight'}
-        below = [t for t in orbit.wiring.spaces if readers & {u.param for u in t.slots if u.dual}]
-        if not below: break
-        if len(below)>1 or below[0].tap is None: return None
+        if (
+            s.copies > 1
+            or set(s.slots) != own | read
+            or readers not in (None, {t.param for t in read})
+        ):
+            return None
+        readers = {f"{layer}.weight"}
+        below = [
+            t
+            for t in orbit.wiring.spaces
+            if readers & {u.param for u in t.slots if u.dual}
+        ]
+        if not below:
+            break
+        if len(below) > 1 or below[0].tap is None:
+            return None
         path.insert(0, below[0])
-    names = {f'{s.tap.layer}.{p}' for s in path for p in ('weight','bias')} & w.keys()
-    if names!=path[-1].tap.below or any(f'{s.tap.layer}.weight' not in w for s in path) or any(s not in path for s in batch): return None
-    return tuple((s, moving.get(s.name, 'fixed')) for s in path)
+    names = {
+        f"{s.tap.layer}.{p}" for s in path for p in ("weight", "bias")
+    } & w.keys()
+    if (
+        names != path[-1].tap.below
+        or any(f"{s.tap.layer}.weight" not in w for s in path)
+        or any(s not in path for s in batch)
+    ):
+        return None
+    return tuple((s, moving.get(s.name, "fixed")) for s in path)
 
 # %% ../nbs/03_teleport.ipynb #bc33ea4e
 class Factors(NamedTuple):
     "A step T = UᵀV of low rank r"
-    u:Tensor # Shape (r, d)
-    v:Tensor # Shape (r, d)
 
-    def dense(self)->Tensor: "T, shape (d, d)"; return self.u.mT@self.v
-    def __mul__(self, rate): return Factors(self.u*rate, self.v)
-    def square(self)->Tensor: "‖T‖² entry by entry, without T"; return (self.u@self.u.mT)*(self.v@self.v.mT)
-    def undone(self, rows:Tensor)->Tensor:
+    u: Tensor  # Shape (r, d)
+    v: Tensor  # Shape (r, d)
+
+    def dense(self) -> Tensor:
+        "T, shape (d, d)"
+        return self.u.mT @ self.v
+
+    def __mul__(self, rate):
+        return Factors(self.u * rate, self.v)
+
+    def square(self) -> Tensor:
+        "‖T‖² entry by entry, without T"
+        return (self.u @ self.u.mT) * (self.v @ self.v.mT)
+
+    def undone(self, rows: Tensor) -> Tensor:
         "Each row times (I+T)⁻¹, by a system of size r (Woodbury)"
-        small = torch.eye(len(self.u), dtype=rows.dtype, device=rows.device) + self.v@self.u.mT
-        return torch.addmm(rows, rows@self.u.mT, torch.linalg.solve_ex(small, self.v)[0], alpha=-1)
+        small = (
+            torch.eye(len(self.u), dtype=rows.dtype, device=rows.device)
+            + self.v @ self.u.mT
+        )
+        return torch.addmm(
+            rows,
+            rows @ self.u.mT,
+            torch.linalg.solve_ex(small, self.v)[0],
+            alpha=-1,
+        )
+
 
 def onto(
-    t:Tensor|Factors|None, # A step T, shape (d, d) or factors of it; the logarithm of a diagonal, shape (d,); or None for no step
-    rows:Tensor, # Shape (n, d)
-)->Tensor: # Each times (I+T)ᵀ
+    t: Tensor
+    | Factors
+    | None,  # A step T, shape (d, d) or factors of it; the logarithm of a diagonal, shape (d,); or None for no step
+    rows: Tensor,  # Shape (n, d)
+) -> Tensor:  # Each times (I+T)ᵀ
     "Rows after a step that moves them"
-    if t is None: return rows
-    if isinstance(t, Factors): return torch.addmm(rows, rows@t.v.mT, t.u)
-    return rows*t.exp() if t.ndim<2 else torch.addmm(rows, rows, t.mT)
+    if t is None:
+        return rows
+    if isinstance(t, Factors):
+        return torch.addmm(rows, rows @ t.v.mT, t.u)
+    return rows * t.exp() if t.ndim < 2 else torch.addmm(rows, rows, t.mT)
 
 # %% ../nbs/03_teleport.ipynb #7719a1c7
 class Link(NamedTuple):
     "One layer of a chain, and the rows that move with its space; n samples are rows"
-    space:Space # What the layer makes
-    kind:str # How it moves
-    bias:bool # Whether the layer has one
-    fore:Tensor # Activations and, where the space moves by a matrix g and has no trail, the rows of gᵀ, shape (n, size) or (n + size, size)
-    back:Tensor # Of the layer that reads the space: its weights or, where that moves on the batch, its left inverse and W - zh⁺; at the top ∂L/∂h; shape (rows, size)
-    z:Tensor # Pre-activations, shape (n, size)
-    bent:tuple # σ'(z) and σ''(z), shapes (n, size), the second None where it is 0 everywhere
-    h:Tensor # Activations, shape (n, size), the first rows of `fore`
-    trail:tuple|None=None # Where the samples are few: the steps so far, whose product is g
-    tie:Tensor|None=None # D of `tied` for what reads the top, shape (n, n)
 
-    def element(self, t:Tensor|Factors|None)->Tensor: 
+    space: Space  # What the layer makes
+    kind: str  # How it moves
+    bias: bool  # Whether the layer has one
+    fore: Tensor  # Activations and, where the space moves by a matrix g and has no trail, the rows of gᵀ, shape (n, size) or (n + size, size)
+    back: Tensor  # Of the layer that reads the space: its weights or, where that moves on the batch, its left inverse and W - zh⁺; at the top ∂L/∂h; shape (rows, size)
+    z: Tensor  # Pre-activations, shape (n, size)
+    bent: tuple  # σ'(z) and σ''(z), shapes (n, size), the second None where it is 0 everywhere
+    h: Tensor  # Activations, shape (n, size), the first rows of `fore`
+    trail: tuple | None = None  # With few samples: the steps so far
+    tie: Tensor | None = None  # D of `tied` for what reads the top, shape (n, n)
+
+    def element(self, t: Tensor | Factors | None) -> Tensor:
         "From the start to a step `t` beyond here, shape (size, size)"
-        rows = self.fore[len(self.z):] if self.trail is None else torch.eye(self.space.size, dtype=self.z.dtype, device=self.z.device)
-        for u in self.trail or (): rows = onto(u, rows)
-        g = wide(onto(t, rows).mT); return g - torch.eye(len(g), dtype=g.dtype, device=g.device)
-    def to(self, t:Tensor|Factors|None, above:Tensor|None, w:dict)->'Link':
+        rows = (
+            self.fore[len(self.z) :]
+            if self.trail is None
+            else torch.eye(
+                self.space.size, dtype=self.z.dtype, device=self.z.device
+            )
+        )
+        for u in self.trail or ():
+            rows = onto(u, rows)
+        g = wide(onto(t, rows).mT)
+        return g - torch.eye(len(g), dtype=g.dtype, device=g.device)
+
+    def to(
+        self, t: Tensor | Factors | None, above: Tensor | None, w: dict
+    ) -> "Link":
         "The link after a step `t` of its space and, where that does not move on the batch, a step `above` of the one its readers make"
-        fore,z,bent = onto(t, self.fore),self.z,self.bent
-        back = t.undone(self.back) if isinstance(t, Factors) else undone(t, self.back)
-        if above is not None: back = onto(above, back.mT).mT
-        h = fore[:len(z)]
-        if self.kind=='batch': z = self.space.tap.inverse(h, w); bent = bends(self.space.tap, z, w)
-        trail = self.trail if t is None or self.trail is None else (*self.trail, t)
-        return Link(*self[:3], fore, back, z if self.kind=='batch' else onto(t, z), bent, h, trail, self.tie)
+        fore, z, bent = onto(t, self.fore), self.z, self.bent
+        back = (
+            t.undone(self.back)
+            if isinstance(t, Factors)
+            else undone(t, self.back)
+        )
+        if above is not None:
+            back = onto(above, back.mT).mT
+        h = fore[: len(z)]
+        if self.kind == "batch":
+            z = self.space.tap.inverse(h, w)
+            bent = bends(self.space.tap, z, w)
+        trail = (
+            self.trail if t is None or self.trail is None else (*self.trail, t)
+        )
+        return Link(
+            *self[:3],
+            fore,
+            back,
+            z if self.kind == "batch" else onto(t, z),
+            bent,
+            h,
+            trail,
+            self.tie,
+        )
+
 
 def bends(
-    tap:Tap, # Of the layer
-    z:Tensor, # Pre-activations, any shape
-    w:dict, # Parameters, for constants of the activation
-)->tuple: # σ'(z) and σ''(z), the second None where the table says it is 0 everywhere
+    tap: Tap,  # Of the layer
+    z: Tensor,  # Pre-activations, any shape
+    w: dict,  # Parameters, for constants of the activation
+) -> (
+    tuple
+):  # σ'(z) and σ''(z), the second None where the table says it is 0 everywhere
     "The derivatives of an activation, from the table or by autograd"
-    if tap.slopes: return tap.slopes(z)
+    if tap.slopes:
+        return tap.slopes(z)
     one = torch.ones_like(z)
-    first,back = vjp(lambda z: vjp(lambda z: tap.sigma(z, w), z)[1](one)[0], z)
+    first, back = vjp(lambda z: vjp(lambda z: tap.sigma(z, w), z)[1](one)[0], z)
     return first, back(one)[0]
 
 # %% ../nbs/03_teleport.ipynb #22d200f8
 class Chain(NamedTuple):
     "What the closed form knows at one point of an orbit, in the precision of the parameters"
-    links:tuple # From the data up
-    above:dict # Gradient of the parameters above
-    rest:dict # Space -> element from the start to here, where it is no matrix of a link
-    x:Tensor # Input of the first layer, shape (n, p)
-    gram:Tensor # Products of samples in it, plus 1 with a bias, shape (n, n)
-    reads:tuple # Names of the weights that read the highest space
-    moves:tuple # (`Space`, kind, slots) of what else moves above
-    begin:Orbit # Where the links began
 
-    def to(self, a:dict)->'Chain':
+    links: tuple  # From the data up
+    above: dict  # Gradient of the parameters above
+    rest: dict  # Space -> element from the start to here, where it is no matrix of a link
+    x: Tensor  # Input of the first layer, shape (n, p)
+    gram: Tensor  # Products of samples in it, plus 1 with a bias, shape (n, n)
+    reads: tuple  # Names of the weights that read the highest space
+    moves: tuple  # (`Space`, kind, slots) of what else moves above
+    begin: Orbit  # Where the links began
+
+    def to(self, a: dict) -> "Chain":
         "The chain after a step `a`, by blocks"
-        steps,w = [a.get(l.space.name) for l in self.links],self.begin.start
-        own = [None if l.kind=='batch' else t for l,t in zip(self.links[1:], steps[1:])]+[None]
-        links = tuple([l.to(t, above, w) for l,t,above in zip(self.links, steps, own)])
-        above = {k: onto(steps[-1], c) if k in self.reads else c for k,c in self.above.items()}
-        if self.moves: above = transform(above, [(s, kind, a[s.name], slots) for s,kind,slots in self.moves], dual=True)
+        steps, w = [a.get(l.space.name) for l in self.links], self.begin.start
+        own = [
+            None if l.kind == "batch" else t
+            for l, t in zip(self.links[1:], steps[1:])
+        ] + [None]
+        links = tuple(
+            [l.to(t, above, w) for l, t, above in zip(self.links, steps, own)]
+        )
+        above = {
+            k: onto(steps[-1], c) if k in self.reads else c
+            for k, c in self.above.items()
+        }
+        if self.moves:
+            above = transform(
+                above,
+                [(s, kind, a[s.name], slots) for s, kind, slots in self.moves],
+                dual=True,
+            )
         return Chain(links, above, self.others(a), *self[3:])
-    def others(self, a:dict)->dict: "`rest` after a step"; return {s.name: ELEMENTS[kind].then(self.rest[s.name], a[s.name]) for s,kind in self.begin.blocks.spaces if s.name in self.rest}
-    def orbit(self, a:dict)->Orbit: 
+
+    def others(self, a: dict) -> dict:
+        "`rest` after a step"
+        return {
+            s.name: ELEMENTS[kind].then(self.rest[s.name], a[s.name])
+            for s, kind in self.begin.blocks.spaces
+            if s.name in self.rest
+        }
+
+    def orbit(self, a: dict) -> Orbit:
         "Seen from a step `a` beyond here, {} for none"
         rest = self.others(a) if a else self.rest
-        return replace(self.begin, at={k: wide(t) for k,t in rest.items()} | {l.space.name: l.element(a.get(l.space.name)) for l in self.links if l.kind in ('batch','gl')})
+        return replace(
+            self.begin,
+            at={k: wide(t) for k, t in rest.items()}
+            | {
+                l.space.name: l.element(a.get(l.space.name))
+                for l in self.links
+                if l.kind in ("batch", "gl")
+            },
+        )
 
 # %% ../nbs/03_teleport.ipynb #63266754
 def tied(
-    h:Tensor, # Activations, shape (n, d)
-    rows:list, # Gradients R of the weights that read them, shapes (m, d)
-)->Tensor|None: # D, shape (n, n), with Σ RᵀR = hᵀDh; None where a gradient is no combination of the rows of h, as that of a plain layer is
+    h: Tensor,  # Activations, shape (n, d)
+    rows: list,  # Gradients R of the weights that read them, shapes (m, d)
+) -> (
+    Tensor | None
+):  # D, shape (n, n), with Σ RᵀR = hᵀDh; None where a gradient is no combination of the rows of h, as that of a plain layer is
     "What the gradients above a space have in common with its few samples"
-    plus,D = left_inverse(h),0
+    plus, D = left_inverse(h), 0
     for r in rows:
         p = plus.times(r)
-        if not torch.dist(p@h, r)<=1e3*torch.finfo(r.dtype).eps*r.norm(): return None
-        D = D + p.mT@p
+        if not torch.dist(p @ h, r) <= 1e3 * torch.finfo(r.dtype).eps * r.norm():
+            return None
+        D = D + p.mT @ p
     return D
 
+
 def read_chain(
-    orbit:Orbit, # With a chain, at its start
-    path:tuple, # Its spaces and their kinds
-    c:dict, # Gradient there
-)->Chain: # There
+    orbit: Orbit,  # With a chain, at its start
+    path: tuple,  # Its spaces and their kinds
+    c: dict,  # Gradient there
+) -> Chain:  # There
     "A chain where its orbit began, from its gradient; activations are computed only where the batch law has not read them"
-    (h,plus,seen),w,links = orbit.reading,orbit.start,[]
+    (h, plus, seen), w, links = orbit.reading, orbit.start, []
     x = first = seen[path[0][0].tap.layer].flatten(0, -2)
-    for s,kind in path:
-        weight,bias = w[f'{s.tap.layer}.weight'],w.get(f'{s.tap.layer}.bias')
-        z = s.tap.inverse(h[s.name], w) if kind=='batch' else nn.functional.linear(x, weight, bias)
-        if links: 
-            rows = [plus[s.name].full[:weight.shape[1]].mT.to(z.dtype)] if kind=='batch' else [weight]
-            if kind=='batch' and len(x)<weight.shape[1]+(bias is not None): rows.append(torch.addmm(weight, z.mT, rows[0], alpha=-1))
+    for s, kind in path:
+        weight, bias = w[f"{s.tap.layer}.weight"], w.get(f"{s.tap.layer}.bias")
+        z = (
+            s.tap.inverse(h[s.name], w)
+            if kind == "batch"
+            else nn.functional.linear(x, weight, bias)
+        )
+        if links:
+            rows = (
+                [plus[s.name].full[: weight.shape[1]].mT.to(z.dtype)]
+                if kind == "batch"
+                else [weight]
+            )
+            if kind == "batch" and len(x) < weight.shape[1] + (bias is not None):
+                rows.append(torch.addmm(weight, z.mT, rows[0], alpha=-1))
             links[-1] = links[-1]._replace(back=torch.cat(rows))
-        x = h[s.name] if kind=='batch' else s.tap.sigma(z, w)
-        few,tie = kind=='batch' and len(x)<s.size/4 and readable(x),None
-        if few and s is path[-1][0]: read = [c[t.param] for t in s.slots if t.dual]; tie = tied(x, read); few = tie is not None or 2*len(x)+sum(map(len, read))<s.size/2
-        fore = torch.cat((x, torch.eye(s.size, dtype=z.dtype, device=z.device))) if kind in ('batch','gl') and not few else x
-        links.append(Link(s, kind, bias is not None, fore, None, z, bends(s.tap, z, w), x, () if few else None, tie))
-    names,rows = s.tap.below,c[f'{s.tap.layer}.weight']
-    if bias is not None: rows = torch.cat((rows, c[f'{s.tap.layer}.bias'][:,None]), 1)
-    links[-1] = links[-1]._replace(back=plus[s.name].times(rows).mT/links[-1].bent[0])
-    above,reads = {k: t for k,t in c.items() if k not in names},tuple(t.param for t in s.slots if t.dual)
-    moves = tuple((t,kind,u) for t,kind,_,slots in orbit.blocks.moves(orbit.at) if t is not s and (u := [v for v in slots if v.param in above]))
-    own = {l.space.name for l in links if l.kind in ('batch','gl')}
-    rest = {t.name: ELEMENTS[kind].zero(t).to(first) for t,kind in orbit.blocks.spaces if t.name not in own}
-    return Chain(tuple(links), above, rest, first, first@first.mT+links[0].bias, reads, moves, orbit)
+        x = h[s.name] if kind == "batch" else s.tap.sigma(z, w)
+        few, tie = kind == "batch" and len(x) < s.size / 4 and readable(x), None
+        if few and s is path[-1][0]:
+            read = [c[t.param] for t in s.slots if t.dual]
+            tie = tied(x, read)
+            few = tie is not None or 2 * len(x) + sum(map(len, read)) < s.size / 2
+        fore = (
+            torch.cat((x, torch.eye(s.size, dtype=z.dtype, device=z.device)))
+            if kind in ("batch", "gl") and not few
+            else x
+        )
+        links.append(
+            Link(
+                s,
+                kind,
+                bias is not None,
+                fore,
+                None,
+                z,
+                bends(s.tap, z, w),
+                x,
+                () if few else None,
+                tie,
+            )
+        )
+    names, rows = s.tap.below, c[f"{s.tap.layer}.weight"]
+    if bias is not None:
+        rows = torch.cat((rows, c[f"{s.tap.layer}.bias"][:, None]), 1)
+    links[-1] = links[-1]._replace(
+        back=plus[s.name].times(rows).mT / links[-1].bent[0]
+    )
+    above, reads = (
+        {k: t for k, t in c.items() if k not in names},
+        tuple(t.param for t in s.slots if t.dual),
+    )
+    moves = tuple(
+        (t, kind, u)
+        for t, kind, _, slots in orbit.blocks.moves(orbit.at)
+        if t is not s and (u := [v for v in slots if v.param in above])
+    )
+    own = {l.space.name for l in links if l.kind in ("batch", "gl")}
+    rest = {
+        t.name: ELEMENTS[kind].zero(t).to(first)
+        for t, kind in orbit.blocks.spaces
+        if t.name not in own
+    }
+    return Chain(
+        tuple(links),
+        above,
+        rest,
+        first,
+        first @ first.mT + links[0].bias,
+        reads,
+        moves,
+        orbit,
+    )
 
 # %% ../nbs/03_teleport.ipynb #cb4e5208
 @dataclass(frozen=True)
 class ChainNorm(Landscape):
     "‖∇L‖² along an orbit of the batch law, for a chain of layers: no call of the loss, no second derivative of it"
-    kind,keeps = 'closed',('height','gradient','chain')
+
+    kind, keeps = "closed", ("height", "gradient", "chain")
     applies = staticmethod(lambda orbit: chain(orbit) is not None)
+
     @cached_property
-    def chain(self)->Chain:
+    def chain(self) -> Chain:
         "What is known here: from the last point, or from the start of the orbit"
-        if 'last' in self.__dict__: last,a = self.__dict__.pop('last'); return last.to(a)
-        new,at = read_chain(self.orbit, chain(self.orbit), self.start.gradient),self.orbit.at
-        if self.orbit.still: return new
-        return new.to({k: t.to(new.x.dtype) for k,t in at.items()})
-    def move(self, xi): return self.by(self.chain.begin.blocks.split(xi.to(self.chain.x.dtype)))
-    def by(self, a:dict)->'ChainNorm':
+        if "last" in self.__dict__:
+            last, a = self.__dict__.pop("last")
+            return last.to(a)
+        new, at = (
+            read_chain(self.orbit, chain(self.orbit), self.start.gradient),
+            self.orbit.at,
+        )
+        if self.orbit.still:
+            return new
+        return new.to({k: t.to(new.x.dtype) for k, t in at.items()})
+
+    def move(self, xi):
+        return self.by(self.chain.begin.blocks.split(xi.to(self.chain.x.dtype)))
+
+    def by(self, a: dict) -> "ChainNorm":
         "Moved by an element in blocks; nothing is computed before it is asked for"
         there = object.__new__(ChainNorm)
-        there.__dict__.update(loss=self.loss, objective=self.objective, start=self.start, steps=self.steps+1, last=(self.chain,a)); return there
+        there.__dict__.update(
+            loss=self.loss,
+            objective=self.objective,
+            start=self.start,
+            steps=self.steps + 1,
+            last=(self.chain, a),
+        )
+        return there
+
     @cached_property
-    def orbit(self)->Orbit: 
+    def orbit(self) -> Orbit:
         "Found when it is asked for"
-        c,a = self.__dict__.get('last') or (self.chain,{}); return c.orbit(a)
+        c, a = self.__dict__.get("last") or (self.chain, {})
+        return c.orbit(a)
+
     @cached_property
-    def errors(self)->list:
+    def errors(self) -> list:
         "From the data up: ∂L/∂h and ∂L/∂z of each link, shapes (n, size)"
-        links,out = self.chain.links,[]
+        links, out = self.chain.links, []
         b = links[-1].back
-        for l,below in zip(links[::-1], links[-2::-1]+(None,)):
-            d = l.bent[0]*b; out.insert(0, (b, d))
-            if below is None: return out
-            r = d if l.kind!='batch' else d@l.z.mT if len(below.back)==len(d) else torch.cat((d@l.z.mT, d), 1)
-            b = r@below.back
+        for l, below in zip(links[::-1], links[-2::-1] + (None,)):
+            d = l.bent[0] * b
+            out.insert(0, (b, d))
+            if below is None:
+                return out
+            r = (
+                d
+                if l.kind != "batch"
+                else d @ l.z.mT
+                if len(below.back) == len(d)
+                else torch.cat((d @ l.z.mT, d), 1)
+            )
+            b = r @ below.back
+
     @cached_property
-    def weights(self)->list:
+    def weights(self) -> list:
         "Gradients of the weights that read each link, a list for each; None where the samples are too few to need them"
-        return [None if l.trail is not None else [d.mT@l.h] for l,(_,d) in zip(self.chain.links, self.errors[1:])] + [[self.chain.above[k] for k in self.chain.reads]]
+        return [
+            None if l.trail is not None else [d.mT @ l.h]
+            for l, (_, d) in zip(self.chain.links, self.errors[1:])
+        ] + [[self.chain.above[k] for k in self.chain.reads]]
+
     @cached_property
-    def driven(self)->list:
+    def driven(self) -> list:
         "The derivative of each link's pre-activations along the gradient of its own layer, shapes (n, size)"
-        links,out = self.chain.links,[self.chain.gram@self.errors[0][1]]
-        for l,up,(_,d),g in zip(links, links[1:], self.errors[1:], self.weights):
-            if g is None: out.append(torch.addmm(d.sum(0), l.h@l.h.mT, d) if up.bias else l.h@l.h.mT@d)
-            else: out.append(torch.addmm(d.sum(0), l.h, g[0].mT) if up.bias else l.h@g[0].mT)
+        links, out = self.chain.links, [self.chain.gram @ self.errors[0][1]]
+        for l, up, (_, d), g in zip(
+            links, links[1:], self.errors[1:], self.weights
+        ):
+            if g is None:
+                out.append(
+                    torch.addmm(d.sum(0), l.h @ l.h.mT, d)
+                    if up.bias
+                    else l.h @ l.h.mT @ d
+                )
+            else:
+                out.append(
+                    torch.addmm(d.sum(0), l.h, g[0].mT)
+                    if up.bias
+                    else l.h @ g[0].mT
+                )
         return out
+
     @cached_property
     def gsq(self):
-        if 'gradient' in self.__dict__: return Landscape.gsq.func(self)
-        return sum((d*p).sum() for (_,d),p in zip(self.errors, self.driven)) + dot(self.chain.above, self.chain.above)
+        if "gradient" in self.__dict__:
+            return Landscape.gsq.func(self)
+        return sum(
+            (d * p).sum() for (_, d), p in zip(self.errors, self.driven)
+        ) + dot(self.chain.above, self.chain.above)
+
     @cached_property
     def gradient(self):
         c = dict(self.chain.above)
-        for l,(_,d),x in zip(self.chain.links, self.errors, (self.chain.x, *(l.h for l in self.chain.links))):
-            c[f'{l.space.tap.layer}.weight'] = d.mT@x
-            if l.bias: c[f'{l.space.tap.layer}.bias'] = d.sum(0)
+        for l, (_, d), x in zip(
+            self.chain.links,
+            self.errors,
+            (self.chain.x, *(l.h for l in self.chain.links)),
+        ):
+            c[f"{l.space.tap.layer}.weight"] = d.mT @ x
+            if l.bias:
+                c[f"{l.space.tap.layer}.bias"] = d.sum(0)
         return {k: c[k] for k in self.start.gradient}
+
     @cached_property
-    def rise(self)->dict:
+    def rise(self) -> dict:
         "The slope by blocks, of low rank where the samples are few"
-        out,below,links,blocks = {},None,self.chain.links,self.chain.begin.blocks
-        for l,up,(b,d),zd,reads in zip(links, self.errors[1:]+[None], self.errors, self.driven, self.weights):
+        out, below, links, blocks = (
+            {},
+            None,
+            self.chain.links,
+            self.chain.begin.blocks,
+        )
+        for l, up, (b, d), zd, reads in zip(
+            links,
+            self.errors[1:] + [None],
+            self.errors,
+            self.driven,
+            self.weights,
+        ):
             q = None
             if below is not None:
-                td = hd@below.back.mT
-                if l.kind=='batch': c,td = td[:,:len(d)],td[:,len(d):]; q = c.mT@d; td = torch.addmm(td, c, l.z) if td.shape[1] else c@l.z
-                zd = td+zd
-            (s,ss),below = l.bent,l
-            hd = s*zd
-            if l.kind!='batch': continue
-            if ss is not None: q = ss*zd*b if q is None else q + ss*zd*b
-            if l.trail is None: t = torch.addmm(sum(r.mT@r for r in reads), b.mT, hd, beta=2, alpha=-2); out[l.space.name] = t if q is None else torch.addmm(t, (q/s).mT, l.h, alpha=2)
+                td = hd @ below.back.mT
+                if l.kind == "batch":
+                    c, td = td[:, : len(d)], td[:, len(d) :]
+                    q = c.mT @ d
+                    td = torch.addmm(td, c, l.z) if td.shape[1] else c @ l.z
+                zd = td + zd
+            (s, ss), below = l.bent, l
+            hd = s * zd
+            if l.kind != "batch":
+                continue
+            if ss is not None:
+                q = ss * zd * b if q is None else q + ss * zd * b
+            if l.trail is None:
+                t = torch.addmm(
+                    sum(r.mT @ r for r in reads), b.mT, hd, beta=2, alpha=-2
+                )
+                out[l.space.name] = (
+                    t if q is None else torch.addmm(t, (q / s).mT, l.h, alpha=2)
+                )
             else:
-                bend = [] if q is None else [q/s]
-                if reads is None or l.tie is not None: reads = []; bend.append((up[1]@up[1].mT if l.tie is None else l.tie)@l.h)
-                u,v = [-b]+([sum(bend)] if bend else [])+reads,[hd]+([l.h] if bend else [])+reads
-                out[l.space.name] = Factors(torch.cat(u), torch.cat(v))*2
-        if len(out)==len(blocks.spaces): return out
-        rest = Blocks(tuple((s,kind) for s,kind in blocks.spaces if kind!='batch'))
-        c = self.chain.above if all(t.param in self.chain.above for s,_ in rest.spaces for t in s.slots) else self.gradient
+                bend = [] if q is None else [q / s]
+                if reads is None or l.tie is not None:
+                    reads = []
+                    bend.append(
+                        (up[1] @ up[1].mT if l.tie is None else l.tie) @ l.h
+                    )
+                u, v = (
+                    [-b] + ([sum(bend)] if bend else []) + reads,
+                    [hd] + ([l.h] if bend else []) + reads,
+                )
+                out[l.space.name] = Factors(torch.cat(u), torch.cat(v)) * 2
+        if len(out) == len(blocks.spaces):
+            return out
+        rest = Blocks(
+            tuple((s, kind) for s, kind in blocks.spaces if kind != "batch")
+        )
+        c = (
+            self.chain.above
+            if all(
+                t.param in self.chain.above
+                for s, _ in rest.spaces
+                for t in s.slots
+            )
+            else self.gradient
+        )
         return out | rest.split(gram_slope(rest, c))
-    def slope(self): return self.chain.begin.blocks.join({k: t.dense() if isinstance(t, Factors) else t for k,t in self.rise.items()})
+
+    def slope(self):
+        return self.chain.begin.blocks.join(
+            {
+                k: t.dense() if isinstance(t, Factors) else t
+                for k, t in self.rise.items()
+            }
+        )
+
     def climb(self, rate=None, norm=None):
-        if all(l.trail is None for l in self.chain.links): return super().climb(rate, norm)
-        if norm is not None: rate = norm/sum((t.square().sum() for t in self.rise.values())).sqrt().clamp_min(1e-300)
-        return self.by({k: t*rate if isinstance(t, Factors) else (t*rate).to(self.chain.x.dtype) for k,t in self.rise.items()})
+        if all(l.trail is None for l in self.chain.links):
+            return super().climb(rate, norm)
+        if norm is not None:
+            rate = norm / sum(
+                t.square().sum() for t in self.rise.values()
+            ).sqrt().clamp_min(1e-300)
+        return self.by(
+            {
+                k: t * rate
+                if isinstance(t, Factors)
+                else (t * rate).to(self.chain.x.dtype)
+                for k, t in self.rise.items()
+            }
+        )
 
 # %% ../nbs/03_teleport.ipynb #f1f836cb
-CLOSED = {(objective,law): land for law in ('linear','chart') for objective,land in ((grad_norm,PulledNorm), (lookahead,PulledDecrease))} | {(grad_norm,'batch'): ChainNorm}
+CLOSED = {
+    (objective, law): land
+    for law in ("linear", "chart")
+    for objective, land in ((grad_norm, PulledNorm), (lookahead, PulledDecrease))
+} | {(grad_norm, "batch"): ChainNorm}
+
 
 def landscape(
-    orbit:Orbit, # Where to begin
-    loss:Callable, # `(w)`, or `(w, x)` where the orbit has a batch
-    objective:Callable=grad_norm, # `(loss, w) -> ()`
-    start:Measured|None=None, # The loss where the orbit began, if it has been measured
-)->Landscape:
+    orbit: Orbit,  # Where to begin
+    loss: Callable,  # `(w)`, or `(w, x)` where the orbit has a batch
+    objective: Callable = grad_norm,  # `(loss, w) -> ()`
+    start: Measured
+    | None = None,  # The loss where the orbit began, if it has been measured
+) -> Landscape:
     "The landscape of an objective on an orbit, with a closed slope where the table has one"
-    form = CLOSED.get((objective if objective is grad_norm else type(objective), orbit.law), Landscape)
-    land = (form if form.applies(orbit) else Landscape)(orbit, loss, objective, start)
-    return land if start is not None else replace(land, start=measure(land.loss_from(orbit.batch), orbit.start))
+    form = CLOSED.get(
+        (objective if objective is grad_norm else type(objective), orbit.law),
+        Landscape,
+    )
+    land = (form if form.applies(orbit) else Landscape)(
+        orbit, loss, objective, start
+    )
+    return (
+        land
+        if start is not None
+        else replace(
+            land, start=measure(land.loss_from(orbit.batch), orbit.start)
+        )
+    )
 
 # %% ../nbs/03_teleport.ipynb #0286dd55
 @dataclass(frozen=True)
 class Stay:
     "Search: the identity, the control that must change nothing"
-    def __call__(self, land:Landscape, rng:Generator)->Landscape: return land
+
+    def __call__(self, land: Landscape, rng: Generator) -> Landscape:
+        return land
 
 # %% ../nbs/03_teleport.ipynb #98fbc42f
 @dataclass(frozen=True)
 class Random:
     "Search: one random element, the control that every other search is held against"
-    norm:float # Norm of the element, at least 0; any positive value draws a uniform permutation
+
+    norm: float  # Norm of the element, at least 0; any positive value draws a uniform permutation
+
     def __post_init__(self):
-        if not 0<=self.norm<math.inf: raise ValueError(f"Random(norm=...) must be finite and at least 0, got {self.norm}")
-    def __call__(self, land:Landscape, rng:Generator)->Landscape: return land.move(land.orbit.random(rng, self.norm))
+        if not 0 <= self.norm < math.inf:
+            raise ValueError(
+                f"Random(norm=...) must be finite and at least 0, got {self.norm}"
+            )
+
+    def __call__(self, land: Landscape, rng: Generator) -> Landscape:
+        return land.move(land.orbit.random(rng, self.norm))
 
 # %% ../nbs/03_teleport.ipynb #fe2ef495
 def best_of(
-    land:Landscape, # Where to begin
-    others:Iterable, # Landscapes at other points of the same orbit
-)->Landscape: # The one with the largest objective
+    land: Landscape,  # Where to begin
+    others: Iterable,  # Landscapes at other points of the same orbit
+) -> Landscape:  # The one with the largest objective
     "Compare points one by one and keep the best; those with a non-finite objective are passed over"
-    for other in others: land = land.choose(other.height.isfinite() & ~(other.height<=land.height), other)
+    for other in others:
+        land = land.choose(
+            other.height.isfinite() & ~(other.height <= land.height), other
+        )
     return land
+
 
 @dataclass(frozen=True)
 class Sample:
     "Search: the best of `n` random elements and the identity"
-    n:int # How many to draw, at least 1
-    norm:float=1. # Norm of each; any positive value draws a uniform permutation
+
+    n: int  # How many to draw, at least 1
+    norm: float = 1.0  # Norm of each; of a permutation, 0 or not
+
     def __post_init__(self):
-        if self.n<1: raise ValueError(f"Sample(n=...) must be at least 1, got {self.n}")
+        if self.n < 1:
+            raise ValueError(f"Sample(n=...) must be at least 1, got {self.n}")
         Random(self.norm)
-    def __call__(self, land:Landscape, rng:Generator)->Landscape: return best_of(land, (land.move(land.orbit.random(rng, self.norm)) for _ in range(self.n)))
+
+    def __call__(self, land: Landscape, rng: Generator) -> Landscape:
+        return best_of(
+            land,
+            (land.move(land.orbit.random(rng, self.norm)) for _ in range(self.n)),
+        )
 
 # %% ../nbs/03_teleport.ipynb #827bfc45
 @dataclass(frozen=True)
 class Grid:
     "Search: `n` angles around the circle, then `zoom` times `n//2` angles around the best"
-    n:int=16 # Angles of the first round, at least 4
-    zoom:int=2 # Rounds of refinement, at least 0
+
+    n: int = 16  # Angles of the first round, at least 4
+    zoom: int = 2  # Rounds of refinement, at least 0
+
     def __post_init__(self):
-        if self.n<4 or self.zoom<0: raise ValueError(f"Grid(n, zoom) needs n of at least 4 and zoom of at least 0, got {self.n} and {self.zoom}")
-    def __call__(self, land:Landscape, rng:Generator)->Landscape:
-        if land.orbit.size!=1 or land.orbit.period is None: raise TypeError(f"Grid searches a circle of angles; this orbit has {land.orbit.size} coordinates")
-        one,step,steps,m = land.orbit.zero()+1,land.orbit.period/self.n,land.steps,self.n//4
-        land = best_of(land, [land.move(one*step*i) for i in range(1, self.n)])
+        if self.n < 4 or self.zoom < 0:
+            raise ValueError(
+                f"Grid(n, zoom) needs n of at least 4 and zoom of at least 0, got {self.n} and {self.zoom}"
+            )
+
+    def __call__(self, land: Landscape, rng: Generator) -> Landscape:
+        if land.orbit.size != 1 or land.orbit.period is None:
+            raise TypeError(
+                f"Grid searches a circle of angles; this orbit has {land.orbit.size} coordinates"
+            )
+        one, step, steps, m = (
+            land.orbit.zero() + 1,
+            land.orbit.period / self.n,
+            land.steps,
+            self.n // 4,
+        )
+        land = best_of(
+            land, [land.move(one * step * i) for i in range(1, self.n)]
+        )
         for _ in range(self.zoom):
-            step = step/(m+1)
-            land = best_of(land, [land.move(one*step*i) for i in range(-m, m+1) if i])
-        return replace(land, steps=steps+1)
+            step = step / (m + 1)
+            land = best_of(
+                land, [land.move(one * step * i) for i in range(-m, m + 1) if i]
+            )
+        return replace(land, steps=steps + 1)
 
 # %% ../nbs/03_teleport.ipynb #2e01e174
 def harmonics(
-    t:Tensor, # Angles in radians, any shape
-    degree:int, # Largest frequency, at least 0
-    order:int=0, # Which derivative by `t`, at least 0
-)->Tensor: # Shape (..., 2·degree+1): 1, cos t, cos 2t, …, sin t, sin 2t, …
+    t: Tensor,  # Angles in radians, any shape
+    degree: int,  # Largest frequency, at least 0
+    order: int = 0,  # Which derivative by `t`, at least 0
+) -> Tensor:  # Shape (..., 2·degree+1): 1, cos t, cos 2t, …, sin t, sin 2t, …
     "The trigonometric polynomials up to a degree, or their derivatives"
-    k = torch.arange(degree+1, dtype=t.dtype, device=t.device)
-    angle = t[...,None]*k + order*math.pi/2
-    return torch.cat((k**order*angle.cos(), (k**order*angle.sin())[...,1:]), -1)
+    k = torch.arange(degree + 1, dtype=t.dtype, device=t.device)
+    angle = t[..., None] * k + order * math.pi / 2
+    return torch.cat(
+        (k**order * angle.cos(), (k**order * angle.sin())[..., 1:]), -1
+    )
+
 
 def highest(
-    values:Tensor, # At the angles 2πi/n, shape (n,)
-    slopes:Tensor|None=None, # There, by the angle, shape (n,)
-)->Tensor: # The angle of the largest value, shape ()
+    values: Tensor,  # At the angles 2πi/n, shape (n,)
+    slopes: Tensor | None = None,  # There, by the angle, shape (n,)
+) -> Tensor:  # The angle of the largest value, shape ()
     "The top of the trigonometric polynomial through values, and slopes where they are known"
     n = len(values)
-    t,degree = 2*math.pi*torch.arange(n, dtype=values.dtype, device=values.device)/n, (n-1)//2 if slopes is None else n-1
-    fit = torch.linalg.pinv(torch.cat([harmonics(t, degree, d) for d in range(1 if slopes is None else 2)]))
-    c = fit@(values if slopes is None else torch.cat((values, slopes)))
-    t = 2*math.pi*torch.arange(64*n, dtype=t.dtype, device=t.device)/(64*n)
-    t = t[(harmonics(t, degree)@c).nan_to_num(-math.inf).argmax()]
-    for _ in range(4): # Newton's method, from 1/64 of the distance between two angles
-        d1,d2 = harmonics(t, degree, 1)@c, harmonics(t, degree, 2)@c
-        t = torch.where(d2<0, t-(d1/d2).clamp(-.1/n, .1/n), t)
+    t, degree = (
+        2
+        * math.pi
+        * torch.arange(n, dtype=values.dtype, device=values.device)
+        / n,
+        (n - 1) // 2 if slopes is None else n - 1,
+    )
+    fit = torch.linalg.pinv(
+        torch.cat(
+            [harmonics(t, degree, d) for d in range(1 if slopes is None else 2)]
+        )
+    )
+    c = fit @ (values if slopes is None else torch.cat((values, slopes)))
+    t = (
+        2
+        * math.pi
+        * torch.arange(64 * n, dtype=t.dtype, device=t.device)
+        / (64 * n)
+    )
+    t = t[(harmonics(t, degree) @ c).nan_to_num(-math.inf).argmax()]
+    for _ in range(
+        4
+    ):  # Newton's method, from 1/64 of the distance between two angles
+        d1, d2 = harmonics(t, degree, 1) @ c, harmonics(t, degree, 2) @ c
+        t = torch.where(d2 < 0, t - (d1 / d2).clamp(-0.1 / n, 0.1 / n), t)
     return t
 
 # %% ../nbs/03_teleport.ipynb #a9334987
 @dataclass(frozen=True)
 class GreatCircle:
     "Search: the top of a circle of rotations by trigonometric interpolation; in more than two dimensions, of `rounds` great circles along the slope"
-    n:int=9 # Angles looked at on each circle, the start among them, at least 3
-    rounds:int=1 # Circles, one after the other, at least 1; in two dimensions one is all there is
+
+    n: int = 9  # Angles on each circle, at least 3
+    rounds: int = 1  # Circles, one after the other, at least 1; in two dimensions one is all there is
+
     def __post_init__(self):
-        if self.n<3 or self.rounds<1: raise ValueError(f"GreatCircle(n, rounds) needs n of at least 3 and rounds of at least 1, got {self.n} and {self.rounds}")
-    def __call__(self, land:Landscape, rng:Generator)->Landscape:
-        if land.orbit.period is None: raise TypeError(f"GreatCircle searches rotations, of a chart or a quadratic; here the kinds are {sorted({r.kind for r in land.orbit.report.values()}-{'fixed'})}")
-        for _ in range(self.rounds): land = self.turn(land)
+        if self.n < 3 or self.rounds < 1:
+            raise ValueError(
+                f"GreatCircle(n, rounds) needs n of at least 3 and rounds of at least 1, got {self.n} and {self.rounds}"
+            )
+
+    def __call__(self, land: Landscape, rng: Generator) -> Landscape:
+        if land.orbit.period is None:
+            raise TypeError(
+                f"GreatCircle searches rotations, of a chart or a quadratic; here the kinds are {sorted({r.kind for r in land.orbit.report.values()} - {'fixed'})}"
+            )
+        for _ in range(self.rounds):
+            land = self.turn(land)
         return land
+
     def turn(self, land):
-        s = land.slope() if land.orbit.size>1 else land.orbit.zero()+1
-        d = s/s.norm().clamp_min(1e-300)
-        t = torch.arange(self.n, dtype=d.dtype, device=d.device)*(land.orbit.period/self.n)
-        heights,slopes = land.along(d, t)
+        s = land.slope() if land.orbit.size > 1 else land.orbit.zero() + 1
+        d = s / s.norm().clamp_min(1e-300)
+        t = torch.arange(self.n, dtype=d.dtype, device=d.device) * (
+            land.orbit.period / self.n
+        )
+        heights, slopes = land.along(d, t)
         i = heights.nan_to_num(-math.inf, -math.inf).argmax()
-        seen,top = land.move(d*t[i]).knowing(height=heights[i]),land.move(d*highest(heights.to(d), slopes))
-        level = heights[i]-1e-13*heights[i].abs() # near a maximum, rounding hides which of two points is higher
-        return replace(seen.choose(top.height>=level, top), steps=land.steps+1)
+        seen, top = (
+            land.move(d * t[i]).knowing(height=heights[i]),
+            land.move(d * highest(heights.to(d), slopes)),
+        )
+        level = (
+            heights[i] - 1e-13 * heights[i].abs()
+        )  # near a maximum, rounding hides which of two points is higher
+        return replace(
+            seen.choose(top.height >= level, top), steps=land.steps + 1
+        )
 
 # %% ../nbs/03_teleport.ipynb #80e28a51
 @dataclass(frozen=True)
 class Ascent:
     "Search: a trust region along the slope, or plain gradient ascent where `lr` is given"
-    steps:int=10 # Candidates (or plain steps), at least 1
-    lr:float|None=None # None: trust region. Otherwise the fixed rate of Z22's ascent
-    max_norm:float=.5 # Largest norm of the element in one step
-    growth:float=2. # Largest ratio of ‖∇L‖² to its value at the start, whatever the objective
+
+    steps: int = 10  # Candidates (or plain steps), at least 1
+    lr: float | None = None  # None: trust region; else a fixed rate
+    max_norm: float = 0.5  # Largest norm of the element in one step
+    growth: float = 2.0  # Largest ratio of ‖∇L‖² to its value at the start, whatever the objective
+
     def __post_init__(self):
-        if self.steps<1: raise ValueError(f"Ascent(steps=...) must be at least 1, got {self.steps}")
-        if self.lr is not None and not 0<self.lr<math.inf: raise ValueError(f"Ascent(lr=...) must be positive and finite, got {self.lr}")
-        if not 0<self.max_norm<math.inf: raise ValueError(f"Ascent(max_norm=...) must be positive and finite, got {self.max_norm}")
-        if not self.growth>=1: raise ValueError(f"Ascent(growth=...) must be at least 1, got {self.growth}")
-    def __call__(self, land:Landscape, rng:Generator)->Landscape:
-        if land.orbit.discrete: raise TypeError("Ascent needs a group with a slope; use Sample(n) for permutations")
+        if self.steps < 1:
+            raise ValueError(
+                f"Ascent(steps=...) must be at least 1, got {self.steps}"
+            )
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise ValueError(
+                f"Ascent(lr=...) must be positive and finite, got {self.lr}"
+            )
+        if not 0 < self.max_norm < math.inf:
+            raise ValueError(
+                f"Ascent(max_norm=...) must be positive and finite, got {self.max_norm}"
+            )
+        if not self.growth >= 1:
+            raise ValueError(
+                f"Ascent(growth=...) must be at least 1, got {self.growth}"
+            )
+
+    def __call__(self, land: Landscape, rng: Generator) -> Landscape:
+        if land.orbit.discrete:
+            raise TypeError(
+                "Ascent needs a group with a slope; use Sample(n) for permutations"
+            )
         if self.lr is not None:
-            for _ in range(self.steps): land = land.climb(self.lr)
+            for _ in range(self.steps):
+                land = land.climb(self.lr)
             return land
-        cap,radius = self.growth*land.gsq, land.orbit.zero().new_tensor(self.max_norm)
+        cap, radius = (
+            self.growth * land.gsq,
+            land.orbit.zero().new_tensor(self.max_norm),
+        )
         for _ in range(self.steps):
             there = land.climb(norm=radius)
-            ok = (there.height>land.height)&(there.gsq<=cap) # False for nan
-            land,radius = land.choose(ok, there), torch.where(ok, radius, radius/2)
+            ok = (there.height > land.height) & (
+                there.gsq <= cap
+            )  # False for nan
+            land, radius = (
+                land.choose(ok, there),
+                torch.where(ok, radius, radius / 2),
+            )
         return land
 
 # %% ../nbs/03_teleport.ipynb #5a5b0f9b
 def whitener(
-    h:Tensor, # Activations, shape (n, d)
-    kind:str, # How their space moves: "batch", with n independent samples, or "gl"
-)->Tensor: # g, shape (d, d), such that g takes the samples to orthonormal ones, or the features where there are fewer of them
+    h: Tensor,  # Activations, shape (n, d)
+    kind: str,  # How their space moves: "batch", with n independent samples, or "gl"
+) -> Tensor:  # g, shape (d, d), such that g takes the samples to orthonormal ones, or the features where there are fewer of them
     "The element that whitens a hidden space; n independent samples become the first n unit vectors"
-    n,d = h.shape
-    rest = min(n, d)**.5/torch.linalg.matrix_norm(h) # for directions that no sample has
-    if kind=='batch':
-        q,r = torch.linalg.qr(h.mT, mode='complete')
-        return torch.cat((torch.linalg.solve_triangular(r[:n], q[:,:n].mT, upper=True), rest*q[:,n:].mT))
-    _,s,v = torch.linalg.svd(torch.linalg.qr(h, mode='r')[1] if n>d else h)
-    s = torch.cat((s, s.new_zeros(d-len(s))))
-    return v.mT@(torch.where(s>d*torch.finfo(s.dtype).eps*s.max(), 1/s, rest)[:,None]*v)
+    n, d = h.shape
+    rest = min(n, d) ** 0.5 / torch.linalg.matrix_norm(
+        h
+    )  # for directions that no sample has
+    if kind == "batch":
+        q, r = torch.linalg.qr(h.mT, mode="complete")
+        return torch.cat(
+            (
+                torch.linalg.solve_triangular(r[:n], q[:, :n].mT, upper=True),
+                rest * q[:, n:].mT,
+            )
+        )
+    _, s, v = torch.linalg.svd(torch.linalg.qr(h, mode="r")[1] if n > d else h)
+    s = torch.cat((s, s.new_zeros(d - len(s))))
+    return v.mT @ (
+        torch.where(s > d * torch.finfo(s.dtype).eps * s.max(), 1 / s, rest)[
+            :, None
+        ]
+        * v
+    )
+
 
 def after_steps(
-    loss:Callable, # `(w) -> ()` or `(T,)`
-    w:Tensor|dict, # Parameters
-    m:Measured, # The loss there
-    lr:float, # Learning rate
-    steps:int, # At least 1
-)->Tensor: # The loss afterwards, summed over tasks, shape ()
+    loss: Callable,  # `(w) -> ()` or `(T,)`
+    w: Tensor | dict,  # Parameters
+    m: Measured,  # The loss there
+    lr: float,  # Learning rate
+    steps: int,  # At least 1
+) -> Tensor:  # The loss afterwards, summed over tasks, shape ()
     "Look several steps of gradient descent ahead"
     c = m.gradient
     for i in range(steps):
-        if i: c = measure(loss, w).gradient
+        if i:
+            c = measure(loss, w).gradient
         w = lookahead(lr).step(w, c)
     return loss(w).sum()
 
@@ -592,377 +1166,707 @@ def after_steps(
 @dataclass(frozen=True)
 class Whiten:
     "Search: the closed-form element after which one gradient step solves the last layer; it stays unless a lookahead of several steps says go"
-    lr:float # Learning rate of the plain gradient steps to come, positive
-    full_batch:bool=False # Your word that the batch is all the data
-    ahead:int=3 # Steps of the lookahead, at least 1
-    curvature:float|None=None # Second derivative of the loss in the outputs, 1 for ½‖Y - f(X)‖²; None: measured by one call of the loss
+
+    lr: float  # Learning rate of the plain gradient steps to come, positive
+    full_batch: bool = False  # Your word that the batch is all the data
+    ahead: int = 3  # Steps of the lookahead, at least 1
+    curvature: float | None = None  # Of the loss in the outputs; None: measured
+
     def __post_init__(self):
-        if not 0<self.lr<math.inf: raise ValueError(f"Whiten(lr=...) must be positive and finite, got {self.lr}")
-        if self.ahead<1: raise ValueError(f"Whiten(ahead=...) must be at least 1, got {self.ahead}")
-        if self.curvature is not None and not 0<self.curvature<math.inf: raise ValueError(f"Whiten(curvature=...) must be positive and finite, got {self.curvature}")
-        if self.full_batch is not True: raise ValueError(f"Whiten fits the network to the batch it sees, and to nothing else: say full_batch=True if that is all your data, got {self.full_batch!r}")
-    def __call__(self, land:Landscape, rng:Generator)->Landscape:
+        if not 0 < self.lr < math.inf:
+            raise ValueError(
+                f"Whiten(lr=...) must be positive and finite, got {self.lr}"
+            )
+        if self.ahead < 1:
+            raise ValueError(
+                f"Whiten(ahead=...) must be at least 1, got {self.ahead}"
+            )
+        if self.curvature is not None and not 0 < self.curvature < math.inf:
+            raise ValueError(
+                f"Whiten(curvature=...) must be positive and finite, got {self.curvature}"
+            )
+        if self.full_batch is not True:
+            raise ValueError(
+                f"Whiten fits the network to the batch it sees, and to nothing else: say full_batch=True if that is all your data, got {self.full_batch!r}"
+            )
+
+    def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         there = land.move(self.element(land))
-        if finite(*pytree.tree_leaves(there.orbit.w)) is False: return land
-        near,far = (land.loss_from(l.orbit.x) for l in (land, there))
+        if finite(*pytree.tree_leaves(there.orbit.w)) is False:
+            return land
+        near, far = (land.loss_from(l.orbit.x) for l in (land, there))
         m = measure(far, there.orbit.w)
-        ok = after_steps(far, there.orbit.w, m, self.lr, self.ahead)<after_steps(near, land.orbit.w, land.here, self.lr, self.ahead) # False for nan
+        ok = after_steps(
+            far, there.orbit.w, m, self.lr, self.ahead
+        ) < after_steps(
+            near, land.orbit.w, land.here, self.lr, self.ahead
+        )  # False for nan
         return land.choose(ok, there.knowing(here=m))
+
     def element(self, land):
-        orbit,white = land.orbit,whitened(land.orbit)
+        orbit, white = land.orbit, whitened(land.orbit)
         first = torch.linalg.matrix_norm(wide(orbit.x).flatten(1))
-        *_,(top,g) = white
-        last = (self.lr*(curvature(land, top, g) if self.curvature is None else wide(g.new_tensor(self.curvature))))**-.5
+        *_, (top, g) = white
+        last = (
+            self.lr
+            * (
+                curvature(land, top, g)
+                if self.curvature is None
+                else wide(g.new_tensor(self.curvature))
+            )
+        ) ** -0.5
         a = orbit.blocks.zero()
-        for k,(s,g) in enumerate(white, 1): a[s.name] = g*first**(1-k/len(white))*last**(k/len(white)) - torch.eye(len(g), dtype=g.dtype, device=g.device)
+        for k, (s, g) in enumerate(white, 1):
+            a[s.name] = g * first ** (1 - k / len(white)) * last ** (
+                k / len(white)
+            ) - torch.eye(len(g), dtype=g.dtype, device=g.device)
         return orbit.join(a)
 
 # %% ../nbs/03_teleport.ipynb #6c1e671f
 def whitened(
-    orbit:Orbit, # Of a model, with a batch
-)->list: # (`Space`, g) from the data up
+    orbit: Orbit,  # Of a model, with a batch
+) -> list:  # (`Space`, g) from the data up
     "The whitener of every space that moves by matrices; raises where there is none"
-    moving = [(s, kind) for s,kind in getattr(getattr(orbit, 'blocks', None), 'spaces', ()) if kind in ('gl','batch') and s.copies==1 and not s.data]
-    if not moving or orbit.x is None: raise TypeError(f"Whiten needs a batch, and hidden spaces that move by matrices: use BatchGL, or GL on a linear network; here the kinds are {sorted({r.kind for r in orbit.report.values()})}")
-    h = {} if all(kind=='batch' for _,kind in moving) else orbit.hidden
-    for s,kind in moving:
-        if kind=='batch': h[s.name] = orbit.reading[0][s.name] if orbit.still else transform({'h': orbit.reading[0][s.name]}, [(s, kind, orbit.at[s.name], [Slot('h', 1)])])['h']
-    return [(s, whitener(wide(h[s.name]).flatten(0, -2), kind)) for s,kind in moving]
+    moving = [
+        (s, kind)
+        for s, kind in getattr(getattr(orbit, "blocks", None), "spaces", ())
+        if kind in ("gl", "batch") and s.copies == 1 and not s.data
+    ]
+    if not moving or orbit.x is None:
+        raise TypeError(
+            f"Whiten needs a batch, and hidden spaces that move by matrices: use BatchGL, or GL on a linear network; here the kinds are {sorted({r.kind for r in orbit.report.values()})}"
+        )
+    h = {} if all(kind == "batch" for _, kind in moving) else orbit.hidden
+    for s, kind in moving:
+        if kind == "batch":
+            h[s.name] = (
+                orbit.reading[0][s.name]
+                if orbit.still
+                else transform(
+                    {"h": orbit.reading[0][s.name]},
+                    [(s, kind, orbit.at[s.name], [Slot("h", 1)])],
+                )["h"]
+            )
+    return [
+        (s, whitener(wide(h[s.name]).flatten(0, -2), kind)) for s, kind in moving
+    ]
+
 
 def curvature(
-    land:Landscape, # Where to begin
-    space:Space, # The highest space
-    g:Tensor, # Its whitener, shape (d, d)
-)->Tensor: # Along the gradient of the layers that read the whitened space, in the units of `loss`, shape ()
+    land: Landscape,  # Where to begin
+    space: Space,  # The highest space
+    g: Tensor,  # Its whitener, shape (d, d)
+) -> Tensor:  # Along the gradient of the layers that read the whitened space, in the units of `loss`, shape ()
     "The second derivative of the loss in the outputs, from one call of the loss"
-    w,c,loss = land.orbit.w,land.gradient,land.loss_from(land.orbit.x)
+    w, c, loss = land.orbit.w, land.gradient, land.loss_from(land.orbit.x)
     slots = [replace(s, dual=False) for s in space.slots if s.dual]
-    d = transform({s.param: c[s.param] for s in slots}, [(space, 'gl', g.mT@g - torch.eye(len(g), dtype=g.dtype, device=g.device), slots)])
-    slope,L = dot({k: c[k] for k in d}, d),land.here.loss.sum()
-    t = L.abs()/slope # where a quadratic that falls to 0 has fallen by three quarters
-    bend = 2*(loss({**w, **{k: w[k]-t*d[k] for k in d}}).sum()-L+t*slope)/t**2
-    return bend/slope # the step along d is best at slope/bend, and is 1/c in the whitened space
+    d = transform(
+        {s.param: c[s.param] for s in slots},
+        [
+            (
+                space,
+                "gl",
+                g.mT @ g - torch.eye(len(g), dtype=g.dtype, device=g.device),
+                slots,
+            )
+        ],
+    )
+    slope, L = dot({k: c[k] for k in d}, d), land.here.loss.sum()
+    t = (
+        L.abs() / slope
+    )  # where a quadratic that falls to 0 has fallen by three quarters
+    bend = (
+        2
+        * (loss({**w, **{k: w[k] - t * d[k] for k in d}}).sum() - L + t * slope)
+        / t**2
+    )
+    return (
+        bend / slope
+    )  # the step along d is best at slope/bend, and is 1/c in the whitened space
 
 # %% ../nbs/03_teleport.ipynb #2a459380
-ROUNDING = 8. # Multiples of the rounding term that a move may use
-LEVER = 100. # How much larger that term may be at the new parameters than at the old
-HELD = 1e-2 # Share of the loss beyond which no rounding is an excuse
+ROUNDING = 8.0  # Multiples of the rounding term that a move may use
+LEVER = 100.0  # How much larger that term may be at the new parameters than at the old
+HELD = 1e-2  # Share of the loss beyond which no rounding is an excuse
+
 
 def drift_bound(
-    before:Measured, # At the old parameters
-    after:Measured, # At the new ones
-    tol:float|None=None, # Relative tolerance ρ, None for eps^(2/3)
-)->Tensor: # Largest |ΔL| that counts as rounding, shape of the loss
+    before: Measured,  # At the old parameters
+    after: Measured,  # At the new ones
+    tol: float | None = None,  # Relative tolerance ρ, None for eps^(2/3)
+) -> Tensor:  # Largest |ΔL| that counts as rounding, shape of the loss
     "How much the loss may change before a move is refused"
-    eps = max(torch.finfo(t.dtype).eps for t in (before.loss, *pytree.tree_leaves(before.gradient)))
-    mass = torch.maximum(before.mass, after.mass.clamp(max=LEVER*before.mass))
-    if tol is not None: return tol*before.loss.abs() + ROUNDING*eps*mass
-    return torch.minimum(eps**(2/3)*before.loss.abs() + ROUNDING*eps*mass, HELD*before.loss.abs().sum())
+    eps = max(
+        torch.finfo(t.dtype).eps
+        for t in (before.loss, *pytree.tree_leaves(before.gradient))
+    )
+    mass = torch.maximum(before.mass, after.mass.clamp(max=LEVER * before.mass))
+    if tol is not None:
+        return tol * before.loss.abs() + ROUNDING * eps * mass
+    return torch.minimum(
+        eps ** (2 / 3) * before.loss.abs() + ROUNDING * eps * mass,
+        HELD * before.loss.abs().sum(),
+    )
 
 # %% ../nbs/03_teleport.ipynb #4d89d294
-OK,DRIFT,NONFINITE = range(3)
+OK, DRIFT, NONFINITE = range(3)
+
 
 @dataclass(frozen=True)
 class Teleported:
     "What one teleport did; all fields but the last three are tensors"
-    w:Tensor|dict # New parameters, or the old ones bit for bit where the move was refused
-    x:Tensor|None # The batch, moved where the data move too
-    loss:Tensor # Before and after the move that was tried, shape (2,) or (2, T)
-    objective:Tensor # Before and after, shape (2,)
-    drift:Tensor # |ΔL|/|L|, the largest over tasks, shape ()
-    accepted:Tensor # Whether the loss held, bool
-    code:Tensor # OK, DRIFT or NONFINITE
-    steps:Tensor # Moves the search made
-    evals:Tensor # Calls of the loss, each a forward pass with or without its gradient
-    report:dict # Space -> `Rule`, from the orbit
-    slope:str # "closed" or "autograd"
-    seconds:float|None # Wall-clock, None under vmap
+
+    w: Tensor | dict  # New parameters; the old ones where it was refused
+    x: Tensor | None  # The batch, moved where the data move too
+    loss: Tensor  # Before and after the move that was tried, shape (2,) or (2, T)
+    objective: Tensor  # Before and after, shape (2,)
+    drift: Tensor  # |ΔL|/|L|, the largest over tasks, shape ()
+    accepted: Tensor  # Whether the loss held, bool
+    code: Tensor  # OK, DRIFT or NONFINITE
+    steps: Tensor  # Moves the search made
+    evals: Tensor  # Calls of the loss, each a forward pass with or without its gradient
+    report: dict  # Space -> `Rule`, from the orbit
+    slope: str  # "closed" or "autograd"
+    seconds: float | None  # Wall-clock, None under vmap
 
     @property
-    def reason(self)->str:
+    def reason(self) -> str:
         "The code in words, '' where the move was accepted"
-        if self.code.ndim: return ', '.join(f'{n} {t}' for t,n in zip(('accepted','drifted','not finite'), torch.bincount(self.code.flatten(), minlength=3).tolist()) if n)
-        hint = '; dependent samples do that to a batch action' if any(r.kind=='batch' for r in self.report.values()) else ''
-        return ('', f"the loss changed by {self.drift.item():.2e} of itself, more than rounding"+hint,
-                "a parameter or the loss was not finite: outside an activation's range, or a singular element")[self.code.item()]
+        if self.code.ndim:
+            return ", ".join(
+                f"{n} {t}"
+                for t, n in zip(
+                    ("accepted", "drifted", "not finite"),
+                    torch.bincount(self.code.flatten(), minlength=3).tolist(),
+                )
+                if n
+            )
+        hint = (
+            "; dependent samples do that to a batch action"
+            if any(r.kind == "batch" for r in self.report.values())
+            else ""
+        )
+        return (
+            "",
+            f"the loss changed by {self.drift.item():.2e} of itself, more than rounding"
+            + hint,
+            "a parameter or the loss was not finite: outside an activation's range, or a singular element",
+        )[self.code.item()]
 
-_STATIC = ('report','slope','seconds')
+
+_STATIC = ("report", "slope", "seconds")
+
+
 def _flatten(t):
-    names = [k for k in t.__dataclass_fields__ if k not in _STATIC and getattr(t, k) is not None]
-    return [getattr(t, k) for k in names], (names, {k: getattr(t, k) for k in _STATIC})
-def _unflatten(values, context): return Teleported(**{'x': None, **dict(zip(context[0], values)), **context[1]})
+    names = [
+        k
+        for k in t.__dataclass_fields__
+        if k not in _STATIC and getattr(t, k) is not None
+    ]
+    return [getattr(t, k) for k in names], (
+        names,
+        {k: getattr(t, k) for k in _STATIC},
+    )
+
+
+def _unflatten(values, context):
+    return Teleported(
+        **{"x": None, **dict(zip(context[0], values)), **context[1]}
+    )
+
+
 pytree.register_pytree_node(Teleported, _flatten, _unflatten)
 
 # %% ../nbs/03_teleport.ipynb #a72b2006
 def reached(
-    objective:Callable, # `(loss, w) -> ()`
-    loss:Callable, # `(w) -> ()` or `(T,)`
-    w:Tensor|dict, # Parameters
-    m:Measured, # The loss there
-)->Tensor: # The objective, shape ()
+    objective: Callable,  # `(loss, w) -> ()`
+    loss: Callable,  # `(w) -> ()` or `(T,)`
+    w: Tensor | dict,  # Parameters
+    m: Measured,  # The loss there
+) -> Tensor:  # The objective, shape ()
     "An objective where the loss has been measured: no gradient is taken twice"
-    if objective is grad_norm: return dot(m.gradient, m.gradient)
-    if isinstance(objective, lookahead): return m.loss.sum()-loss(objective.step(w, m.gradient)).sum()
+    if objective is grad_norm:
+        return dot(m.gradient, m.gradient)
+    if isinstance(objective, lookahead):
+        return m.loss.sum() - loss(objective.step(w, m.gradient)).sum()
     return objective(loss, w)
 
 # %% ../nbs/03_teleport.ipynb #b7103ca2
 def check_tol(
-    tol, # Candidate tolerance
+    tol,  # Candidate tolerance
 ):
     "Raise unless `tol` is None or a positive number"
-    if tol is not None and not (isinstance(tol, int|float) and 0<tol<math.inf): raise ValueError(f"tol must be positive and finite, got {tol!r}")
+    if tol is not None and not (
+        isinstance(tol, int | float) and 0 < tol < math.inf
+    ):
+        raise ValueError(f"tol must be positive and finite, got {tol!r}")
+
 
 def finite(
-    *tensors:Tensor, # Any tensors
-)->bool|None: # None where they cannot be looked at
+    *tensors: Tensor,  # Any tensors
+) -> bool | None:  # None where they cannot be looked at
     "Whether no value is nan or infinite"
-    try: return all(math.isfinite(t.sum().item()) or t.isfinite().all().item() for t in tensors) # a sum costs less, but may overflow
-    except RuntimeError: return None
+    try:
+        return all(
+            math.isfinite(t.sum().item()) or t.isfinite().all().item()
+            for t in tensors
+        )  # a sum costs less, but may overflow
+    except RuntimeError:
+        return None
+
 
 def check_input(
-    w, # Candidate parameters
-    x, # Candidate batch
+    w,  # Candidate parameters
+    x,  # Candidate batch
 ):
     "Raise unless `w` and `x` are finite tensors that fit together"
-    if not isinstance(w, Tensor|dict): raise TypeError(f"w must be a Tensor or a dict of Tensors by name, got {type(w).__name__}")
-    named = {'w': w} if isinstance(w, Tensor) else {f'w[{k!r}]': t for k,t in w.items()}
-    if not named: raise ValueError("w has no parameters")
-    for k,t in named.items():
-        if not isinstance(t, Tensor) or not t.is_floating_point(): raise TypeError(f"{k} must be a floating Tensor, got {t.dtype if isinstance(t, Tensor) else type(t).__name__}")
-        if finite(t) is False: raise ValueError(f"{k} holds {(~t.isfinite()).sum().item()} values that are nan or infinite")
-    if x is None: return
-    if not isinstance(x, Tensor): raise TypeError(f"x must be a Tensor or None, got {type(x).__name__}")
-    if not x.numel(): raise ValueError(f"x must hold at least one sample, got shape {tuple(x.shape)}")
-    if finite(x) is False: raise ValueError(f"x holds {(~x.isfinite()).sum().item()} values that are nan or infinite")
-    for k,t in named.items():
-        if t.device!=x.device: raise ValueError(f"x is on {x.device}, {k} on {t.device}")
-        if x.is_floating_point() and t.dtype!=x.dtype: raise ValueError(f"x has dtype {x.dtype}, {k} has {t.dtype}")
+    if not isinstance(w, Tensor | dict):
+        raise TypeError(
+            f"w must be a Tensor or a dict of Tensors by name, got {type(w).__name__}"
+        )
+    named = (
+        {"w": w}
+        if isinstance(w, Tensor)
+        else {f"w[{k!r}]": t for k, t in w.items()}
+    )
+    if not named:
+        raise ValueError("w has no parameters")
+    for k, t in named.items():
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            raise TypeError(
+                f"{k} must be a floating Tensor, got {t.dtype if isinstance(t, Tensor) else type(t).__name__}"
+            )
+        if finite(t) is False:
+            raise ValueError(
+                f"{k} holds {(~t.isfinite()).sum().item()} values that are nan or infinite"
+            )
+    if x is None:
+        return
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor or None, got {type(x).__name__}")
+    if not x.numel():
+        raise ValueError(
+            f"x must hold at least one sample, got shape {tuple(x.shape)}"
+        )
+    if finite(x) is False:
+        raise ValueError(
+            f"x holds {(~x.isfinite()).sum().item()} values that are nan or infinite"
+        )
+    for k, t in named.items():
+        if t.device != x.device:
+            raise ValueError(f"x is on {x.device}, {k} on {t.device}")
+        if x.is_floating_point() and t.dtype != x.dtype:
+            raise ValueError(f"x has dtype {x.dtype}, {k} has {t.dtype}")
 
 # %% ../nbs/03_teleport.ipynb #d02560dd
 class _Counted:
     "A loss that counts its calls and insists on returning () or (T,)"
-    def __init__(self, loss): self.loss,self.calls = loss,0
+
+    def __init__(self, loss):
+        self.loss, self.calls = loss, 0
+
     def __call__(self, *args):
         self.calls += 1
         L = self.loss(*args)
-        if not isinstance(L, Tensor): raise TypeError(f"loss must return a Tensor, got {type(L).__name__}")
-        if L.ndim>1 or not L.numel() or not L.is_floating_point(): raise ValueError(f"loss must return a floating Tensor of shape () or (T,), got {L.dtype} of shape {tuple(L.shape)}")
+        if not isinstance(L, Tensor):
+            raise TypeError(f"loss must return a Tensor, got {type(L).__name__}")
+        if L.ndim > 1 or not L.numel() or not L.is_floating_point():
+            raise ValueError(
+                f"loss must return a floating Tensor of shape () or (T,), got {L.dtype} of shape {tuple(L.shape)}"
+            )
         return L
 
 # %% ../nbs/03_teleport.ipynb #c097638f
 def check_loss(
-    loss:Callable, # `(w) -> ()` or `(T,)`
-    w:Tensor|dict, # Parameters
-    m:Measured, # The loss there
+    loss: Callable,  # `(w) -> ()` or `(T,)`
+    w: Tensor | dict,  # Parameters
+    m: Measured,  # The loss there
 ):
     "Raise where the loss is not finite at the start, or does not depend on the parameters"
-    if (known := finite(m.loss)) is None: return
-    if not known: raise ValueError(f"loss is {m.loss.tolist()} at the parameters given; it must be finite")
-    if any(t.any() for t in pytree.tree_leaves(m.gradient)): return
-    with torch.enable_grad(): L = loss(tree_map(lambda t: t.detach().requires_grad_(), w))
-    if not L.requires_grad: raise ValueError("loss does not depend on w, so every move would keep it")
+    if (known := finite(m.loss)) is None:
+        return
+    if not known:
+        raise ValueError(
+            f"loss is {m.loss.tolist()} at the parameters given; it must be finite"
+        )
+    if any(t.any() for t in pytree.tree_leaves(m.gradient)):
+        return
+    with torch.enable_grad():
+        L = loss(tree_map(lambda t: t.detach().requires_grad_(), w))
+    if not L.requires_grad:
+        raise ValueError("loss does not depend on w, so every move would keep it")
 
 # %% ../nbs/03_teleport.ipynb #1f1362ea
 def teleport(
-    loss:Callable, # `loss(w)` if `x` is None, else `loss(w, x)`; returns () or (T,); pure
-    w:Tensor|dict, # Parameters, finite; not modified
-    group, # A group of `symtele.groups`, bound to its wiring or chart
-    x:Tensor|None=None, # One batch, samples first, seen by the action and the loss alike
+    loss: Callable,  # `loss(w)` if `x` is None, else `loss(w, x)`; returns () or (T,); pure
+    w: Tensor | dict,  # Parameters, finite; not modified
+    group,  # A group of `symtele.groups`, bound to its wiring or chart
+    x: Tensor
+    | None = None,  # One batch, samples first, seen by the action and the loss alike
     *,
-    objective:Callable=grad_norm, # What to climb: `(loss, w) -> ()`
-    search:Callable=Ascent(), # How to find the element: `(landscape, rng) -> landscape`
-    tol:float|None=None, # Relative tolerance of the loss, None for rounding only; `LeastSquares` needs one
-    rng:Generator|None=None, # For searches that draw; seeded with 0 by default
-)->Teleported: # New parameters, or the old ones where the loss did not hold
+    objective: Callable = grad_norm,  # What to climb: `(loss, w) -> ()`
+    search: Callable = Ascent(),  # How to find the element: `(landscape, rng) -> landscape`
+    tol: float
+    | None = None,  # Relative tolerance of the loss, None for rounding only; `LeastSquares` needs one
+    rng: Generator
+    | None = None,  # For searches that draw; seeded with 0 by default
+) -> Teleported:  # New parameters, or the old ones where the loss did not hold
     "Move `w` along its orbit to where `objective` is larger, if the loss holds (Z22 §3)"
     return travel(loss, w, group, x, objective, search, tol, rng)[0]
 
 # %% ../nbs/03_teleport.ipynb #450ddec8
 def all_finite(
-    *tensors:Tensor, # At least one
-)->Tensor: # Whether no value is nan or infinite, bool, shape ()
+    *tensors: Tensor,  # At least one
+) -> Tensor:  # Whether no value is nan or infinite, bool, shape ()
     "One answer for several tensors"
     known = finite(*tensors)
-    return torch.tensor(known, device=tensors[0].device) if known is not None else torch.stack([t.isfinite().all() for t in tensors]).all()
+    return (
+        torch.tensor(known, device=tensors[0].device)
+        if known is not None
+        else torch.stack([t.isfinite().all() for t in tensors]).all()
+    )
+
 
 def pick(
-    ok:Tensor, # bool, shape ()
-    new:Tensor, # Where it is True
-    old:Tensor, # Where it is False, same shape and dtype
-)->Tensor: # One of the two, not a copy; under vmap a tensor with rows of both
+    ok: Tensor,  # bool, shape ()
+    new: Tensor,  # Where it is True
+    old: Tensor,  # Where it is False, same shape and dtype
+) -> Tensor:  # One of the two, not a copy; under vmap a tensor with rows of both
     "A choice between two tensors that costs nothing where it can be looked at"
     return (new if ok else old) if readable(ok) else torch.where(ok, new, old)
 
+
 def travel(
-    loss:Callable, w:Tensor|dict, group, x:Tensor|None, objective:Callable, search:Callable, tol:float|None, rng:Generator|None, # As in `teleport`
-)->tuple[Teleported,Orbit]: # What `teleport` returns, and the orbit at its end
+    loss: Callable,
+    w: Tensor | dict,
+    group,
+    x: Tensor | None,
+    objective: Callable,
+    search: Callable,
+    tol: float | None,
+    rng: Generator | None,  # As in `teleport`
+) -> tuple[
+    Teleported, Orbit
+]:  # What `teleport` returns, and the orbit at its end
     "`teleport` for those who must carry more than the parameters: `orbit.carry` for covectors, `orbit.carry_data` for data"
     began = time.perf_counter()
-    if isinstance(group, type) or not hasattr(group, 'orbit'): raise TypeError(f"group must be a group such as GL(wiring), got {group!r}")
+    if isinstance(group, type) or not hasattr(group, "orbit"):
+        raise TypeError(
+            f"group must be a group such as GL(wiring), got {group!r}"
+        )
     check_tol(tol)
-    if tol is None and not group.exact: raise ValueError(f"{type(group).__name__} is not an exact symmetry: say how much drift you allow, teleport(..., tol=...)")
+    if tol is None and not group.exact:
+        raise ValueError(
+            f"{type(group).__name__} is not an exact symmetry: say how much drift you allow, teleport(..., tol=...)"
+        )
     check_input(w, x)
     f = _Counted(loss)
-    here = lambda x: f if x is None else lambda w: f(w, x)
+
+    def here(x):
+        return f if x is None else lambda w: f(w, x)
+
     with torch.no_grad():
         orbit = group.orbit(w, x)
         before = measure(here(x), w)
         check_loss(here(x), w, before)
-        start = landscape(orbit, f, objective, before).knowing(gradient=before.gradient, here=before)
+        start = landscape(orbit, f, objective, before).knowing(
+            gradient=before.gradient, here=before
+        )
         end = search(start, rng or Generator().manual_seed(0))
-        if not isinstance(end, Landscape): raise TypeError(f"search must return a landscape, as land.move(xi) does; got {type(end).__name__}")
-        fine = all_finite(*[t for t in pytree.tree_leaves((end.orbit.w, end.orbit.x)) if t is not None])
-        usable = lambda new,old: pick(fine, new, old) # some losses raise on nan, so none is shown to them
-        v,there = tree_map(usable, end.orbit.w, w),here(None if x is None else usable(end.orbit.x, x))
-        after = end.__dict__.get('here') or measure(there, v) # a search that measured the place where it stopped has done this
-        lost = lambda t: pick(fine, t, t*math.nan)
+        if not isinstance(end, Landscape):
+            raise TypeError(
+                f"search must return a landscape, as land.move(xi) does; got {type(end).__name__}"
+            )
+        fine = all_finite(
+            *[
+                t
+                for t in pytree.tree_leaves((end.orbit.w, end.orbit.x))
+                if t is not None
+            ]
+        )
+
+        def usable(new, old):
+            return pick(
+                fine, new, old
+            )  # some losses raise on nan, so none is shown to them
+
+        v, there = (
+            tree_map(usable, end.orbit.w, w),
+            here(None if x is None else usable(end.orbit.x, x)),
+        )
+        after = end.__dict__.get("here") or measure(
+            there, v
+        )  # a search that measured the place where it stopped has done this
+
+        def lost(t):
+            return pick(fine, t, t * math.nan)
+
         after = replace(after, loss=lost(after.loss))
         J = [start.height, lost(reached(objective, there, v, after))]
-        change = (after.loss-before.loss).abs()
-        held,fine = change<=drift_bound(before, after, tol), fine & all_finite(after.loss)
+        change = (after.loss - before.loss).abs()
+        held, fine = (
+            change <= drift_bound(before, after, tol),
+            fine & all_finite(after.loss),
+        )
         ok = fine & held.all()
-        if not readable(ok): seconds = None
+        if not readable(ok):
+            seconds = None
         else:
-            if not ok and not torch.equal(here(x)(w), before.loss): raise ValueError("loss gave two values for the same parameters: it must be pure. Use loss_of(model, ...), or model.eval(), or fix its random numbers")
-            seconds = time.perf_counter()-began
+            if not ok and not torch.equal(here(x)(w), before.loss):
+                raise ValueError(
+                    "loss gave two values for the same parameters: it must be pure. Use loss_of(model, ...), or model.eval(), or fix its random numbers"
+                )
+            seconds = time.perf_counter() - began
         tiny = torch.finfo(before.loss.dtype).tiny
-        drift = (change/before.loss.abs().clamp_min(tiny)).max()
-        def keep(new, old): t = pick(ok, new, old); return t.clone() if t is old else t # what is returned shares no memory with what was given
-        number = lambda n: torch.as_tensor(n, device=drift.device)
-        out = Teleported(tree_map(keep, v, w), None if x is None else keep(end.orbit.x, x), torch.stack((before.loss, after.loss)), torch.stack(J),
-            drift, ok, torch.where(ok, OK, torch.where(fine, DRIFT, NONFINITE)), number(end.steps), number(f.calls), orbit.report, start.kind, seconds)
+        drift = (change / before.loss.abs().clamp_min(tiny)).max()
+
+        def keep(new, old):
+            t = pick(ok, new, old)
+            return (
+                t.clone() if t is old else t
+            )  # what is returned shares no memory with what was given
+
+        def number(n):
+            return torch.as_tensor(n, device=drift.device)
+
+        out = Teleported(
+            tree_map(keep, v, w),
+            None if x is None else keep(end.orbit.x, x),
+            torch.stack((before.loss, after.loss)),
+            torch.stack(J),
+            drift,
+            ok,
+            torch.where(ok, OK, torch.where(fine, DRIFT, NONFINITE)),
+            number(end.steps),
+            number(f.calls),
+            orbit.report,
+            start.kind,
+            seconds,
+        )
     return out, end.orbit
 
 # %% ../nbs/03_teleport.ipynb #08a35293
 @dataclass(frozen=True)
 class Schedule:
     "At which steps k (zero-based) a teleport is due"
-    due:Callable # k -> bool
-    text:str # How it is written
 
-    def __call__(self, k:int)->bool: return bool(self.due(k))
-    def __or__(self, other): o = as_schedule(other); return Schedule(lambda k: self(k) or o(k), f'({self.text} | {o.text})')
-    def __and__(self, other): o = as_schedule(other); return Schedule(lambda k: self(k) and o(k), f'({self.text} & {o.text})')
-    __ror__,__rand__ = __or__,__and__
-    def __repr__(self): return self.text
+    due: Callable  # k -> bool
+    text: str  # How it is written
+
+    def __call__(self, k: int) -> bool:
+        return bool(self.due(k))
+
+    def __or__(self, other):
+        o = as_schedule(other)
+        return Schedule(lambda k: self(k) or o(k), f"({self.text} | {o.text})")
+
+    def __and__(self, other):
+        o = as_schedule(other)
+        return Schedule(lambda k: self(k) and o(k), f"({self.text} & {o.text})")
+
+    __ror__, __rand__ = __or__, __and__
+
+    def __repr__(self):
+        return self.text
 
 # %% ../nbs/03_teleport.ipynb #215bb47d
 def _step(name, k, least=0):
-    if isinstance(k, bool) or not isinstance(k, int): raise TypeError(f"{name} must be a whole number, got {k!r}")
-    if k<least: raise ValueError(f"{name} must be at least {least}, got {k}")
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"{name} must be a whole number, got {k!r}")
+    if k < least:
+        raise ValueError(f"{name} must be at least {least}, got {k}")
     return k
 
+
 def at(
-    *ks:int, # Steps, zero-based, at least one of them
-)->Schedule:
+    *ks: int,  # Steps, zero-based, at least one of them
+) -> Schedule:
     "Due at these steps"
-    if not ks: raise ValueError("at(...) needs at least one step")
-    ks = tuple(_step('at(k)', k) for k in ks)
+    if not ks:
+        raise ValueError("at(...) needs at least one step")
+    ks = tuple(_step("at(k)", k) for k in ks)
     return Schedule(set(ks).__contains__, f"at({', '.join(map(str, ks))})")
 
+
 def every(
-    n:int, # Interval in steps, at least 1
-    start:int|None=None, # First step, None for `n`
-)->Schedule:
+    n: int,  # Interval in steps, at least 1
+    start: int | None = None,  # First step, None for `n`
+) -> Schedule:
     "Due at start, start+n, start+2n, …"
-    _step('every(n)', n, 1); first = n if start is None else _step('every(start=...)', start)
-    return Schedule(lambda k: k>=first and (k-first)%n==0, f'every({n})' if start is None else f'every({n}, start={start})')
+    _step("every(n)", n, 1)
+    first = n if start is None else _step("every(start=...)", start)
+    return Schedule(
+        lambda k: k >= first and (k - first) % n == 0,
+        f"every({n})" if start is None else f"every({n}, start={start})",
+    )
+
 
 def first(
-    n:int, # How many steps, at least 1
-)->Schedule:
+    n: int,  # How many steps, at least 1
+) -> Schedule:
     "Due at the first `n` steps: k < n"
-    _step('first(n)', n, 1)
-    return Schedule(lambda k: k<n, f'first({n})')
+    _step("first(n)", n, 1)
+    return Schedule(lambda k: k < n, f"first({n})")
 
 # %% ../nbs/03_teleport.ipynb #8e63fd3e
 def as_schedule(
-    s, # A `Schedule`, a set of steps, or a function of k
-)->Schedule:
+    s,  # A `Schedule`, a set of steps, or a function of k
+) -> Schedule:
     "Read a set or a function as a schedule"
-    if isinstance(s, Schedule): return s
-    if isinstance(s, set|frozenset): return at(*sorted(_step('at(k)', k) for k in s))
-    if callable(s) and s not in (at, every, first): return Schedule(s, getattr(s, '__name__', repr(s)))
-    raise TypeError(f"schedule must be at(...), every(...), first(...), a set of steps, or a function of k; got {s!r}")
+    if isinstance(s, Schedule):
+        return s
+    if isinstance(s, set | frozenset):
+        return at(*sorted(_step("at(k)", k) for k in s))
+    if callable(s) and s not in (at, every, first):
+        return Schedule(s, getattr(s, "__name__", repr(s)))
+    raise TypeError(
+        f"schedule must be at(...), every(...), first(...), a set of steps, or a function of k; got {s!r}"
+    )
 
 # %% ../nbs/03_teleport.ipynb #a1422e6a
 @dataclass(frozen=True, eq=False)
 class MoveData:
     "Search: the element that multiplies the data by a given matrix (Z22 Alg. 3)"
-    matrix:Tensor # M, invertible, shape (features, features)
-    def __call__(self, land:Landscape, rng:Generator)->Landscape:
-        blocks = getattr(land.orbit, 'blocks', None)
-        names = [s.name for s,_ in blocks.spaces if s.data] if blocks else []
-        if not names: raise TypeError("MoveData needs a space of the data: Teleporter(..., inputs=...), or wire(..., inputs=True)")
-        a = blocks.zero(); t = a[names[0]]
-        if self.matrix.shape!=t.shape: raise ValueError(f"MoveData(matrix=...) must have shape {tuple(t.shape)}, got {tuple(self.matrix.shape)}")
-        a[names[0]] = self.matrix.to(t) - torch.eye(len(t), dtype=t.dtype, device=t.device)
+
+    matrix: Tensor  # M, invertible, shape (features, features)
+
+    def __call__(self, land: Landscape, rng: Generator) -> Landscape:
+        blocks = getattr(land.orbit, "blocks", None)
+        names = [s.name for s, _ in blocks.spaces if s.data] if blocks else []
+        if not names:
+            raise TypeError(
+                "MoveData needs a space of the data: Teleporter(..., inputs=...), or wire(..., inputs=True)"
+            )
+        a = blocks.zero()
+        t = a[names[0]]
+        if self.matrix.shape != t.shape:
+            raise ValueError(
+                f"MoveData(matrix=...) must have shape {tuple(t.shape)}, got {tuple(self.matrix.shape)}"
+            )
+        a[names[0]] = self.matrix.to(t) - torch.eye(
+            len(t), dtype=t.dtype, device=t.device
+        )
         return land.move(land.orbit.join(a))
 
+
 def second_moment(
-    x:Tensor, # Data, shape (n, features)
-)->Tensor: # XᵀX/n, shape (features, features), float64
+    x: Tensor,  # Data, shape (n, features)
+) -> Tensor:  # XᵀX/n, shape (features, features), float64
     "The second moment of data about zero"
-    if x.ndim!=2 or not len(x): raise ValueError(f"x must have shape (n, features) with n of at least 1, got {tuple(x.shape)}")
-    return wide(x.mT@x)/len(x)
+    if x.ndim != 2 or not len(x):
+        raise ValueError(
+            f"x must have shape (n, features) with n of at least 1, got {tuple(x.shape)}"
+        )
+    return wide(x.mT @ x) / len(x)
+
 
 def ridge_whitener(
-    moment:Tensor, # C, shape (features, features)
-    ridge:float=30/785, # λ as a share of the trace of C, positive
-)->Tensor: # M, same shape and type
+    moment: Tensor,  # C, shape (features, features)
+    ridge: float = 30 / 785,  # λ as a share of the trace of C, positive
+) -> Tensor:  # M, same shape and type
     "M ∝ (C + λI)^(-1/2), scaled so that tr(MCMᵀ) = tr C"
-    if not 0<ridge<math.inf: raise ValueError(f"ridge must be positive and finite, got {ridge}")
-    if moment.ndim!=2 or moment.shape[0]!=moment.shape[1] or not torch.allclose(moment, moment.mT, rtol=1e-5, atol=1e-6*moment.abs().max().item()):
-        raise ValueError(f"moment must be a symmetric matrix, got {'one that is not symmetric' if moment.ndim==2 else 'a tensor'} of shape {tuple(moment.shape)}")
-    if not 0<moment.trace()<math.inf: raise ValueError(f"moment must have a positive, finite trace, got {moment.trace().item():.3g}")
-    e,v = torch.linalg.eigh(moment)
-    root = (e.clamp_min(0)+ridge*e.sum())**-.5
-    return (v*root)@v.mT*(e.sum()/(e*root**2).sum())**.5
+    if not 0 < ridge < math.inf:
+        raise ValueError(f"ridge must be positive and finite, got {ridge}")
+    if (
+        moment.ndim != 2
+        or moment.shape[0] != moment.shape[1]
+        or not torch.allclose(
+            moment, moment.mT, rtol=1e-5, atol=1e-6 * moment.abs().max().item()
+        )
+    ):
+        raise ValueError(
+            f"moment must be a symmetric matrix, got {'one that is not symmetric' if moment.ndim == 2 else 'a tensor'} of shape {tuple(moment.shape)}"
+        )
+    if not 0 < moment.trace() < math.inf:
+        raise ValueError(
+            f"moment must have a positive, finite trace, got {moment.trace().item():.3g}"
+        )
+    e, v = torch.linalg.eigh(moment)
+    root = (e.clamp_min(0) + ridge * e.sum()) ** -0.5
+    return (v * root) @ v.mT * (e.sum() / (e * root**2).sum()) ** 0.5
 
 # %% ../nbs/03_teleport.ipynb #601ca99d
 def keep(
-    optimizer, # Any of `torch.optim`; not modified
-    out:Teleported, # The accepted move
-    pull:Callable, # `(c, power=1) -> c'`: covectors by parameter name, carried along the move
+    optimizer,  # Any of `torch.optim`; not modified
+    out: Teleported,  # The accepted move
+    pull: Callable,  # `(c, power=1) -> c'`: covectors by parameter name, carried along the move
 ):
     "State policy: leave the optimizer's state as it is"
 
+
 def reset(
-    optimizer, # Any of `torch.optim`; its state is replaced, its groups and rates stay
-    out:Teleported, # The accepted move; not looked at
-    pull:Callable, # As for `keep`; not called
+    optimizer,  # Any of `torch.optim`; its state is replaced, its groups and rates stay
+    out: Teleported,  # The accepted move; not looked at
+    pull: Callable,  # As for `keep`; not called
 ):
     "State policy: the optimizer's state as it was when it was new"
     known = inspect.signature(type(optimizer)).parameters
-    groups = [{**g, 'params': list(g['params'])} for g in optimizer.param_groups]
-    fresh = type(optimizer)(groups, **{k: v for k,v in optimizer.defaults.items() if k in known})
-    optimizer.state.clear(); optimizer.state.update(fresh.state)
+    groups = [{**g, "params": list(g["params"])} for g in optimizer.param_groups]
+    fresh = type(optimizer)(
+        groups, **{k: v for k, v in optimizer.defaults.items() if k in known}
+    )
+    optimizer.state.clear()
+    optimizer.state.update(fresh.state)
 
 # %% ../nbs/03_teleport.ipynb #e993215b
-_ADAM = ({'exp_avg'}, {'exp_avg_sq','max_exp_avg_sq'})
-MOMENTS = { # optimizer -> names of its first and second moments
-    torch.optim.SGD: ({'momentum_buffer'}, set()), torch.optim.Adagrad: (set(), {'sum'}), torch.optim.RMSprop: ({'grad_avg'}, {'square_avg'}),
-    torch.optim.Adam: _ADAM, torch.optim.AdamW: _ADAM, torch.optim.NAdam: _ADAM, torch.optim.RAdam: _ADAM,
+_ADAM = ({"exp_avg"}, {"exp_avg_sq", "max_exp_avg_sq"})
+MOMENTS = {  # optimizer -> names of its first and second moments
+    torch.optim.SGD: ({"momentum_buffer"}, set()),
+    torch.optim.Adagrad: (set(), {"sum"}),
+    torch.optim.RMSprop: ({"grad_avg"}, {"square_avg"}),
+    torch.optim.Adam: _ADAM,
+    torch.optim.AdamW: _ADAM,
+    torch.optim.NAdam: _ADAM,
+    torch.optim.RAdam: _ADAM,
 }
+
 
 @dataclass(frozen=True)
 class Transport:
     "State policy: carry first moments by `pull`, second moments by the squared matrix (diagonals and permutations only)"
+
     def check(self, optimizer, group):
         "Raise where the state of `optimizer` cannot be carried along the moves of `group`"
-        name,moments = type(optimizer).__name__,MOMENTS.get(type(optimizer))
-        if moments is None: raise ValueError(f"transport knows the moments of {', '.join(o.__name__ for o in MOMENTS)}, not of {name}; use keep or reset")
-        if name=='RMSprop' and any(g['momentum'] for g in optimizer.param_groups): raise ValueError("transport cannot carry RMSprop's momentum, which is a sum of steps and not of gradients; use reset")
-        if not group.exact: raise ValueError(f"transport needs moves that can be undone, got {type(group).__name__}(); use keep or reset")
-        if moments[1] and not set(group.prefer)<={'scale','perm'}:
-            raise ValueError(f"transport carries the second moments of {name} only under Scaling() or Permutation(), got {type(group).__name__}(); use keep or reset")
-    def __call__(self, optimizer, out:Teleported, pull:Callable):
-        for power,names in zip((1,2), MOMENTS[type(optimizer)]):
+        name, moments = type(optimizer).__name__, MOMENTS.get(type(optimizer))
+        if moments is None:
+            raise ValueError(
+                f"transport knows the moments of {', '.join(o.__name__ for o in MOMENTS)}, not of {name}; use keep or reset"
+            )
+        if name == "RMSprop" and any(
+            g["momentum"] for g in optimizer.param_groups
+        ):
+            raise ValueError(
+                "transport cannot carry RMSprop's momentum, which is a sum of steps and not of gradients; use reset"
+            )
+        if not group.exact:
+            raise ValueError(
+                f"transport needs moves that can be undone, got {type(group).__name__}(); use keep or reset"
+            )
+        if moments[1] and not set(group.prefer) <= {"scale", "perm"}:
+            raise ValueError(
+                f"transport carries the second moments of {name} only under Scaling() or Permutation(), got {type(group).__name__}(); use keep or reset"
+            )
+
+    def __call__(self, optimizer, out: Teleported, pull: Callable):
+        for power, names in zip((1, 2), MOMENTS[type(optimizer)]):
             for name in names:
-                owners = {k: optimizer.state[p] for k,p in pull.params.items() if optimizer.state.get(p, {}).get(name) is not None}
-                if not owners: continue
-                moved = pull({k: owners[k][name] if k in owners else torch.zeros_like(p) for k,p in pull.params.items()}, power)
-                for k,s in owners.items(): s[name].copy_(moved[k])
+                owners = {
+                    k: optimizer.state[p]
+                    for k, p in pull.params.items()
+                    if optimizer.state.get(p, {}).get(name) is not None
+                }
+                if not owners:
+                    continue
+                moved = pull(
+                    {
+                        k: owners[k][name] if k in owners else torch.zeros_like(p)
+                        for k, p in pull.params.items()
+                    },
+                    power,
+                )
+                for k, s in owners.items():
+                    s[name].copy_(moved[k])
+
 
 transport = Transport()
 
@@ -970,110 +1874,239 @@ transport = Transport()
 @dataclass(frozen=True)
 class Pull:
     "How a covector by parameter name moved with a teleport: `pull(c)`, and `pull(v, 2)` for second moments"
-    orbit:Orbit # The orbit at its end
-    params:dict # Name -> the module's parameter
-    def __call__(self, c:dict, power:int=1)->dict: return self.orbit.carry(c, power)
+
+    orbit: Orbit  # The orbit at its end
+    params: dict  # Name -> the module's parameter
+
+    def __call__(self, c: dict, power: int = 1) -> dict:
+        return self.orbit.carry(c, power)
 
 # %% ../nbs/03_teleport.ipynb #683e725c
 def _fire(tele, x, y, k):
     "One teleport of `tele`'s model, written in place if it is accepted"
-    data = lambda x: x if tele.inputs is None else tele.inputs(x).detach()
-    params = {n: p for n,p in tele.model.named_parameters() if p.requires_grad}
-    if not params: raise ValueError(f"model has no trainable parameters: {type(tele.model).__name__} is frozen or empty")
-    if not isinstance(x, Tensor): raise TypeError(f"x must be a Tensor, samples first, got {type(x).__name__}")
+
+    def data(x):
+        return x if tele.inputs is None else tele.inputs(x).detach()
+
+    params = {n: p for n, p in tele.model.named_parameters() if p.requires_grad}
+    if not params:
+        raise ValueError(
+            f"model has no trainable parameters: {type(tele.model).__name__} is frozen or empty"
+        )
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"x must be a Tensor, samples first, got {type(x).__name__}"
+        )
     check_input(params, x)
-    rng = Generator(); rng.set_state(tele.rng.get_state())
+    rng = Generator()
+    rng.set_state(tele.rng.get_state())
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        loss,w = loss_of(tele.model, tele.loss_fn, y)
-        group,wired = tele.group,tele.wired
+        loss, w = loss_of(tele.model, tele.loss_fn, y)
+        group, wired = tele.group, tele.wired
         if isinstance(group, WiredGroup) and group.wiring is None:
-            if wired is None or wired[0]!=set(params): wired = set(params),wire(tele.model, data(x), inputs=tele.inputs is not None) # freezing changes the table
+            if wired is None or wired[0] != set(params):
+                wired = (
+                    set(params),
+                    wire(tele.model, data(x), inputs=tele.inputs is not None),
+                )  # freezing changes the table
             group = group.on(wired[1])
-        out,end = travel(loss, w, group, data(x), tele.objective, tele.search, tele.tol, rng)
-        row = dict(k=k, accepted=bool(out.accepted), reason=out.reason, drift=out.drift.item(), steps=out.steps.item(), evals=out.evals.item(), seconds=out.seconds,
-            kinds=', '.join(f'{k}: {r.kind}' for k,r in out.report.items()))
-        for name,pair in (('loss', out.loss.reshape(2, -1).sum(1)), ('objective', out.objective)): row |= {f'{name}_before': pair[0].item(), f'{name}_after': pair[1].item()}
+        out, end = travel(
+            loss, w, group, data(x), tele.objective, tele.search, tele.tol, rng
+        )
+        row = dict(
+            k=k,
+            accepted=bool(out.accepted),
+            reason=out.reason,
+            drift=out.drift.item(),
+            steps=out.steps.item(),
+            evals=out.evals.item(),
+            seconds=out.seconds,
+            kinds=", ".join(f"{k}: {r.kind}" for k, r in out.report.items()),
+        )
+        for name, pair in (
+            ("loss", out.loss.reshape(2, -1).sum(1)),
+            ("objective", out.objective),
+        ):
+            row |= {
+                f"{name}_before": pair[0].item(),
+                f"{name}_after": pair[1].item(),
+            }
         if tele.probe is not None:
-            px,py = tele.probe; probe,_ = loss_of(tele.model, tele.loss_fn, py)
+            px, py = tele.probe
+            probe, _ = loss_of(tele.model, tele.loss_fn, py)
             moved = end.carry_data(data(px)) if out.accepted else data(px)
-            row |= {'probe_before': probe(w, data(px)).sum().item(), 'probe_after': probe(out.w, moved).sum().item()}
+            row |= {
+                "probe_before": probe(w, data(px)).sum().item(),
+                "probe_after": probe(out.w, moved).sum().item(),
+            }
         if out.accepted:
-            map_after = None if tele.inputs is None else end.carry_data(tele.inputs.weight.T).T
+            map_after = (
+                None
+                if tele.inputs is None
+                else end.carry_data(tele.inputs.weight.T).T
+            )
             tele.state(tele.optimizer, out, Pull(end, params))
-            for n,p in params.items(): p.copy_(out.w[n])
-            if map_after is not None: tele.inputs.weight.copy_(map_after)
-            torch.clear_autocast_cache() # an enclosing autocast may hold low-precision copies of the old weights
-    tele.wired,tele.rng = wired,rng
+            for n, p in params.items():
+                p.copy_(out.w[n])
+            if map_after is not None:
+                tele.inputs.weight.copy_(map_after)
+            torch.clear_autocast_cache()  # an enclosing autocast may hold low-precision copies of the old weights
+    tele.wired, tele.rng = wired, rng
     tele.history.append(row)
     return out
 
 # %% ../nbs/03_teleport.ipynb #12f0de3d
 class Resumable:
     "The saved state of a `Teleporter`"
-    def state_dict(self)->dict:
+
+    def state_dict(self) -> dict:
         "Everything that decides what the next calls do; no parameters"
-        return dict(k=self.k, left=self.left, fired=sorted(self.fired), rng=self.rng.get_state(), history=[dict(r) for r in self.history])
-    def load_state_dict(self, state:dict):
+        return dict(
+            k=self.k,
+            left=self.left,
+            fired=sorted(self.fired),
+            rng=self.rng.get_state(),
+            history=[dict(r) for r in self.history],
+        )
+
+    def load_state_dict(self, state: dict):
         "Go on as the saved one would have"
-        if missing := {'k','left','fired','rng','history'}-set(state): raise ValueError(f"state lacks {sorted(missing)}")
-        rng = Generator(); rng.set_state(state['rng'].cpu()) # torch.load(map_location=...) may have moved it
-        k,left,fired,history = _step('k', state['k']),_step('left', state['left']),set(state['fired']),[dict(r) for r in state['history']]
-        self.k,self.left,self.fired,self.history,self.rng = k,left,fired,history,rng
+        if missing := {"k", "left", "fired", "rng", "history"} - set(state):
+            raise ValueError(f"state lacks {sorted(missing)}")
+        rng = Generator()
+        rng.set_state(
+            state["rng"].cpu()
+        )  # torch.load(map_location=...) may have moved it
+        k, left, fired, history = (
+            _step("k", state["k"]),
+            _step("left", state["left"]),
+            set(state["fired"]),
+            [dict(r) for r in state["history"]],
+        )
+        self.k, self.left, self.fired, self.history, self.rng = (
+            k,
+            left,
+            fired,
+            history,
+            rng,
+        )
 
 # %% ../nbs/03_teleport.ipynb #775bc5c3
 class Teleporter(Resumable):
     "Teleports in an ordinary training loop: call `step(x, y)` before the forward pass"
-    def __init__(self,
-        model:nn.Module, # Trained elsewhere; accepted moves change its parameters in place, and nothing else
-        loss_fn:Callable, # `(output, y) -> ()` or `(T,)`, the training loss without weight decay
-        group=GL(), # Group; bound to the model's wiring at the first move
+
+    def __init__(
+        self,
+        model: nn.Module,  # Trained elsewhere; accepted moves change its parameters in place, and nothing else
+        loss_fn: Callable,  # `(output, y) -> ()` or `(T,)`, the training loss without weight decay
+        group=GL(),  # Group; bound to the model's wiring at the first move
         *,
-        schedule, # `at(...)`, `every(...)`, `first(...)`, a set of steps, or a function of k
-        objective:Callable=grad_norm, # What to climb
-        search:Callable=Ascent(), # How to find the element
-        batches:int=1, # How many calls in a row a firing covers (Z22's B), at least 1
-        optimizer=None, # Needed by `reset` and `transport`
-        state:Callable=keep, # What becomes of the optimizer's state: `keep`, `reset` or `transport`
-        probe:tuple|None=None, # A held-out batch (x, y) whose change of loss is recorded with every move
-        inputs:nn.Linear|None=None, # Square, no bias: the map of the data (Z22 Alg. 3), multiplied in place; apply it before the model
-        tol:float|None=None, # As in `teleport`
-        seed:int=0, # For searches that draw
+        schedule,  # `at(...)`, `every(...)`, `first(...)`, a set of steps, or a function of k
+        objective: Callable = grad_norm,  # What to climb
+        search: Callable = Ascent(),  # How to find the element
+        batches: int = 1,  # How many calls in a row a firing covers (Z22's B), at least 1
+        optimizer=None,  # Needed by `reset` and `transport`
+        state: Callable = keep,  # What becomes of the optimizer's state: `keep`, `reset` or `transport`
+        probe: tuple
+        | None = None,  # A held-out batch (x, y) whose change of loss is recorded with every move
+        inputs: nn.Linear
+        | None = None,  # Square, no bias: the map of the data (Z22 Alg. 3), multiplied in place; apply it before the model
+        tol: float | None = None,  # As in `teleport`
+        seed: int = 0,  # For searches that draw
     ):
-        self.model,self.loss_fn,self.group,self.schedule = unwrap(model),loss_fn,group,as_schedule(schedule)
-        self.objective,self.search,self.batches = objective,search,_step('batches', batches, 1)
-        self.optimizer,self.state,self.probe,self.inputs,self.tol = optimizer,state,probe,inputs,tol
-        self.rng,self.k,self.left,self.fired,self.history = Generator().manual_seed(seed),0,0,set(),[]
-        self.wired = None # the names that were trainable and the wiring made for them, at the last move
+        self.model, self.loss_fn, self.group, self.schedule = (
+            unwrap(model),
+            loss_fn,
+            group,
+            as_schedule(schedule),
+        )
+        self.objective, self.search, self.batches = (
+            objective,
+            search,
+            _step("batches", batches, 1),
+        )
+        self.optimizer, self.state, self.probe, self.inputs, self.tol = (
+            optimizer,
+            state,
+            probe,
+            inputs,
+            tol,
+        )
+        self.rng, self.k, self.left, self.fired, self.history = (
+            Generator().manual_seed(seed),
+            0,
+            0,
+            set(),
+            [],
+        )
+        self.wired = None  # the names that were trainable and the wiring made for them, at the last move
         check_teleporter(self)
-    def step(self,
-        x:Tensor, # One batch, samples first, before `inputs`
-        y:Tensor, # Its targets
-        k:int|None=None, # Optimizer steps already taken, or epochs; None: calls of `step` so far
-    )->Teleported|None: # What the teleport did, None where none was due
+
+    def step(
+        self,
+        x: Tensor,  # One batch, samples first, before `inputs`
+        y: Tensor,  # Its targets
+        k: int
+        | None = None,  # Optimizer steps already taken, or epochs; None: calls of `step` so far
+    ) -> Teleported | None:  # What the teleport did, None where none was due
         "Teleport if one is due"
-        now = self.k if k is None else _step('k', k)
+        now = self.k if k is None else _step("k", k)
         fires = self.schedule(now) and now not in self.fired
         out = _fire(self, x, y, now) if fires or self.left else None
-        if fires: self.fired.add(now); self.left = self.batches
-        if out is not None: self.left -= 1
-        if k is None: self.k += 1
+        if fires:
+            self.fired.add(now)
+            self.left = self.batches
+        if out is not None:
+            self.left -= 1
+        if k is None:
+            self.k += 1
         return out
 
 # %% ../nbs/03_teleport.ipynb #8bd7954c
 def check_teleporter(
-    t:Teleporter, # One that has just been made
+    t: Teleporter,  # One that has just been made
 ):
     "Raise where its parts do not fit together"
-    if not isinstance(t.model, nn.Module): raise TypeError(f"model must be an nn.Module, got {type(t.model).__name__}")
-    for name in ('loss_fn','objective','search','state'):
+    if not isinstance(t.model, nn.Module):
+        raise TypeError(
+            f"model must be an nn.Module, got {type(t.model).__name__}"
+        )
+    for name in ("loss_fn", "objective", "search", "state"):
         part = getattr(t, name)
-        if not callable(part) or name!='loss_fn' and isinstance(part, type): raise TypeError(f"{name} must be a function, or an instance such as Ascent(), got {part!r}")
+        if not callable(part) or name != "loss_fn" and isinstance(part, type):
+            raise TypeError(
+                f"{name} must be a function, or an instance such as Ascent(), got {part!r}"
+            )
     check_tol(t.tol)
-    if t.probe is not None and not (isinstance(t.probe, tuple|list) and len(t.probe)==2): raise TypeError(f"probe must be a batch (x, y), got {t.probe!r}")
-    if t.optimizer is not None and t.state in (reset, transport) and not isinstance(t.optimizer, torch.optim.Optimizer): raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {t.optimizer!r}")
-    if t.state is not keep and t.optimizer is None: raise ValueError(f"state={getattr(t.state, '__name__', t.state)} needs the optimizer: Teleporter(..., optimizer=optimizer)")
-    if isinstance(t.group, type) or not hasattr(t.group, 'exact'): raise TypeError(f"group must be a group such as GL(), got {t.group!r}")
-    if hasattr(t.state, 'check'): t.state.check(t.optimizer, t.group)
-    if t.inputs is not None and (not isinstance(t.inputs, nn.Linear) or t.inputs.bias is not None or t.inputs.in_features!=t.inputs.out_features):
-        raise ValueError(f"inputs must be a square nn.Linear without bias, got {t.inputs}")
-    if not t.group.exact and t.tol is None: raise ValueError(f"{type(t.group).__name__} is not an exact symmetry: say how much drift you allow, Teleporter(..., tol=...)")
+    if t.probe is not None and not (
+        isinstance(t.probe, tuple | list) and len(t.probe) == 2
+    ):
+        raise TypeError(f"probe must be a batch (x, y), got {t.probe!r}")
+    if (
+        t.optimizer is not None
+        and t.state in (reset, transport)
+        and not isinstance(t.optimizer, torch.optim.Optimizer)
+    ):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {t.optimizer!r}"
+        )
+    if t.state is not keep and t.optimizer is None:
+        raise ValueError(
+            f"state={getattr(t.state, '__name__', t.state)} needs the optimizer: Teleporter(..., optimizer=optimizer)"
+        )
+    if isinstance(t.group, type) or not hasattr(t.group, "exact"):
+        raise TypeError(f"group must be a group such as GL(), got {t.group!r}")
+    if hasattr(t.state, "check"):
+        t.state.check(t.optimizer, t.group)
+    if t.inputs is not None and (
+        not isinstance(t.inputs, nn.Linear)
+        or t.inputs.bias is not None
+        or t.inputs.in_features != t.inputs.out_features
+    ):
+        raise ValueError(
+            f"inputs must be a square nn.Linear without bias, got {t.inputs}"
+        )
+    if not t.group.exact and t.tol is None:
+        raise ValueError(
+            f"{type(t.group).__name__} is not an exact symmetry: say how much drift you allow, Teleporter(..., tol=...)"
+        )

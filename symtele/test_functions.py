@@ -10,7 +10,8 @@ __all__ = ['START', 'LAND', 'GOAL', 'PROBLEMS', 'MOMENTUM', 'ARMS', 'MARKS', 'AL
            'draw_starts', 'draw_sizes', 'Turn', 'turn', 'draw_turn']
 
 # %% ../nbs/06_test_functions.ipynb #da4b9237
-import math, time
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -23,484 +24,1162 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import Generator, Tensor
 
-from .experiments import LOOK, STYLE, Experiment, band, img, rounded, show, switch
+from symtele.experiments import (
+    LOOK,
+    STYLE,
+    Experiment,
+    band,
+    img,
+    rounded,
+    show,
+    switch,
+)
 from .groups import Orthogonal, Rotation, booth, ellipse, rosenbrock
-from .teleport import (Ascent, GreatCircle, Landscape, Stay, as_schedule, at, every, grad_norm, keep, landscape,
-    lookahead, reset, teleport)
+from symtele.teleport import (
+    Ascent,
+    GreatCircle,
+    Landscape,
+    Stay,
+    as_schedule,
+    at,
+    every,
+    grad_norm,
+    keep,
+    landscape,
+    lookahead,
+    reset,
+    teleport,
+)
 
 # %% ../nbs/06_test_functions.ipynb #c1dfd96e
 @dataclass(frozen=True)
 class Problem:
     "A test function, the group that keeps it, and the settings it is run at"
-    name:str # For titles
-    losses:Callable # `(..., n) -> (...)`, one loss per row
-    group:object # A group of `symtele.groups` that moves a point of shape (n,)
-    start:tuple # Where the paper starts, n numbers
-    target:tuple # The minimum, n numbers
-    lr:float # Learning rate of the paper's gradient descent
-    steps:int=100 # How many steps it takes
-    schedule:Callable=at(0) # When it teleports, k zero-based
-    ascent:Callable=Ascent() # Its search for the angle, after a random first one
-    box:tuple=(-2.,2.,-2.,2.) # Where to look, and where random starts are drawn: x₁ from, to, x₂ from, to
-    def loss(self, w:Tensor)->Tensor: "Loss of one point of shape (n,), shape ()"; return self.losses(w)
+
+    name: str  # For titles
+    losses: Callable  # `(..., n) -> (...)`, one loss per row
+    group: object  # A group of `symtele.groups` that moves a point of shape (n,)
+    start: tuple  # Where the paper starts, n numbers
+    target: tuple  # The minimum, n numbers
+    lr: float  # Learning rate of the paper's gradient descent
+    steps: int = 100  # How many steps it takes
+    schedule: Callable = at(0)  # When it teleports, k zero-based
+    ascent: Callable = Ascent()  # Its search, after a random first angle
+    box: tuple = (
+        -2.0,
+        2.0,
+        -2.0,
+        2.0,
+    )  # Where to look, and where random starts are drawn: x₁ from, to, x₂ from, to
+
+    def loss(self, w: Tensor) -> Tensor:
+        "Loss of one point of shape (n,), shape ()"
+        return self.losses(w)
+
     @property
-    def n(self)->int: "Number of variables"; return len(self.start)
+    def n(self) -> int:
+        "Number of variables"
+        return len(self.start)
 
 # %% ../nbs/06_test_functions.ipynb #fe5dbbce
 def rosenbrock_problem(
-    n:int=2, # Variables, even, at least 2
-)->Problem: # Start (-1, -1, …), minimum (1, 1, …)
+    n: int = 2,  # Variables, even, at least 2
+) -> Problem:  # Start (-1, -1, …), minimum (1, 1, …)
     "Rosenbrock's function (Z22 (3)) in `n` variables, at the settings of Z22's Figure 2"
-    if n<2 or n%2: raise ValueError(f"rosenbrock_problem(n=...) must be even and at least 2, got {n}")
-    name = 'Rosenbrock' if n==2 else f'Rosenbrock in {n} variables'
-    return Problem(name, lambda w: rosenbrock.to(w).square().sum(-1), Rotation(rosenbrock), (-1.,)*n, (1.,)*n,
-        lr=1e-3, steps=1000, schedule=every(100, start=99), ascent=Ascent(10, lr=1e-1), box=(-2.,2.,-1.,3.))
+    if n < 2 or n % 2:
+        raise ValueError(
+            f"rosenbrock_problem(n=...) must be even and at least 2, got {n}"
+        )
+    name = "Rosenbrock" if n == 2 else f"Rosenbrock in {n} variables"
+    return Problem(
+        name,
+        lambda w: rosenbrock.to(w).square().sum(-1),
+        Rotation(rosenbrock),
+        (-1.0,) * n,
+        (1.0,) * n,
+        lr=1e-3,
+        steps=1000,
+        schedule=every(100, start=99),
+        ascent=Ascent(10, lr=1e-1),
+        box=(-2.0, 2.0, -1.0, 3.0),
+    )
 
-def booth_problem()->Problem:
+
+def booth_problem() -> Problem:
     "Booth's function (Z22 (4)) at the settings of Z22's Figure 2"
-    return Problem('Booth', lambda w: booth.to(w).square().sum(-1), Rotation(booth), (5.,-5.), (1.,3.), 
-        lr=.08, steps=10, schedule=at(4), ascent=Ascent(10, lr=1e-3), box=(-10.,10.,-7.,11.))
+    return Problem(
+        "Booth",
+        lambda w: booth.to(w).square().sum(-1),
+        Rotation(booth),
+        (5.0, -5.0),
+        (1.0, 3.0),
+        lr=0.08,
+        steps=10,
+        schedule=at(4),
+        ascent=Ascent(10, lr=1e-3),
+        box=(-10.0, 10.0, -7.0, 11.0),
+    )
+
 
 def ellipse_problem(
-    lam:float=3., # Ratio of the half-axes, positive
-)->Problem: # x₁² + lam²·x₂², minimum at the origin
+    lam: float = 3.0,  # Ratio of the half-axes, positive
+) -> Problem:  # x₁² + lam²·x₂², minimum at the origin
     "The ellipse of Z22 (20)"
     chart = ellipse(lam)
-    return Problem('ellipse', lambda w: chart.to(w).square().sum(-1), Rotation(chart), (2.,.4), (0.,0.),
-        lr=.02, steps=30, schedule=at(5), ascent=Ascent(10, lr=1e-3), box=(-3.,3.,-2.,2.))
+    return Problem(
+        "ellipse",
+        lambda w: chart.to(w).square().sum(-1),
+        Rotation(chart),
+        (2.0, 0.4),
+        (0.0, 0.0),
+        lr=0.02,
+        steps=30,
+        schedule=at(5),
+        ascent=Ascent(10, lr=1e-3),
+        box=(-3.0, 3.0, -2.0, 2.0),
+    )
+
 
 def quadratic(
-    n:int, # Variables, at least 2
-    condition:float=100., # Largest eigenvalue over smallest, at least 1
-)->Problem: # ½wᵀAw with eigenvalues from 1 to `condition`
+    n: int,  # Variables, at least 2
+    condition: float = 100.0,  # Largest eigenvalue over smallest, at least 1
+) -> Problem:  # ½wᵀAw with eigenvalues from 1 to `condition`
     "A quadratic (Z22 (18)), kept by `Orthogonal(A)`"
-    if n<2 or not condition>=1:
-        raise ValueError(f"quadratic(n, condition) needs n of at least 2 and a condition of at least 1, got {n} and {condition}")
-    q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=Generator().manual_seed(n)))[0]
-    A = q*torch.logspace(0, math.log10(condition), n, dtype=torch.float64)@q.T; A = (A+A.T)/2
-    return Problem(f'quadratic in {n} variables', lambda w: ((w@A)*w).sum(-1)/2, Orthogonal(A), (1.,)*n, (0.,)*n, lr=1/condition)
+    if n < 2 or not condition >= 1:
+        raise ValueError(
+            f"quadratic(n, condition) needs n of at least 2 and a condition of at least 1, got {n} and {condition}"
+        )
+    q = torch.linalg.qr(
+        torch.randn(
+            n, n, dtype=torch.float64, generator=Generator().manual_seed(n)
+        )
+    )[0]
+    A = q * torch.logspace(0, math.log10(condition), n, dtype=torch.float64) @ q.T
+    A = (A + A.T) / 2
+    return Problem(
+        f"quadratic in {n} variables",
+        lambda w: ((w @ A) * w).sum(-1) / 2,
+        Orthogonal(A),
+        (1.0,) * n,
+        (0.0,) * n,
+        lr=1 / condition,
+    )
 
 # %% ../nbs/06_test_functions.ipynb #17ba0791
 @dataclass(frozen=True)
 class FromAngle:
     "Search: a uniform random angle, then `search` from there (Z22 §6.1); in more than two dimensions, a random direction"
-    search:Callable=Stay() # What to do from there; nothing: the random arm
-    largest:float=math.pi # The angle is drawn from [0, largest), radians, positive
+
+    search: Callable = Stay()  # What to do from there; nothing: the random arm
+    largest: float = math.pi  # Angles are below this, radians, positive
+
     def __post_init__(self):
-        if not 0<self.largest<math.inf: raise ValueError(f"FromAngle(largest=...) must be positive and finite, got {self.largest}")
-        if isinstance(self.search, type) or not callable(self.search): raise TypeError(f"FromAngle(search=...) must be a search such as Stay(), got {self.search!r}")
-    def __call__(self, land:Landscape, rng:Generator)->Landscape:
-        angle = self.largest*torch.rand((), dtype=torch.float64, generator=rng)
-        unit = land.orbit.zero()+1 if land.orbit.size==1 else land.orbit.random(rng, 1.)
-        return self.search(land.move(unit*angle), rng)
+        if not 0 < self.largest < math.inf:
+            raise ValueError(
+                f"FromAngle(largest=...) must be positive and finite, got {self.largest}"
+            )
+        if isinstance(self.search, type) or not callable(self.search):
+            raise TypeError(
+                f"FromAngle(search=...) must be a search such as Stay(), got {self.search!r}"
+            )
+
+    def __call__(self, land: Landscape, rng: Generator) -> Landscape:
+        angle = self.largest * torch.rand((), dtype=torch.float64, generator=rng)
+        unit = (
+            land.orbit.zero() + 1
+            if land.orbit.size == 1
+            else land.orbit.random(rng, 1.0)
+        )
+        return self.search(land.move(unit * angle), rng)
 
 # %% ../nbs/06_test_functions.ipynb #bd307a3e
 @dataclass(frozen=True)
 class Descent:
     "The record of a run of B rows through n variables; index k is after k steps, and after the teleport at k where there was one"
-    path:Tensor # Parameters, shape (K+1, B, n)
-    loss:Tensor # Shape (K+1, B)
-    gsq:Tensor # Squared gradient norm, shape (K+1, B)
-    evals:Tensor # Calls of the loss so far, the one at k not counted, shape (K+1, B)
-    moves:list # One dict per teleport: k, row, from, to, drift, accepted, evals, loss and objective (before, after)
-    seconds:float # Wall-clock, for all rows together
 
-    def reach(self, 
-        target:float, # Loss to reach
-    )->tuple[list,list]: # Steps and evaluations per row, inf where it was not reached
+    path: Tensor  # Parameters, shape (K+1, B, n)
+    loss: Tensor  # Shape (K+1, B)
+    gsq: Tensor  # Squared gradient norm, shape (K+1, B)
+    evals: Tensor  # Calls of the loss so far, the one at k not counted, shape (K+1, B)
+    moves: list  # One dict per teleport: k, row, from, to, drift, accepted, evals, loss and objective (before, after)
+    seconds: float  # Wall-clock, for all rows together
+
+    def reach(
+        self,
+        target: float,  # Loss to reach
+    ) -> tuple[
+        list, list
+    ]:  # Steps and evaluations per row, inf where it was not reached
         "When each row first had a loss of at most `target`"
-        hit = self.loss<=target; k = hit.int().argmax(0)
-        put = lambda t: torch.where(hit.any(0), t.double(), math.inf).tolist()
+        hit = self.loss <= target
+        k = hit.int().argmax(0)
+
+        def put(t):
+            return torch.where(hit.any(0), t.double(), math.inf).tolist()
+
         return put(k), put(self.evals.gather(0, k[None])[0])
+
     @property
-    def end(self)->list: 
+    def end(self) -> list:
         "Last loss per row, inf where the run diverged"
         return self.loss[-1].nan_to_num(math.inf).tolist()
 
 # %% ../nbs/06_test_functions.ipynb #fa35e192
 def descend(
-    problem:Problem, # What to minimise
-    start:Tensor, # One point of shape (n,) or B of them, (B, n); float64; not modified
-    steps:int, # Optimizer steps, at least 1
-    optimizer:Callable, # `(params) -> torch.optim.Optimizer`, one that works entry by entry
-    schedule:Callable|None=None, # When to teleport, k zero-based: before step k. None: never
-    search:Callable|None=GreatCircle(), # How to find the element; None: only `state` is applied, the "reset only" arm
-    objective:Callable=grad_norm, # What to climb
-    state:Callable=keep, # `keep` or `reset` the optimizer at teleports
-    target:float=0., # Rows at or below this loss teleport no more; the run ends when all are there, or lost
-    seed:int=0, # Row i searches with seed + i
-    progress:Callable|None=None, # Called as `progress(k, steps)` before every step
-)->Descent:
+    problem: Problem,  # What to minimise
+    start: Tensor,  # One point of shape (n,) or B of them, (B, n); float64; not modified
+    steps: int,  # Optimizer steps, at least 1
+    optimizer: Callable,  # `(params) -> torch.optim.Optimizer`, one that works entry by entry
+    schedule: Callable
+    | None = None,  # When to teleport, k zero-based: before step k. None: never
+    search: Callable
+    | None = GreatCircle(),  # How to find the element; None: only `state` is applied, the "reset only" arm
+    objective: Callable = grad_norm,  # What to climb
+    state: Callable = keep,  # `keep` or `reset` the optimizer at teleports
+    target: float = 0.0,  # Rows at or below this loss teleport no more; the run ends when all are there, or lost
+    seed: int = 0,  # Row i searches with seed + i
+    progress: Callable
+    | None = None,  # Called as `progress(k, steps)` before every step
+) -> Descent:
     "Minimise, teleporting where the schedule says so"
-    if steps<1: raise ValueError(f"descend(steps=...) must be at least 1, got {steps}")
-    if not isinstance(start, Tensor) or start.ndim not in (1,2) or start.shape[-1]!=problem.n:
-        raise ValueError(f"start must be a Tensor of shape ({problem.n},) or (B, {problem.n}) for {problem.name}, got {tuple(start.shape) if isinstance(start, Tensor) else start!r}")
-    if not start.isfinite().all(): raise ValueError(f"start must be finite, got {start.tolist()}")
-    if not target>=0: raise ValueError(f"target must be at least 0, got {target}")
-    began,due = time.perf_counter(),as_schedule(schedule if schedule is not None else (lambda k: False))
-    w = start.detach().clone().reshape(-1, problem.n).requires_grad_(); opt = optimizer([w])
-    rngs,evals,moves,record = [Generator().manual_seed(seed+i) for i in range(len(w))], torch.zeros(len(w), dtype=torch.long), [], []
-    for k in range(steps+1):
-        if progress: progress(k, steps)
-        if k<steps and due(k):
-            if search is not None: evals = evals + _jump(problem, w, k, search, objective, target, rngs, moves)
+    if steps < 1:
+        raise ValueError(f"descend(steps=...) must be at least 1, got {steps}")
+    if (
+        not isinstance(start, Tensor)
+        or start.ndim not in (1, 2)
+        or start.shape[-1] != problem.n
+    ):
+        raise ValueError(
+            f"start must be a Tensor of shape ({problem.n},) or (B, {problem.n}) for {problem.name}, got {tuple(start.shape) if isinstance(start, Tensor) else start!r}"
+        )
+    if not start.isfinite().all():
+        raise ValueError(f"start must be finite, got {start.tolist()}")
+    if not target >= 0:
+        raise ValueError(f"target must be at least 0, got {target}")
+    began, due = (
+        time.perf_counter(),
+        as_schedule(schedule if schedule is not None else (lambda k: False)),
+    )
+    w = start.detach().clone().reshape(-1, problem.n).requires_grad_()
+    opt = optimizer([w])
+    rngs, evals, moves, record = (
+        [Generator().manual_seed(seed + i) for i in range(len(w))],
+        torch.zeros(len(w), dtype=torch.long),
+        [],
+        [],
+    )
+    for k in range(steps + 1):
+        if progress:
+            progress(k, steps)
+        if k < steps and due(k):
+            if search is not None:
+                evals = evals + _jump(
+                    problem, w, k, search, objective, target, rngs, moves
+                )
             state(opt, None, None)
-        opt.zero_grad(); L = problem.losses(w); L.sum().backward()
-        record.append((w.detach().clone(), L.detach(), w.grad.square().sum(-1), evals))
-        if not ((L>target)&L.isfinite()).any(): break
-        opt.step(); evals = evals+1
-    return Descent(*map(torch.stack, zip(*record)), moves, time.perf_counter()-began)
+        opt.zero_grad()
+        L = problem.losses(w)
+        L.sum().backward()
+        record.append(
+            (w.detach().clone(), L.detach(), w.grad.square().sum(-1), evals)
+        )
+        if not ((L > target) & L.isfinite()).any():
+            break
+        opt.step()
+        evals = evals + 1
+    return Descent(
+        *map(torch.stack, zip(*record)), moves, time.perf_counter() - began
+    )
+
 
 def _jump(problem, w, k, search, objective, target, rngs, moves):
     "Teleport each row that is under way, in place; the calls of the loss, by row"
     spent = torch.zeros(len(w), dtype=torch.long)
-    for i,p in enumerate(w.detach()):
+    for i, p in enumerate(w.detach()):
         L = problem.loss(p)
-        if not (L.isfinite() and L>target and p.isfinite().all()): continue
-        out = teleport(problem.loss, p.clone(), problem.group, objective=objective, search=search, rng=rngs[i])
-        numbers = {n: getattr(out, n).tolist() for n in ('drift','accepted','evals','loss','objective')}
-        moves.append({'k': k, 'row': i, 'from': p.clone(), 'to': out.w, **numbers})
-        p.copy_(out.w); spent[i] = out.evals
+        if not (L.isfinite() and L > target and p.isfinite().all()):
+            continue
+        out = teleport(
+            problem.loss,
+            p.clone(),
+            problem.group,
+            objective=objective,
+            search=search,
+            rng=rngs[i],
+        )
+        numbers = {
+            n: getattr(out, n).tolist()
+            for n in ("drift", "accepted", "evals", "loss", "objective")
+        }
+        moves.append(
+            {"k": k, "row": i, "from": p.clone(), "to": out.w, **numbers}
+        )
+        p.copy_(out.w)
+        spent[i] = out.evals
     return spent
 
+
 def gd(
-    lr:float, # Learning rate, positive
-    momentum:float=0., # In [0, 1)
-)->Callable: # `(params) -> torch.optim.SGD`
+    lr: float,  # Learning rate, positive
+    momentum: float = 0.0,  # In [0, 1)
+) -> Callable:  # `(params) -> torch.optim.SGD`
     "Gradient descent, for `descend`"
-    if not 0<lr<math.inf: raise ValueError(f"lr must be positive and finite, got {lr}")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be positive and finite, got {lr}")
     return lambda params: torch.optim.SGD(params, lr=lr, momentum=momentum)
 
 # %% ../nbs/06_test_functions.ipynb #1574bddb
 def ring(
-    problem:Problem, # With two variables
-    w:Tensor, # A point, shape (2,)
-    m:int=361, # Points, at least 2, evenly spaced in the angle of the chart
-    objective:Callable=grad_norm, # What is wanted there
-)->tuple[Tensor,Tensor]: # Points from `w` all around its orbit and back, shape (m, 2), and the objective there, (m,)
+    problem: Problem,  # With two variables
+    w: Tensor,  # A point, shape (2,)
+    m: int = 361,  # Points, at least 2, evenly spaced in the angle of the chart
+    objective: Callable = grad_norm,  # What is wanted there
+) -> tuple[
+    Tensor, Tensor
+]:  # Points from `w` all around its orbit and back, shape (m, 2), and the objective there, (m,)
     "The orbit of a point"
-    orbit,t = problem.group.orbit(w),torch.linspace(0, 2*math.pi, m, dtype=torch.float64)
-    return torch.func.vmap(lambda t: orbit.act(orbit.zero()+t))(t), landscape(orbit, problem.loss, objective).along(orbit.zero()+1, t)[0]
+    orbit, t = (
+        problem.group.orbit(w),
+        torch.linspace(0, 2 * math.pi, m, dtype=torch.float64),
+    )
+    return torch.func.vmap(lambda t: orbit.act(orbit.zero() + t))(t), landscape(
+        orbit, problem.loss, objective
+    ).along(orbit.zero() + 1, t)[0]
 
 # %% ../nbs/06_test_functions.ipynb #9e6a55b6
-START,LAND,GOAL = '#ff7f0e','#d62728','#2ca02c' # colours of where a jump starts, where it lands, and the minimum
+START, LAND, GOAL = (
+    "#ff7f0e",
+    "#d62728",
+    "#2ca02c",
+)  # colours of where a jump starts, where it lands, and the minimum
+
 
 def _level_sets(ax, problem, box):
     "Shaded level sets of the loss, a constant factor apart"
-    x,y = (torch.linspace(a, b, 150, dtype=torch.float64) for a,b in (box[:2],box[2:]))
-    L = problem.losses(torch.stack(torch.meshgrid(x, y, indexing='xy'), -1)).clamp_min(1e-6).log10()
-    ax.imshow(L, extent=box, origin='lower', aspect='auto', cmap='Greys', alpha=.35, vmin=L.min())
-    ax.contour(x, y, L, 14, colors='#777777', linewidths=.5, linestyles='-')
-    ax.set(xlim=box[:2], ylim=box[2:], xlabel='x₁', ylabel='x₂'); ax.grid(False)
+    x, y = (
+        torch.linspace(a, b, 150, dtype=torch.float64)
+        for a, b in (box[:2], box[2:])
+    )
+    L = (
+        problem.losses(torch.stack(torch.meshgrid(x, y, indexing="xy"), -1))
+        .clamp_min(1e-6)
+        .log10()
+    )
+    ax.imshow(
+        L,
+        extent=box,
+        origin="lower",
+        aspect="auto",
+        cmap="Greys",
+        alpha=0.35,
+        vmin=L.min(),
+    )
+    ax.contour(x, y, L, 14, colors="#777777", linewidths=0.5, linestyles="-")
+    ax.set(xlim=box[:2], ylim=box[2:], xlabel="x₁", ylabel="x₂")
+    ax.grid(False)
+
 
 def _around(points):
     "A box around points (m, 2), with a margin"
-    lo,hi = points.amin(0),points.amax(0); half,mid = .58*(hi-lo)+1e-3,(lo+hi)/2
-    if .25<half[1]/half[0]<2: half = torch.maximum(half, half.flip(0)*half.new_tensor([1.32,1/1.32])) # one scale for both axes
-    return [t.item() for pair in zip(mid-half, mid+half) for t in pair]
+    lo, hi = points.amin(0), points.amax(0)
+    half, mid = 0.58 * (hi - lo) + 1e-3, (lo + hi) / 2
+    if 0.25 < half[1] / half[0] < 2:
+        half = torch.maximum(
+            half, half.flip(0) * half.new_tensor([1.32, 1 / 1.32])
+        )  # one scale for both axes
+    return [t.item() for pair in zip(mid - half, mid + half) for t in pair]
+
 
 def _polar(problem, w, floor):
     "Angle in the chart, and decades of loss above `floor`, for points (m, 2)"
-    u,v = torch.func.vmap(problem.group.chart.to)(w).unbind(-1)
-    return torch.atan2(v, u), (problem.losses(w).clamp_min(floor)/floor).log10()
+    u, v = torch.func.vmap(problem.group.chart.to)(w).unbind(-1)
+    return torch.atan2(v, u), (problem.losses(w).clamp_min(floor) / floor).log10()
+
 
 def _disc(ax, problem, floor, decades):
     "‖∇L‖²/L over angle and loss, as the background of the chart"
-    x,y = torch.meshgrid(*[torch.linspace(-decades, decades, 140, dtype=torch.float64)]*2, indexing='xy')
-    r = torch.hypot(x, y).clamp_min(1e-9); one = torch.tensor(problem.target, dtype=torch.float64)+1
-    radius = (problem.group.chart.loss(one)/problem.loss(one)*floor*10**r).sqrt() # of the circle in the chart where the loss is floor·10^r
-    w = torch.func.vmap(problem.group.chart.back)((torch.stack((x, y), -1)*(radius/r)[...,None]).flatten(0, 1)).requires_grad_()
-    L = problem.losses(w); g, = torch.autograd.grad(L.sum(), w)
-    steep = (g.square().sum(-1)/L.detach()).reshape(r.shape)
-    steep[r>decades] = math.nan
-    return ax.imshow(steep, extent=(-decades,decades)*2, origin='lower', norm=LogNorm(), cmap='viridis')
+    x, y = torch.meshgrid(
+        *[torch.linspace(-decades, decades, 140, dtype=torch.float64)] * 2,
+        indexing="xy",
+    )
+    r = torch.hypot(x, y).clamp_min(1e-9)
+    one = torch.tensor(problem.target, dtype=torch.float64) + 1
+    radius = (
+        problem.group.chart.loss(one) / problem.loss(one) * floor * 10**r
+    ).sqrt()  # of the circle in the chart where the loss is floor·10^r
+    w = torch.func.vmap(problem.group.chart.back)(
+        (torch.stack((x, y), -1) * (radius / r)[..., None]).flatten(0, 1)
+    ).requires_grad_()
+    L = problem.losses(w)
+    (g,) = torch.autograd.grad(L.sum(), w)
+    steep = (g.square().sum(-1) / L.detach()).reshape(r.shape)
+    steep[r > decades] = math.nan
+    return ax.imshow(
+        steep,
+        extent=(-decades, decades) * 2,
+        origin="lower",
+        norm=LogNorm(),
+        cmap="viridis",
+    )
 
 # %% ../nbs/06_test_functions.ipynb #b3f0c7f6
 def draw_descent(
-    problem:Problem, # With two variables
-    run:Descent, # Of `descend` on it
-    row:int=0, # Which row of the run
-    title:str='', # Of the figure
-    box:tuple|None=None, # What to show of the parameters: x₁ from, to, x₂ from, to; None: the path and the orbits of its first teleports
-    floor:float|None=None, # Loss at the centre of the chart, positive; None: the smallest of the run, at least 1e-20
-)->plt.Figure:
+    problem: Problem,  # With two variables
+    run: Descent,  # Of `descend` on it
+    row: int = 0,  # Which row of the run
+    title: str = "",  # Of the figure
+    box: tuple
+    | None = None,  # What to show of the parameters: x₁ from, to, x₂ from, to; None: the path and the orbits of its first teleports
+    floor: float
+    | None = None,  # Loss at the centre of the chart, positive; None: the smallest of the run, at least 1e-20
+) -> plt.Figure:
     "The path on the level sets, the path in the chart, and loss and squared gradient norm against steps"
-    with plt.rc_context(STYLE|{'figure.constrained_layout.use': False, 'axes.titlesize': 10}):
+    with plt.rc_context(
+        STYLE | {"figure.constrained_layout.use": False, "axes.titlesize": 10}
+    ):
         fig = plt.figure(figsize=(13, 4.6))
-        place = lambda x,w,y=.27,h=.62: fig.add_axes((x, y, w, h))
-        path,loss = run.path[:,row],run.loss[:,row]
-        fine = loss.isfinite()&(loss<1e12)&path.isfinite().all(1)
-        path,loss = path[:len(fine) if fine.all() else max(fine.int().argmin(), 1)],loss[fine] # what has diverged is not drawn
-        moves = [m for m in run.moves if m['row']==row and m['k']<len(path)]
-        floor = floor or max(loss[loss>0].min().item() if (loss>0).any() else 0., 1e-20)
-        draw_path(place(.05, .29), place(.08, .23, .125, .022), problem, path, moves, box)
-        _draw_chart(place(.375, .27), place(.425, .17, .125, .022), problem, path, moves, floor)
-        _draw_record(place(.715, .275, .14, .75), run, row, [m for m in run.moves if m['row']==row])
-        fig.suptitle(title, y=.985)
+
+        def place(x, w, y=0.27, h=0.62):
+            return fig.add_axes((x, y, w, h))
+
+        path, loss = run.path[:, row], run.loss[:, row]
+        fine = loss.isfinite() & (loss < 1e12) & path.isfinite().all(1)
+        path, loss = (
+            path[: len(fine) if fine.all() else max(fine.int().argmin(), 1)],
+            loss[fine],
+        )  # what has diverged is not drawn
+        moves = [m for m in run.moves if m["row"] == row and m["k"] < len(path)]
+        floor = floor or max(
+            loss[loss > 0].min().item() if (loss > 0).any() else 0.0, 1e-20
+        )
+        draw_path(
+            place(0.05, 0.29),
+            place(0.08, 0.23, 0.125, 0.022),
+            problem,
+            path,
+            moves,
+            box,
+        )
+        _draw_chart(
+            place(0.375, 0.27),
+            place(0.425, 0.17, 0.125, 0.022),
+            problem,
+            path,
+            moves,
+            floor,
+        )
+        _draw_record(
+            place(0.715, 0.275, 0.14, 0.75),
+            run,
+            row,
+            [m for m in run.moves if m["row"] == row],
+        )
+        fig.suptitle(title, y=0.985)
     return fig
 
 # %% ../nbs/06_test_functions.ipynb #91032ad7
 def _bar(image, cax, label):
     "A colour bar under an axis"
-    bar = cax.figure.colorbar(image, cax=cax, orientation='horizontal', label=label); lo,hi = image.norm.vmin,image.norm.vmax
-    subs = (1,) if hi>100*lo else (1,2,5) if hi>5*lo else (1,2,3,4,6,8)
-    bar.ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=6)); _plain(bar.ax.xaxis)
+    bar = cax.figure.colorbar(
+        image, cax=cax, orientation="horizontal", label=label
+    )
+    lo, hi = image.norm.vmin, image.norm.vmax
+    subs = (
+        (1,)
+        if hi > 100 * lo
+        else (1, 2, 5)
+        if hi > 5 * lo
+        else (1, 2, 3, 4, 6, 8)
+    )
+    bar.ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=6))
+    _plain(bar.ax.xaxis)
+
 
 def _plain(axis):
     "Numbers without typesetting, which is most of the time a figure takes"
-    short = lambda v: f'{v:.0e}'.replace('e-0', 'e-').replace('e+0', 'e').replace('e+', 'e')
-    axis.set_major_formatter(lambda v,_: f'{v:g}' if 1e-3<v<1e4 else short(v)); axis.set_minor_locator(NullLocator())
+
+    def short(v):
+        return (
+            f"{v:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+        )
+
+    axis.set_major_formatter(
+        lambda v, _: f"{v:g}" if 1e-3 < v < 1e4 else short(v)
+    )
+    axis.set_minor_locator(NullLocator())
+
 
 def _legs(path, moves):
     "Pieces of the path between jumps; each ends where the next jump starts"
-    cut = sorted({0, *[m['k'] for m in moves], len(path)})
-    return [torch.cat([path[a:b], *[m['from'][None] for m in moves if m['k']==b]]) for a,b in zip(cut, cut[1:])]
+    cut = sorted({0, *[m["k"] for m in moves], len(path)})
+    return [
+        torch.cat([path[a:b], *[m["from"][None] for m in moves if m["k"] == b]])
+        for a, b in zip(cut, cut[1:])
+    ]
 
 # %% ../nbs/06_test_functions.ipynb #12c6fc06
 def draw_path(
-    ax, # Axis for the level sets
-    cax, # Axis for the colour bar; removed where there are no moves
-    problem:Problem, # With two variables
-    path:Tensor, # Points, shape (K+1, 2)
-    moves:list, # Of a `Descent`, one row of it
-    box:tuple|None=None, # x₁ from, to, x₂ from, to; None: the path and the orbits of its first teleports
-    later:tuple|list=(), # Moves that are not drawn, but have a say in the colours
+    ax,  # Axis for the level sets
+    cax,  # Axis for the colour bar; removed where there are no moves
+    problem: Problem,  # With two variables
+    path: Tensor,  # Points, shape (K+1, 2)
+    moves: list,  # Of a `Descent`, one row of it
+    box: tuple
+    | None = None,  # x₁ from, to, x₂ from, to; None: the path and the orbits of its first teleports
+    later: tuple
+    | list = (),  # Moves that are not drawn, but have a say in the colours
 ):
     "A path on the level sets, with the orbits of its first four jumps"
-    goal,rings = torch.tensor(problem.target, dtype=path.dtype),[ring(problem, m['from']) for m in moves[:4]]
-    _level_sets(ax, problem, box or _around(torch.cat([path[:200], goal[None], *[p for p,_ in rings]])))
+    goal, rings = (
+        torch.tensor(problem.target, dtype=path.dtype),
+        [ring(problem, m["from"]) for m in moves[:4]],
+    )
+    _level_sets(
+        ax,
+        problem,
+        box
+        or _around(torch.cat([path[:200], goal[None], *[p for p, _ in rings]])),
+    )
     if rings:
-        every = torch.cat([g for _,g in rings+[ring(problem, m['from']) for m in later[:4-len(rings)]]]); norm = LogNorm(max(every.min(), every.max()*1e-12), every.max())
-        for p,g in rings:
+        every = torch.cat(
+            [
+                g
+                for _, g in rings
+                + [ring(problem, m["from"]) for m in later[: 4 - len(rings)]]
+            ]
+        )
+        norm = LogNorm(max(every.min(), every.max() * 1e-12), every.max())
+        for p, g in rings:
             line = _orbit(ax, p, g, norm)
-        _bar(line, cax, '‖∇L‖² on the orbit')
-    else: cax.remove()
-    for leg in _legs(path, moves): ax.plot(*leg.T, '.-', color='k', lw=1.1, ms=2.5)
-    arrow = dict(arrowstyle='->', color=LAND, lw=1.1, ls='--', shrinkA=3, shrinkB=3)
-    for m in moves: ax.annotate('', m['to'].tolist(), m['from'].tolist(), arrowprops=arrow, annotation_clip=True)
-    _mark(ax, [m['from'] for m in moves], [m['to'] for m in moves], _first(path, moves), goal)
-    ax.set_title('parameters' if len(moves)<5 else 'parameters, and the orbits of the first four jumps'); ax.legend(loc='best', fontsize=8, handletextpad=.2, frameon=True, framealpha=.8)
+        _bar(line, cax, "‖∇L‖² on the orbit")
+    else:
+        cax.remove()
+    for leg in _legs(path, moves):
+        ax.plot(*leg.T, ".-", color="k", lw=1.1, ms=2.5)
+    arrow = dict(
+        arrowstyle="->", color=LAND, lw=1.1, ls="--", shrinkA=3, shrinkB=3
+    )
+    for m in moves:
+        ax.annotate(
+            "",
+            m["to"].tolist(),
+            m["from"].tolist(),
+            arrowprops=arrow,
+            annotation_clip=True,
+        )
+    _mark(
+        ax,
+        [m["from"] for m in moves],
+        [m["to"] for m in moves],
+        _first(path, moves),
+        goal,
+    )
+    ax.set_title(
+        "parameters"
+        if len(moves) < 5
+        else "parameters, and the orbits of the first four jumps"
+    )
+    ax.legend(
+        loc="best", fontsize=8, handletextpad=0.2, frameon=True, framealpha=0.8
+    )
 
-def _first(path, moves): return moves[0]['from'] if moves and moves[0]['k']==0 else path[0]
+
+def _first(path, moves):
+    return moves[0]["from"] if moves and moves[0]["k"] == 0 else path[0]
+
 
 def _orbit(ax, points, gsq, norm):
-    return ax.add_collection(LineCollection(torch.stack((points[:-1], points[1:]), 1), array=gsq[:-1], norm=norm, cmap='viridis', linewidths=2.5), autolim=False)
+    return ax.add_collection(
+        LineCollection(
+            torch.stack((points[:-1], points[1:]), 1),
+            array=gsq[:-1],
+            norm=norm,
+            cmap="viridis",
+            linewidths=2.5,
+        ),
+        autolim=False,
+    )
+
 
 def _mark(ax, froms, tos, first, goal):
-    dot = lambda ps,**k: ax.plot(*torch.stack(ps).T, ls='', mec='k', mew=.6, zorder=5, **k) if ps else None
-    dot([] if first is None else [first], marker='s', color='w', ms=6, label='start')
-    dot(froms, marker='o', color=START, ms=6, label='jumps from'); dot(tos, marker='D', color=LAND, ms=5.5, label='lands')
-    if goal is not None: dot([goal], marker='*', color=GOAL, ms=13, label='minimum')
+    def dot(ps, **k):
+        return (
+            ax.plot(*torch.stack(ps).T, ls="", mec="k", mew=0.6, zorder=5, **k)
+            if ps
+            else None
+        )
+
+    dot(
+        [] if first is None else [first],
+        marker="s",
+        color="w",
+        ms=6,
+        label="start",
+    )
+    dot(froms, marker="o", color=START, ms=6, label="jumps from")
+    dot(tos, marker="D", color=LAND, ms=5.5, label="lands")
+    if goal is not None:
+        dot([goal], marker="*", color=GOAL, ms=13, label="minimum")
 
 # %% ../nbs/06_test_functions.ipynb #4d134bc0
 def _draw_chart(ax, cax, problem, path, moves, floor):
-    decades = _polar(problem, torch.cat([path, *[m['from'][None] for m in moves]]), floor)[1].max().item()*1.04+.3
-    _bar(_disc(ax, problem, floor, decades), cax, '‖∇L‖²/L')
-    flat = lambda t,r: torch.stack((r*t.cos(), r*t.sin()), -1)
-    put = lambda w: flat(*_polar(problem, w.reshape(-1, 2), floor))
+    decades = (
+        _polar(
+            problem, torch.cat([path, *[m["from"][None] for m in moves]]), floor
+        )[1]
+        .max()
+        .item()
+        * 1.04
+        + 0.3
+    )
+    _bar(_disc(ax, problem, floor, decades), cax, "‖∇L‖²/L")
+
+    def flat(t, r):
+        return torch.stack((r * t.cos(), r * t.sin()), -1)
+
+    def put(w):
+        return flat(*_polar(problem, w.reshape(-1, 2), floor))
+
     for leg in _legs(path, moves):
-        p = put(leg); ax.plot(*p.T, '-', color='w', lw=2.4); ax.plot(*p.T, '.-', color='k', lw=1.1, ms=2.5)
+        p = put(leg)
+        ax.plot(*p.T, "-", color="w", lw=2.4)
+        ax.plot(*p.T, ".-", color="k", lw=1.1, ms=2.5)
     for m in moves:
-        (a,b),(r,_) = _polar(problem, torch.stack((m['from'], m['to'])), floor)
-        turn = torch.remainder(b-a+math.pi, 2*math.pi)-math.pi
-        ax.plot(*flat(a+torch.linspace(0, 1, 60, dtype=a.dtype)*turn, r.expand(60)).T, color=LAND, lw=1.8, ls='--')
-    _mark(ax, [put(m['from'])[0] for m in moves], [put(m['to'])[0] for m in moves], put(_first(path, moves))[0], None)
-    top,gap = math.log10(floor),next(g for g in (1,2,4,5,10) if decades/g<5)
-    for d in range(math.ceil((top+.2)/gap)*gap, int(top+decades)+1, gap):
-        ax.add_patch(plt.Circle((0, 0), d-top, fill=False, color='w', lw=.5))
-        t = ax.text(.71*(d-top), .71*(d-top), f'1e{d}', fontsize=7, ha='center', va='center', color='k')
-        t.set_path_effects([withStroke(linewidth=2.5, foreground='w')])
-    edge = (-1.02*decades,1.02*decades)
-    ax.set(xlim=edge, ylim=edge, title='chart: angle of (u, v), u to the right; radius: loss'); ax.axis('off')
+        (a, b), (r, _) = _polar(problem, torch.stack((m["from"], m["to"])), floor)
+        turn = torch.remainder(b - a + math.pi, 2 * math.pi) - math.pi
+        ax.plot(
+            *flat(
+                a + torch.linspace(0, 1, 60, dtype=a.dtype) * turn, r.expand(60)
+            ).T,
+            color=LAND,
+            lw=1.8,
+            ls="--",
+        )
+    _mark(
+        ax,
+        [put(m["from"])[0] for m in moves],
+        [put(m["to"])[0] for m in moves],
+        put(_first(path, moves))[0],
+        None,
+    )
+    top, gap = (
+        math.log10(floor),
+        next(g for g in (1, 2, 4, 5, 10) if decades / g < 5),
+    )
+    for d in range(
+        math.ceil((top + 0.2) / gap) * gap, int(top + decades) + 1, gap
+    ):
+        ax.add_patch(plt.Circle((0, 0), d - top, fill=False, color="w", lw=0.5))
+        t = ax.text(
+            0.71 * (d - top),
+            0.71 * (d - top),
+            f"1e{d}",
+            fontsize=7,
+            ha="center",
+            va="center",
+            color="k",
+        )
+        t.set_path_effects([withStroke(linewidth=2.5, foreground="w")])
+    edge = (-1.02 * decades, 1.02 * decades)
+    ax.set(
+        xlim=edge,
+        ylim=edge,
+        title="chart: angle of (u, v), u to the right; radius: loss",
+    )
+    ax.axis("off")
+
 
 def _draw_record(ax, run, row, moves):
     k = torch.arange(len(run.loss))
-    for y,label,colour in ((run.loss,'loss','k'), (run.gsq,'‖∇L‖²','#1f77b4')):
-        ax.semilogy(k, y[:,row].clamp(1e-32, 1e32), '.-' if len(k)<60 else '-', color=colour, label=label, lw=1.4, ms=4)
-    for m in moves: ax.axvline(m['k'], color=LAND, ls='--', lw=.9, zorder=0, label='teleport' if m is moves[0] else None)
-    _plain(ax.yaxis); ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set(xlabel='step', title='loss and squared gradient norm'); ax.legend(loc='best', fontsize=8)
+    for y, label, colour in (
+        (run.loss, "loss", "k"),
+        (run.gsq, "‖∇L‖²", "#1f77b4"),
+    ):
+        ax.semilogy(
+            k,
+            y[:, row].clamp(1e-32, 1e32),
+            ".-" if len(k) < 60 else "-",
+            color=colour,
+            label=label,
+            lw=1.4,
+            ms=4,
+        )
+    for m in moves:
+        ax.axvline(
+            m["k"],
+            color=LAND,
+            ls="--",
+            lw=0.9,
+            zorder=0,
+            label="teleport" if m is moves[0] else None,
+        )
+    _plain(ax.yaxis)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set(xlabel="step", title="loss and squared gradient norm")
+    ax.legend(loc="best", fontsize=8)
 
 # %% ../nbs/06_test_functions.ipynb #fc074d50
-PROBLEMS = {'rosenbrock': rosenbrock_problem, 'booth': booth_problem,
-    'rosenbrock10': lambda: rosenbrock_problem(10), 'rosenbrock100': lambda: rosenbrock_problem(100),
-    'quadratic2': lambda: quadratic(2), 'quadratic10': lambda: quadratic(10), 'quadratic100': lambda: quadratic(100)}
-MOMENTUM = {'GD': 0., 'momentum': .9}
-ARMS = {k: LOOK[k] for k in ('base','reset','random','paper','teleport','lookahead','every step')} | { # as they are called on this page
-    'random': ('random angle', *LOOK['random'][1:]), 'teleport': ('teleport, ‖∇L‖²', *LOOK['teleport'][1:]), 'fresh': ('teleport, next step, and reset', '#e377c2', '-')}
-MARKS = {'base': 'o', 'reset': 'x', 'random': 's', 'paper': '^', 'teleport': 'D', 'lookahead': 'v', 'every step': '>', 'fresh': 'P'}
+PROBLEMS = {
+    "rosenbrock": rosenbrock_problem,
+    "booth": booth_problem,
+    "rosenbrock10": lambda: rosenbrock_problem(10),
+    "rosenbrock100": lambda: rosenbrock_problem(100),
+    "quadratic2": lambda: quadratic(2),
+    "quadratic10": lambda: quadratic(10),
+    "quadratic100": lambda: quadratic(100),
+}
+MOMENTUM = {"GD": 0.0, "momentum": 0.9}
+ARMS = (
+    {
+        k: LOOK[k]
+        for k in (
+            "base",
+            "reset",
+            "random",
+            "paper",
+            "teleport",
+            "lookahead",
+            "every step",
+        )
+    }
+    | {  # as they are called on this page
+        "random": ("random angle", *LOOK["random"][1:]),
+        "teleport": ("teleport, ‖∇L‖²", *LOOK["teleport"][1:]),
+        "fresh": ("teleport, next step, and reset", "#e377c2", "-"),
+    }
+)
+MARKS = {
+    "base": "o",
+    "reset": "x",
+    "random": "s",
+    "paper": "^",
+    "teleport": "D",
+    "lookahead": "v",
+    "every step": ">",
+    "fresh": "P",
+}
+
 
 def arm_settings(
-    arm:str, # A key of `ARMS` that this page uses
-    problem:Problem, # Whose ascent the paper's arm uses
-    lr:float, # Learning rate that `lookahead` looks ahead with
-    rounds:int=1, # Great circles per teleport
-)->dict: # `search`, `objective` and `state` for `descend`
+    arm: str,  # A key of `ARMS` that this page uses
+    problem: Problem,  # Whose ascent the paper's arm uses
+    lr: float,  # Learning rate that `lookahead` looks ahead with
+    rounds: int = 1,  # Great circles per teleport
+) -> dict:  # `search`, `objective` and `state` for `descend`
     "What distinguishes the arms of the studies"
-    if arm not in ARMS: raise ValueError(f"arm must be one of {list(ARMS)}, got {arm!r}")
-    ahead = arm in ('lookahead','every step','fresh')
-    search = {'base': None, 'reset': None, 'random': FromAngle(), 'paper': FromAngle(problem.ascent)}.get(arm, GreatCircle(9 if ahead else 5, rounds))
+    if arm not in ARMS:
+        raise ValueError(f"arm must be one of {list(ARMS)}, got {arm!r}")
+    ahead = arm in ("lookahead", "every step", "fresh")
+    search = {
+        "base": None,
+        "reset": None,
+        "random": FromAngle(),
+        "paper": FromAngle(problem.ascent),
+    }.get(arm, GreatCircle(9 if ahead else 5, rounds))
     objective = lookahead(lr) if ahead else grad_norm
-    return dict(search=search, objective=objective, state=reset if arm in ('reset','fresh') else keep)
+    return dict(
+        search=search,
+        objective=objective,
+        state=reset if arm in ("reset", "fresh") else keep,
+    )
+
 
 def random_starts(
-    problem:Problem, # Points are drawn from its box, pair by pair of variables
-    m:int, # How many
-    seed:int=0, # Of the draw
-)->Tensor: # Shape (m, n), float64
+    problem: Problem,  # Points are drawn from its box, pair by pair of variables
+    m: int,  # How many
+    seed: int = 0,  # Of the draw
+) -> Tensor:  # Shape (m, n), float64
     "Uniform random starts"
-    if m<1: raise ValueError(f"random_starts(m=...) must be at least 1, got {m}")
-    lo,hi = (torch.tensor(problem.box[i::2], dtype=torch.float64).repeat((problem.n+1)//2)[:problem.n] for i in (0,1))
-    return lo+(hi-lo)*torch.rand(m, problem.n, dtype=torch.float64, generator=Generator().manual_seed(seed))
+    if m < 1:
+        raise ValueError(f"random_starts(m=...) must be at least 1, got {m}")
+    lo, hi = (
+        torch.tensor(problem.box[i::2], dtype=torch.float64).repeat(
+            (problem.n + 1) // 2
+        )[: problem.n]
+        for i in (0, 1)
+    )
+    return lo + (hi - lo) * torch.rand(
+        m, problem.n, dtype=torch.float64, generator=Generator().manual_seed(seed)
+    )
 
 # %% ../nbs/06_test_functions.ipynb #cb7a1d77
 def _moves(run):
-    held = [m['drift'] for m in run.moves if m['accepted']]
-    return dict(moves=len(run.moves), refused=len(run.moves)-len(held), drift=max(held, default=0.),
-        refused_from=min([m['loss'][0] for m in run.moves if not m['accepted']], default=math.inf))
+    held = [m["drift"] for m in run.moves if m["accepted"]]
+    return dict(
+        moves=len(run.moves),
+        refused=len(run.moves) - len(held),
+        drift=max(held, default=0.0),
+        refused_from=min(
+            [m["loss"][0] for m in run.moves if not m["accepted"]],
+            default=math.inf,
+        ),
+    )
+
 
 def run_paper(
-    cfg:dict, # Settings of the study
-    problem:str, # A key of `PROBLEMS`
-    arm:str, # An arm of `arm_settings`
-)->dict: # Every `thin`-th point of the record, per seed, and the last losses
+    cfg: dict,  # Settings of the study
+    problem: str,  # A key of `PROBLEMS`
+    arm: str,  # An arm of `arm_settings`
+) -> dict:  # Every `thin`-th point of the record, per seed, and the last losses
     "Z22's Figure 2: one start, many seeds of the search"
-    p = PROBLEMS[problem](); every = cfg['thin'][problem]
-    seeds = cfg['seeds'] if arm in ('random','paper') else 1 # the others draw nothing
-    start,schedule = torch.tensor(p.start, dtype=torch.float64).expand(seeds, p.n),None if arm=='base' else p.schedule
-    go = lambda w: descend(p, w, p.steps, gd(p.lr), schedule, **arm_settings(arm, p, p.lr))
-    run = go(start); last = len(run.loss)-1; kept = sorted({*range(0, last+1, every), last})
-    rows = lambda t: [rounded(c) for c in t[kept].T]
-    return dict(step=kept, loss=rows(run.loss), gsq=rows(run.gsq), end=rounded(run.end), evals=run.evals[-1].tolist(),
-        seconds=(run if seeds==1 else go(start[:1])).seconds, **_moves(run))
+    p = PROBLEMS[problem]()
+    every = cfg["thin"][problem]
+    seeds = (
+        cfg["seeds"] if arm in ("random", "paper") else 1
+    )  # the others draw nothing
+    start, schedule = (
+        torch.tensor(p.start, dtype=torch.float64).expand(seeds, p.n),
+        None if arm == "base" else p.schedule,
+    )
+
+    def go(w):
+        return descend(
+            p, w, p.steps, gd(p.lr), schedule, **arm_settings(arm, p, p.lr)
+        )
+
+    run = go(start)
+    last = len(run.loss) - 1
+    kept = sorted({*range(0, last + 1, every), last})
+
+    def rows(t):
+        return [rounded(c) for c in t[kept].T]
+
+    return dict(
+        step=kept,
+        loss=rows(run.loss),
+        gsq=rows(run.gsq),
+        end=rounded(run.end),
+        evals=run.evals[-1].tolist(),
+        seconds=(run if seeds == 1 else go(start[:1])).seconds,
+        **_moves(run),
+    )
 
 # %% ../nbs/06_test_functions.ipynb #ca3512f4
 def run_start(
-    cfg:dict, # Settings of the study
-    problem:str, # A key of `PROBLEMS`
-    optimizer:str, # A key of `MOMENTUM`
-    arm:str, # A key of `ARMS`
-    lr:float, # Learning rate
-)->dict: # Steps and evaluations until the target, and last losses, one per start; seconds of the first start on its own, if it arrives
+    cfg: dict,  # Settings of the study
+    problem: str,  # A key of `PROBLEMS`
+    optimizer: str,  # A key of `MOMENTUM`
+    arm: str,  # A key of `ARMS`
+    lr: float,  # Learning rate
+) -> dict:  # Steps and evaluations until the target, and last losses, one per start; seconds of the first start on its own, if it arrives
     "From random starts until the loss is small"
-    p = PROBLEMS[problem](); starts = random_starts(p, cfg['starts'])
-    between = 1 if arm=='every step' else cfg['interval']
-    limit = cfg['steps'] if arm in ('base','reset') else cfg['teleports']*between # all teleported arms may teleport equally often
-    schedule = None if arm=='base' else every(between, start=0)
-    settings = arm_settings(arm, p, lr, cfg['rounds'])
-    go = lambda w: descend(p, w, limit, gd(lr, MOMENTUM[optimizer]), schedule, target=cfg['target'], **settings)
-    run = go(starts); steps,evals = run.reach(cfg['target'])
-    seconds = go(starts[:1]).seconds if math.isfinite(steps[0]) else math.inf
-    return dict(steps=steps, evals=evals, end=rounded(run.end), seconds=seconds, **_moves(run))
+    p = PROBLEMS[problem]()
+    starts = random_starts(p, cfg["starts"])
+    between = 1 if arm == "every step" else cfg["interval"]
+    limit = (
+        cfg["steps"] if arm in ("base", "reset") else cfg["teleports"] * between
+    )  # all teleported arms may teleport equally often
+    schedule = None if arm == "base" else every(between, start=0)
+    settings = arm_settings(arm, p, lr, cfg["rounds"])
 
-def paper_jobs(cfg): return [dict(arm=a, problem=p) for p in cfg['thin'] for a in ('base','random','paper','teleport','lookahead')]
-def start_jobs(cfg): return [dict(arm=a, problem=p, optimizer=o, lr=lr) for p,o,arms,rates in cfg['runs'] for lr in rates for a in arms]
+    def go(w):
+        return descend(
+            p,
+            w,
+            limit,
+            gd(lr, MOMENTUM[optimizer]),
+            schedule,
+            target=cfg["target"],
+            **settings,
+        )
+
+    run = go(starts)
+    steps, evals = run.reach(cfg["target"])
+    seconds = go(starts[:1]).seconds if math.isfinite(steps[0]) else math.inf
+    return dict(
+        steps=steps,
+        evals=evals,
+        end=rounded(run.end),
+        seconds=seconds,
+        **_moves(run),
+    )
+
+
+def paper_jobs(cfg):
+    return [
+        dict(arm=a, problem=p)
+        for p in cfg["thin"]
+        for a in ("base", "random", "paper", "teleport", "lookahead")
+    ]
+
+
+def start_jobs(cfg):
+    return [
+        dict(arm=a, problem=p, optimizer=o, lr=lr)
+        for p, o, arms, rates in cfg["runs"]
+        for lr in rates
+        for a in arms
+    ]
 
 # %% ../nbs/06_test_functions.ipynb #af3e1334
-ALL,RATES = ['base','random','teleport','lookahead'],[5e-5,2e-4,5e-4,1e-3,1.5e-3,2e-3]
-paper = Experiment('test_functions_paper', dict(seeds=50, thin=dict(rosenbrock=20, booth=1)), paper_jobs, run_paper)
-starts = Experiment('test_functions_starts', dict(starts=50, target=1e-8, steps=20000, teleports=60, interval=10, rounds=1, runs=[
-    ['rosenbrock', 'GD', ALL+['paper','every step'], RATES], ['rosenbrock', 'momentum', ALL+['reset','fresh'], RATES],
-    ['booth', 'GD', ALL, [.02,.04,.05,.0556,.08,.1,.11]]]), start_jobs, run_start)
-sizes = Experiment('test_functions_sizes', dict(starts=10, target=1e-8, steps=20000, teleports=40, interval=1, rounds=3, runs=[
-    *[[p, 'GD', ALL, [2e-4,1e-3,1.25e-3,1.5e-3]] for p in ('rosenbrock','rosenbrock10','rosenbrock100')],
-    *[[p, 'GD', ALL, [.005,.01,.0198]] for p in ('quadratic2','quadratic10','quadratic100')]]), start_jobs, run_start)
+ALL, RATES = (
+    ["base", "random", "teleport", "lookahead"],
+    [5e-5, 2e-4, 5e-4, 1e-3, 1.5e-3, 2e-3],
+)
+paper = Experiment(
+    "test_functions_paper",
+    dict(seeds=50, thin=dict(rosenbrock=20, booth=1)),
+    paper_jobs,
+    run_paper,
+)
+starts = Experiment(
+    "test_functions_starts",
+    dict(
+        starts=50,
+        target=1e-8,
+        steps=20000,
+        teleports=60,
+        interval=10,
+        rounds=1,
+        runs=[
+            ["rosenbrock", "GD", ALL + ["paper", "every step"], RATES],
+            ["rosenbrock", "momentum", ALL + ["reset", "fresh"], RATES],
+            ["booth", "GD", ALL, [0.02, 0.04, 0.05, 0.0556, 0.08, 0.1, 0.11]],
+        ],
+    ),
+    start_jobs,
+    run_start,
+)
+sizes = Experiment(
+    "test_functions_sizes",
+    dict(
+        starts=10,
+        target=1e-8,
+        steps=20000,
+        teleports=40,
+        interval=1,
+        rounds=3,
+        runs=[
+            *[
+                [p, "GD", ALL, [2e-4, 1e-3, 1.25e-3, 1.5e-3]]
+                for p in ("rosenbrock", "rosenbrock10", "rosenbrock100")
+            ],
+            *[
+                [p, "GD", ALL, [0.005, 0.01, 0.0198]]
+                for p in ("quadratic2", "quadratic10", "quadratic100")
+            ],
+        ],
+    ),
+    start_jobs,
+    run_start,
+)
 experiments = [paper, starts, sizes]
 
 # %% ../nbs/06_test_functions.ipynb #fb644351
 def _legend(fig, axes):
     "One legend for panels that show different arms"
-    known = {label: line for ax in axes for line,label in zip(*ax.get_legend_handles_labels())}
-    fig.legend(known.values(), known, loc='outside lower center', ncols=6)
+    known = {
+        label: line
+        for ax in axes
+        for line, label in zip(*ax.get_legend_handles_labels())
+    }
+    fig.legend(known.values(), known, loc="outside lower center", ncols=6)
+
 
 def draw_paper(
-    rows:list, # Rows of the study `paper`
-)->plt.Figure: # One row of panels per problem
+    rows: list,  # Rows of the study `paper`
+) -> plt.Figure:  # One row of panels per problem
     "Loss and squared gradient norm against steps, and against each other; median and range over seeds"
-    names = list(dict.fromkeys(r['problem'] for r in rows))
+    names = list(dict.fromkeys(r["problem"] for r in rows))
     with plt.rc_context(STYLE):
-        fig,axes = plt.subplots(len(names), 3, figsize=(12.5, 3.1*len(names)), squeeze=False)
-        for panels,name in zip(axes, names):
-            for r in (r for r in rows if r['problem']==name):
-                label,colour,ls = ARMS[r['arm']]
-                (L,*l),(G,*g) = (band([[max(v, 1e-33) for v in c] for c in r[k]]) for k in ('loss','gsq'))
-                for ax,mid,edge in zip(panels, (L,G), (l,g)):
-                    ax.plot(r['step'], mid, color=colour, ls=ls, label=label); ax.fill_between(r['step'], *edge, color=colour, alpha=.1, lw=0)
+        fig, axes = plt.subplots(
+            len(names), 3, figsize=(12.5, 3.1 * len(names)), squeeze=False
+        )
+        for panels, name in zip(axes, names):
+            for r in (r for r in rows if r["problem"] == name):
+                label, colour, ls = ARMS[r["arm"]]
+                (L, *l), (G, *g) = (
+                    band([[max(v, 1e-33) for v in c] for c in r[k]])
+                    for k in ("loss", "gsq")
+                )
+                for ax, mid, edge in zip(panels, (L, G), (l, g)):
+                    ax.plot(r["step"], mid, color=colour, ls=ls, label=label)
+                    ax.fill_between(
+                        r["step"], *edge, color=colour, alpha=0.1, lw=0
+                    )
                 panels[2].plot(L, G, color=colour, ls=ls, lw=1.2)
-            for ax,x,y in zip(panels, ('step','step','loss'), ('loss','‖∇L‖²','‖∇L‖²')):
-                ax.set(xlabel=x, ylabel=y, yscale='log', title=PROBLEMS[name]().name)
-            panels[2].set_xscale('log'); panels[2].invert_xaxis(); panels[2].xaxis.set_major_locator(LogLocator(numticks=6))
+            for ax, x, y in zip(
+                panels, ("step", "step", "loss"), ("loss", "‖∇L‖²", "‖∇L‖²")
+            ):
+                ax.set(
+                    xlabel=x, ylabel=y, yscale="log", title=PROBLEMS[name]().name
+                )
+            panels[2].set_xscale("log")
+            panels[2].invert_xaxis()
+            panels[2].xaxis.set_major_locator(LogLocator(numticks=6))
         _legend(fig, axes[0])
     return fig
 
+
 def table(
-    lines:list, # Dicts with the same keys
+    lines: list,  # Dicts with the same keys
 ):
     "Print rows under their names"
-    show = lambda v: f'{v:.3g}' if isinstance(v, float) else str(v)
-    cells = [list(lines[0])]+[[show(v) for v in l.values()] for l in lines]; wide = [max(map(len, c)) for c in zip(*cells)]
-    for row in cells: print('  '.join(c.rjust(n) if i else c.ljust(n) for i,(c,n) in enumerate(zip(row, wide))).rstrip())
+
+    def show(v):
+        return f"{v:.3g}" if isinstance(v, float) else str(v)
+
+    cells = [list(lines[0])] + [[show(v) for v in l.values()] for l in lines]
+    wide = [max(map(len, c)) for c in zip(*cells)]
+    for row in cells:
+        print(
+            "  ".join(
+                c.rjust(n) if i else c.ljust(n)
+                for i, (c, n) in enumerate(zip(row, wide))
+            ).rstrip()
+        )
 
 # %% ../nbs/06_test_functions.ipynb #a9334987
 def best_rate(
-    rows:list, # Rows of one arm, a learning rate each
-)->dict: # One of them
+    rows: list,  # Rows of one arm, a learning rate each
+) -> dict:  # One of them
     "The tuned run of an arm: first the most starts that reached the target, then the fewest evaluations in the median"
-    return min(rows, key=lambda r: (-sum(map(math.isfinite, r['steps'])), median(r['evals'])))
+    return min(
+        rows,
+        key=lambda r: (-sum(map(math.isfinite, r["steps"])), median(r["evals"])),
+    )
+
 
 def group_rows(
-    rows:list, # Rows of `starts` or `sizes`
-    *keys:str, # What a group has in common
-)->dict: # Values of the keys -> rows
+    rows: list,  # Rows of `starts` or `sizes`
+    *keys: str,  # What a group has in common
+) -> dict:  # Values of the keys -> rows
     "Sort rows into groups"
     out = {}
-    for r in rows: out.setdefault(tuple(r[k] for k in keys), []).append(r)
+    for r in rows:
+        out.setdefault(tuple(r[k] for k in keys), []).append(r)
     return out
 
 # %% ../nbs/06_test_functions.ipynb #80e28a51
 def draw_starts(
-    rows:list, # Rows of the study `starts`
-)->plt.Figure: # One column of panels per problem and optimizer
+    rows: list,  # Rows of the study `starts`
+) -> plt.Figure:  # One column of panels per problem and optimizer
     "Share of the starts that reached the target, and evaluations of those that did, against the learning rate"
-    columns = group_rows(rows, 'problem', 'optimizer')
+    columns = group_rows(rows, "problem", "optimizer")
     with plt.rc_context(STYLE):
-        fig,axes = plt.subplots(2, len(columns), figsize=(4.2*len(columns), 6), sharex='col', squeeze=False)
-        for (above,below),((problem,opt),mine) in zip(axes.T, columns.items()):
-            for i,((arm,),line) in enumerate(group_rows(mine, 'arm').items()):
-                label,colour,ls = ARMS[arm]; at = [r['lr']*1.03**(i-2) for r in line] # side by side
-                done = [[e for e in r['evals'] if math.isfinite(e)] for r in line]
-                above.plot(at, [len(d)/len(r['evals']) for d,r in zip(done, line)], MARKS[arm], ls=ls, color=colour, ms=5, label=label)
-                some = [(a,d) for a,d in zip(at, done) if d]
-                below.plot([a for a,_ in some], [median(d) for _,d in some], MARKS[arm], ls=ls, color=colour, ms=5)
-                below.vlines([a for a,_ in some], [min(d) for _,d in some], [max(d) for _,d in some], color=colour, lw=1)
-            above.set(ylabel='share of starts at 1e-8', ylim=(-.05,1.05), title=f'{PROBLEMS[problem]().name}, {opt}')
-            below.set(xlabel='learning rate', ylabel='evaluations of those', xscale='log', yscale='log')
-            rates = sorted({r['lr'] for r in mine})
-            for ax in (above,below): ax.set_xticks(rates, [f'{v:g}' for v in rates], rotation=45, fontsize=8); ax.minorticks_off()
+        fig, axes = plt.subplots(
+            2,
+            len(columns),
+            figsize=(4.2 * len(columns), 6),
+            sharex="col",
+            squeeze=False,
+        )
+        for (above, below), ((problem, opt), mine) in zip(
+            axes.T, columns.items()
+        ):
+            for i, ((arm,), line) in enumerate(group_rows(mine, "arm").items()):
+                label, colour, ls = ARMS[arm]
+                at = [r["lr"] * 1.03 ** (i - 2) for r in line]  # side by side
+                done = [[e for e in r["evals"] if math.isfinite(e)] for r in line]
+                above.plot(
+                    at,
+                    [len(d) / len(r["evals"]) for d, r in zip(done, line)],
+                    MARKS[arm],
+                    ls=ls,
+                    color=colour,
+                    ms=5,
+                    label=label,
+                )
+                some = [(a, d) for a, d in zip(at, done) if d]
+                below.plot(
+                    [a for a, _ in some],
+                    [median(d) for _, d in some],
+                    MARKS[arm],
+                    ls=ls,
+                    color=colour,
+                    ms=5,
+                )
+                below.vlines(
+                    [a for a, _ in some],
+                    [min(d) for _, d in some],
+                    [max(d) for _, d in some],
+                    color=colour,
+                    lw=1,
+                )
+            above.set(
+                ylabel="share of starts at 1e-8",
+                ylim=(-0.05, 1.05),
+                title=f"{PROBLEMS[problem]().name}, {opt}",
+            )
+            below.set(
+                xlabel="learning rate",
+                ylabel="evaluations of those",
+                xscale="log",
+                yscale="log",
+            )
+            rates = sorted({r["lr"] for r in mine})
+            for ax in (above, below):
+                ax.set_xticks(
+                    rates, [f"{v:g}" for v in rates], rotation=45, fontsize=8
+                )
+                ax.minorticks_off()
         _legend(fig, axes[0])
     return fig
 
 # %% ../nbs/06_test_functions.ipynb #b7103ca2
 def draw_sizes(
-    rows:list, # Rows of the study `sizes`
-)->plt.Figure: # Rosenbrock and quadratics: steps, and evaluations
+    rows: list,  # Rows of the study `sizes`
+) -> plt.Figure:  # Rosenbrock and quadratics: steps, and evaluations
     "Steps and evaluations against the number of variables, each arm at its best rate; a cross on top where not all starts arrived"
-    tuned = {k: best_rate(v) for k,v in group_rows(rows, 'problem', 'arm').items()}
+    tuned = {
+        k: best_rate(v) for k, v in group_rows(rows, "problem", "arm").items()
+    }
     with plt.rc_context(STYLE):
-        fig,axes = plt.subplots(1, 4, figsize=(13, 3.4))
-        for i,kind in enumerate(('rosenbrock','quadratic')):
-            for j,(count,label) in enumerate((('steps','steps to 1e-8'), ('evals','evaluations to 1e-8'))):
-                ax,missed = axes[2*i+j],[]
-                for arm in dict.fromkeys(a for _,a in tuned):
-                    mine = sorted((PROBLEMS[p]().n, r) for (p,a),r in tuned.items() if a==arm and p.startswith(kind))
-                    name,colour,ls = ARMS[arm]; mids = [(n, median(r[count]), all(map(math.isfinite, r[count]))) for n,r in mine]
-                    seen = [(n,m) for n,m,whole in mids if math.isfinite(m)]
-                    ax.plot([n for n,_ in seen], [m for _,m in seen], MARKS[arm], ls=ls, color=colour, ms=6, label=name)
-                    for n,m,whole in mids:
-                        if not whole: missed.append((n, arm, colour))
-                for n,arm,colour in missed: ax.plot(n*1.25**(list(ARMS).index(arm)-2.5), 5e4, 'x', color=colour, ms=7, mew=2)
-                title = 'Rosenbrock' if kind=='rosenbrock' else 'quadratic, condition 100'
-                ax.set(xlabel='variables', ylabel=label, xscale='log', yscale='log', title=title, ylim=(.7,1.2e5), xlim=(1,200)); ax.set_xticks([2,10,100], ['2','10','100']); ax.minorticks_off()
+        fig, axes = plt.subplots(1, 4, figsize=(13, 3.4))
+        for i, kind in enumerate(("rosenbrock", "quadratic")):
+            for j, (count, label) in enumerate(
+                (("steps", "steps to 1e-8"), ("evals", "evaluations to 1e-8"))
+            ):
+                ax, missed = axes[2 * i + j], []
+                for arm in dict.fromkeys(a for _, a in tuned):
+                    mine = sorted(
+                        (PROBLEMS[p]().n, r)
+                        for (p, a), r in tuned.items()
+                        if a == arm and p.startswith(kind)
+                    )
+                    name, colour, ls = ARMS[arm]
+                    mids = [
+                        (n, median(r[count]), all(map(math.isfinite, r[count])))
+                        for n, r in mine
+                    ]
+                    seen = [(n, m) for n, m, whole in mids if math.isfinite(m)]
+                    ax.plot(
+                        [n for n, _ in seen],
+                        [m for _, m in seen],
+                        MARKS[arm],
+                        ls=ls,
+                        color=colour,
+                        ms=6,
+                        label=name,
+                    )
+                    for n, m, whole in mids:
+                        if not whole:
+                            missed.append((n, arm, colour))
+                for n, arm, colour in missed:
+                    ax.plot(
+                        n * 1.25 ** (list(ARMS).index(arm) - 2.5),
+                        5e4,
+                        "x",
+                        color=colour,
+                        ms=7,
+                        mew=2,
+                    )
+                title = (
+                    "Rosenbrock"
+                    if kind == "rosenbrock"
+                    else "quadratic, condition 100"
+                )
+                ax.set(
+                    xlabel="variables",
+                    ylabel=label,
+                    xscale="log",
+                    yscale="log",
+                    title=title,
+                    ylim=(0.7, 1.2e5),
+                    xlim=(1, 200),
+                )
+                ax.set_xticks([2, 10, 100], ["2", "10", "100"])
+                ax.minorticks_off()
         _legend(fig, axes[:1])
     return fig
 
@@ -508,55 +1187,123 @@ def draw_sizes(
 @dataclass(frozen=True)
 class Turn:
     "A jump by a given angle, and how gradient descent goes on from there"
-    problem:Problem # With two variables
-    degrees:int # The angle in the chart
-    points:Tensor # The orbit, a point per degree, shape (361, 2)
-    gsq:Tensor # Squared gradient norm there, shape (361,)
-    ahead:Tensor # Loss one step later, shape (361,)
-    run:Descent # From the point landed on
-    base:Descent # From the point jumped from
+
+    problem: Problem  # With two variables
+    degrees: int  # The angle in the chart
+    points: Tensor  # The orbit, a point per degree, shape (361, 2)
+    gsq: Tensor  # Squared gradient norm there, shape (361,)
+    ahead: Tensor  # Loss one step later, shape (361,)
+    run: Descent  # From the point landed on
+    base: Descent  # From the point jumped from
+
     @property
-    def said(self)->str:
+    def said(self) -> str:
         "What came of it"
-        end = lambda d: f'{d.end[0]:.2g}' if d.end[0]<1e12 else 'diverged'
-        return (f'{self.problem.name}, turned by {self.degrees}°: squared gradient norm {self.gsq[self.degrees]:.3g}\n'
-            f'loss {self.run.loss[0,0]:.3g}, one step later {self.run.loss[1,0]:.2g}, after {len(self.run.loss)-1} steps {end(self.run)}; without the jump {end(self.base)}')
+
+        def end(d):
+            return f"{d.end[0]:.2g}" if d.end[0] < 1e12 else "diverged"
+
+        return (
+            f"{self.problem.name}, turned by {self.degrees}°: squared gradient norm {self.gsq[self.degrees]:.3g}\n"
+            f"loss {self.run.loss[0, 0]:.3g}, one step later {self.run.loss[1, 0]:.2g}, after {len(self.run.loss) - 1} steps {end(self.run)}; without the jump {end(self.base)}"
+        )
+
 
 def turn(
-    problem:Problem, # With two variables, run at its own learning rate
-    w:Tensor, # Where to jump from, shape (2,); not modified
-    degrees:int, # The angle in the chart, from 0 to 360
-    steps:int=20, # Of gradient descent, at least 1
-)->Turn:
+    problem: Problem,  # With two variables, run at its own learning rate
+    w: Tensor,  # Where to jump from, shape (2,); not modified
+    degrees: int,  # The angle in the chart, from 0 to 360
+    steps: int = 20,  # Of gradient descent, at least 1
+) -> Turn:
     "Jump by an angle and go on"
-    if problem.n!=2: raise ValueError(f"turn needs a problem with two variables, got {problem.name} with {problem.n}")
-    if degrees not in range(361): raise ValueError(f"degrees must be a whole number from 0 to 360, got {degrees}")
-    points,gsq = ring(problem, w); ahead = problem.loss(w)-ring(problem, w, objective=lookahead(problem.lr))[1]
-    run,base = (descend(problem, start, steps, gd(problem.lr)) for start in (points[degrees], w))
+    if problem.n != 2:
+        raise ValueError(
+            f"turn needs a problem with two variables, got {problem.name} with {problem.n}"
+        )
+    if degrees not in range(361):
+        raise ValueError(
+            f"degrees must be a whole number from 0 to 360, got {degrees}"
+        )
+    points, gsq = ring(problem, w)
+    ahead = problem.loss(w) - ring(problem, w, objective=lookahead(problem.lr))[1]
+    run, base = (
+        descend(problem, start, steps, gd(problem.lr))
+        for start in (points[degrees], w)
+    )
     return Turn(problem, degrees, points, gsq, ahead, run, base)
 
 # %% ../nbs/06_test_functions.ipynb #d54ad009
 def draw_turn(
-    t:Turn, # Of `turn`
-)->plt.Figure:
+    t: Turn,  # Of `turn`
+) -> plt.Figure:
     "The jump on the level sets, what is to be seen along the orbit, and the loss of the steps that follow"
-    above = lambda ax,**k: ax.legend(loc='lower center', bbox_to_anchor=(.5,.98), ncols=3, **k)
-    with plt.rc_context(STYLE|{'legend.fontsize': 8, 'legend.columnspacing': 1}):
-        fig,axes = plt.subplot_mosaic([['map','orbit'],['map','loss']], figsize=(7.2,4.3)); goal = torch.tensor(t.problem.target, dtype=t.points.dtype)
-        ax = axes['map']; _level_sets(ax, t.problem, _around(torch.cat([t.points, goal[None]]))); start,landed = t.points[0],t.points[t.degrees]
-        _orbit(ax, t.points, t.gsq, LogNorm()); ax.plot(*t.base.path[:,0].T, '.-', color=LOOK['base'][1], alpha=.5, lw=1, ms=2)
-        path = t.run.path[:,0]; ax.plot(*path[path.isfinite().all(1)].T, '.-', color='k', lw=1.1, ms=2.5)
-        ax.annotate('', landed.tolist(), start.tolist(), arrowprops=dict(arrowstyle='->', color=LAND, lw=1.1, ls='--'))
-        _mark(ax, [start], [landed], None, goal); above(ax, handletextpad=.1)
-        ax = axes['orbit']
-        for y,best,name,label in ((t.gsq, t.gsq.argmax(), 'teleport', 'squared gradient norm'), (t.ahead, t.ahead.argmin(), 'lookahead', 'loss one step later')):
-            colour = LOOK[name][1]; ax.semilogy(y, color=colour, label=label)
-            ax.plot(best, y[best], '*', color=colour, ms=11); ax.plot(t.degrees, y[t.degrees], 'D', color=LAND, mec='k', mew=.6, ms=5.5)
-        ax.axvline(t.degrees, color=LAND, ls='--', lw=.9, zorder=0); ax.set_xticks(range(0, 361, 90)); _plain(ax.yaxis)
-        ax.set_xlabel('angle (degrees); ★ the best of the orbit'); above(ax)
-        ax = axes['loss']; L = t.base.loss[0,0]
-        for d,colour,label in ((t.base, LOOK['base'][1], 'loss without the jump'), (t.run, LOOK['teleport'][1], 'loss after it')):
-            ax.semilogy(d.loss[:,0].clamp(L*1e-6, L*1e12), '.-', color=colour, label=label, ms=4)
-        ax.set(xlabel='steps after the jump', ylim=(L*1e-5, L*3e3)); ax.xaxis.get_major_locator().set_params(integer=True); _plain(ax.yaxis); above(ax)
+
+    def above(ax, **k):
+        return ax.legend(
+            loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=3, **k
+        )
+
+    with plt.rc_context(
+        STYLE | {"legend.fontsize": 8, "legend.columnspacing": 1}
+    ):
+        fig, axes = plt.subplot_mosaic(
+            [["map", "orbit"], ["map", "loss"]], figsize=(7.2, 4.3)
+        )
+        goal = torch.tensor(t.problem.target, dtype=t.points.dtype)
+        ax = axes["map"]
+        _level_sets(ax, t.problem, _around(torch.cat([t.points, goal[None]])))
+        start, landed = t.points[0], t.points[t.degrees]
+        _orbit(ax, t.points, t.gsq, LogNorm())
+        ax.plot(
+            *t.base.path[:, 0].T,
+            ".-",
+            color=LOOK["base"][1],
+            alpha=0.5,
+            lw=1,
+            ms=2,
+        )
+        path = t.run.path[:, 0]
+        ax.plot(*path[path.isfinite().all(1)].T, ".-", color="k", lw=1.1, ms=2.5)
+        ax.annotate(
+            "",
+            landed.tolist(),
+            start.tolist(),
+            arrowprops=dict(arrowstyle="->", color=LAND, lw=1.1, ls="--"),
+        )
+        _mark(ax, [start], [landed], None, goal)
+        above(ax, handletextpad=0.1)
+        ax = axes["orbit"]
+        for y, best, name, label in (
+            (t.gsq, t.gsq.argmax(), "teleport", "squared gradient norm"),
+            (t.ahead, t.ahead.argmin(), "lookahead", "loss one step later"),
+        ):
+            colour = LOOK[name][1]
+            ax.semilogy(y, color=colour, label=label)
+            ax.plot(best, y[best], "*", color=colour, ms=11)
+            ax.plot(
+                t.degrees, y[t.degrees], "D", color=LAND, mec="k", mew=0.6, ms=5.5
+            )
+        ax.axvline(t.degrees, color=LAND, ls="--", lw=0.9, zorder=0)
+        ax.set_xticks(range(0, 361, 90))
+        _plain(ax.yaxis)
+        ax.set_xlabel("angle (degrees); ★ the best of the orbit")
+        above(ax)
+        ax = axes["loss"]
+        L = t.base.loss[0, 0]
+        for d, colour, label in (
+            (t.base, LOOK["base"][1], "loss without the jump"),
+            (t.run, LOOK["teleport"][1], "loss after it"),
+        ):
+            ax.semilogy(
+                d.loss[:, 0].clamp(L * 1e-6, L * 1e12),
+                ".-",
+                color=colour,
+                label=label,
+                ms=4,
+            )
+        ax.set(xlabel="steps after the jump", ylim=(L * 1e-5, L * 3e3))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        _plain(ax.yaxis)
+        above(ax)
         fig.suptitle(t.said, fontsize=10)
     return fig

@@ -7,7 +7,8 @@ __all__ = ['Finding', 'Ledger', 'ledger_html', 'ravel', 'check_eta', 'eta_norm',
            'quadratic_chart', 'level_set_rotation', 'level_set_optimum', 'newton_angle', 'imbalance']
 
 # %% ../nbs/05_theory.ipynb #da4b9237
-import html, math
+import html
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -23,179 +24,317 @@ from .groups import wide
 @dataclass(frozen=True)
 class Finding:
     "One line of a ledger"
-    statement:str # Its number in the paper
-    what:str # What was compared, or which hypothesis was dropped
-    held:bool # True for a check, False for a control
-    instances:int # How many were tried
-    error:float # Largest error of a check, smallest of a control; negative: room in an inequality
-    tol:float # What the error was held against
+
+    statement: str  # Its number in the paper
+    what: str  # What was compared, or which hypothesis was dropped
+    held: bool  # True for a check, False for a control
+    instances: int  # How many were tried
+    error: float  # Largest error of a check, smallest of a control; negative: room in an inequality
+    tol: float  # What the error was held against
 
 # %% ../nbs/05_theory.ipynb #902ba3cd
 class Ledger:
     "What was checked, kept while it is checked"
-    def __init__(self): self.rows = []
-    def __repr__(self): return f'{len(self.statements())} statements, {sum(r.instances for r in self.rows)} instances'
-    def statements(self)->list:
+
+    def __init__(self):
+        self.rows = []
+
+    def __repr__(self):
+        return f"{len(self.statements())} statements, {sum(r.instances for r in self.rows)} instances"
+
+    def statements(self) -> list:
         "Names, in the order in which they were first checked"
         return list(dict.fromkeys(r.statement for r in self.rows))
-    def holds(self,
-        statement:str, # Its number in the paper
-        what:str, # What the error compares
-        error, # One number per instance, any shape; a violation, so that smaller is better
-        tol:float=1e-9, # Largest that passes
+
+    def holds(
+        self,
+        statement: str,  # Its number in the paper
+        what: str,  # What the error compares
+        error,  # One number per instance, any shape; a violation, so that smaller is better
+        tol: float = 1e-9,  # Largest that passes
     ):
         "Assert that no error is above `tol`, and record the worst"
         e = _numbers(statement, error)
-        assert e.max()<=tol, f"{statement}, {what}: error {e.max().item():.3g} is above {tol:g}, in {(~(e<=tol)).sum()} of {len(e)} instances"
-        self.rows.append(Finding(statement, what, True, len(e), e.max().item(), tol))
-    def fails(self,
-        statement:str, # Its number in the paper
-        dropped:str, # The hypothesis that these instances lack
-        error, # One number per instance, as in `holds`
-        tol:float, # All must be above this
+        assert e.max() <= tol, (
+            f"{statement}, {what}: error {e.max().item():.3g} is above {tol:g}, in {(~(e <= tol)).sum()} of {len(e)} instances"
+        )
+        self.rows.append(
+            Finding(statement, what, True, len(e), e.max().item(), tol)
+        )
+
+    def fails(
+        self,
+        statement: str,  # Its number in the paper
+        dropped: str,  # The hypothesis that these instances lack
+        error,  # One number per instance, as in `holds`
+        tol: float,  # All must be above this
     ):
         "Assert that every error is above `tol`, and record the smallest"
         e = _numbers(statement, error)
-        assert e.min()>tol, f"{statement} held without its hypothesis ({dropped}): error {e.min().item():.3g} is not above {tol:g}"
-        self.rows.append(Finding(statement, dropped, False, len(e), e.min().item(), tol))
-    def _repr_html_(self): return ledger_html(self)
+        assert e.min() > tol, (
+            f"{statement} held without its hypothesis ({dropped}): error {e.min().item():.3g} is not above {tol:g}"
+        )
+        self.rows.append(
+            Finding(statement, dropped, False, len(e), e.min().item(), tol)
+        )
+
+    def _repr_html_(self):
+        return ledger_html(self)
+
 
 def _numbers(statement, error):
     e = torch.as_tensor(error, dtype=torch.float64).detach().flatten()
-    if not len(e): raise ValueError(f"{statement}: error must hold at least one number, got shape {tuple(torch.as_tensor(error).shape)}")
-    if e.isnan().any(): raise ValueError(f"{statement}: error holds {e.isnan().sum()} values that are nan")
+    if not len(e):
+        raise ValueError(
+            f"{statement}: error must hold at least one number, got shape {tuple(torch.as_tensor(error).shape)}"
+        )
+    if e.isnan().any():
+        raise ValueError(
+            f"{statement}: error holds {e.isnan().sum()} values that are nan"
+        )
     return e
 
 # %% ../nbs/05_theory.ipynb #fe5dbbce
 def ledger_html(
-    ledger:Ledger, # Read, not modified
-)->str: # A table, no colours of its own, so that it reads on light and dark pages
+    ledger: Ledger,  # Read, not modified
+) -> (
+    str
+):  # A table, no colours of its own, so that it reads on light and dark pages
     "Checks beside controls, one group of rows per statement"
-    number = lambda e: f'{e:.1e}' if 0<abs(e)<.1 else f'{e:.3g}'
-    tight = '<td style="white-space:nowrap">' # a number is not broken at its minus sign
-    cell = lambda r: f'<td>{html.escape(r.what)}</td><td>{r.instances}</td>{tight}{number(r.error)}</td>' if r else '<td></td>'*3
+
+    def number(e):
+        return f"{e:.1e}" if 0 < abs(e) < 0.1 else f"{e:.3g}"
+
+    tight = '<td style="white-space:nowrap">'  # a number is not broken at its minus sign
+
+    def cell(r):
+        return (
+            f"<td>{html.escape(r.what)}</td><td>{r.instances}</td>{tight}{number(r.error)}</td>"
+            if r
+            else "<td></td>" * 3
+        )
+
     rows = []
     for s in ledger.statements():
-        mine = [r for r in ledger.rows if r.statement==s]
-        pairs = list(zip_longest([r for r in mine if r.held], [r for r in mine if not r.held]))
+        mine = [r for r in ledger.rows if r.statement == s]
+        pairs = list(
+            zip_longest(
+                [r for r in mine if r.held], [r for r in mine if not r.held]
+            )
+        )
         head = f'<td rowspan="{len(pairs)}"><b>{html.escape(s)}</b></td>'
-        rows += [f'<tr>{head if not i else ""}{cell(a)}{cell(b)}</tr>' for i,(a,b) in enumerate(pairs)]
-    names = ['statement','holds','instances','worst error','fails without','instances','smallest failure']
-    return '<table class="table"><thead><tr>'+''.join(f'<th>{n}</th>' for n in names)+'</tr></thead><tbody>'+''.join(rows)+'</tbody></table>'
+        rows += [
+            f"<tr>{head if not i else ''}{cell(a)}{cell(b)}</tr>"
+            for i, (a, b) in enumerate(pairs)
+        ]
+    names = [
+        "statement",
+        "holds",
+        "instances",
+        "worst error",
+        "fails without",
+        "instances",
+        "smallest failure",
+    ]
+    return (
+        '<table class="table"><thead><tr>'
+        + "".join(f"<th>{n}</th>" for n in names)
+        + "</tr></thead><tbody>"
+        + "".join(rows)
+        + "</tbody></table>"
+    )
 
 # %% ../nbs/05_theory.ipynb #7b52009b
 def ravel(
-    w:Tensor|dict, # Parameters; not modified
-)->tuple[Tensor,Callable]: # One vector (n,), and the function that takes such a vector back to the form of `w`
+    w: Tensor | dict,  # Parameters; not modified
+) -> tuple[
+    Tensor, Callable
+]:  # One vector (n,), and the function that takes such a vector back to the form of `w`
     "Parameters as one vector"
-    leaves,spec = pytree.tree_flatten(w)
-    def back(v): return pytree.tree_unflatten([s.reshape(t.shape) for s,t in zip(v.split([t.numel() for t in leaves]), leaves)], spec)
+    leaves, spec = pytree.tree_flatten(w)
+
+    def back(v):
+        return pytree.tree_unflatten(
+            [
+                s.reshape(t.shape)
+                for s, t in zip(v.split([t.numel() for t in leaves]), leaves)
+            ],
+            spec,
+        )
+
     return torch.cat([t.reshape(-1) for t in leaves]), back
 
 # %% ../nbs/05_theory.ipynb #bd307a3e
 def check_eta(
-    eta, # Candidate: a positive number or a positive-definite matrix
-    n:int, # Number of parameters
+    eta,  # Candidate: a positive number or a positive-definite matrix
+    n: int,  # Number of parameters
 ):
     "Raise unless `eta` can be a learning rate for `n` parameters"
     if not isinstance(eta, Tensor):
-        if not 0<eta<math.inf: raise ValueError(f"eta must be positive and finite, got {eta}")
-    elif eta.ndim and eta.shape!=(n,n): raise ValueError(f"eta must be a number or have shape ({n}, {n}), got {tuple(eta.shape)}")
-    elif eta.ndim and not torch.allclose(eta, eta.T): raise ValueError("eta must be symmetric, and it differs from its transpose")
-    elif not (low := torch.linalg.eigvalsh(eta)[0] if eta.ndim else eta)>0:
-        raise ValueError(f"eta must be positive definite, got smallest eigenvalue {low.item():.3g}")
+        if not 0 < eta < math.inf:
+            raise ValueError(f"eta must be positive and finite, got {eta}")
+    elif eta.ndim and eta.shape != (n, n):
+        raise ValueError(
+            f"eta must be a number or have shape ({n}, {n}), got {tuple(eta.shape)}"
+        )
+    elif eta.ndim and not torch.allclose(eta, eta.T):
+        raise ValueError(
+            "eta must be symmetric, and it differs from its transpose"
+        )
+    elif not (low := torch.linalg.eigvalsh(eta)[0] if eta.ndim else eta) > 0:
+        raise ValueError(
+            f"eta must be positive definite, got smallest eigenvalue {low.item():.3g}"
+        )
 
 # %% ../nbs/05_theory.ipynb #fa35e192
 def eta_norm(
-    c:Tensor|dict, # A gradient; names and shapes of the parameters, n numbers in all
-    eta:float|Tensor=1., # Positive number, or positive-definite matrix (n, n)
-)->Tensor: # ‖c‖²_η = cᵀηc, shape ()
+    c: Tensor
+    | dict,  # A gradient; names and shapes of the parameters, n numbers in all
+    eta: float
+    | Tensor = 1.0,  # Positive number, or positive-definite matrix (n, n)
+) -> Tensor:  # ‖c‖²_η = cᵀηc, shape ()
     "Squared norm of a gradient in the metric of the learning rate (Z22 §5.1)"
-    v,_ = ravel(c); check_eta(eta, len(v))
-    return v@(eta@v if isinstance(eta, Tensor) and eta.ndim else eta*v)
+    v, _ = ravel(c)
+    check_eta(eta, len(v))
+    return v @ (eta @ v if isinstance(eta, Tensor) and eta.ndim else eta * v)
+
 
 def decay_rate(
-    loss:Callable, # `(w) -> ()`
-    w:Tensor|dict, # Parameters; not modified
-    eta:float|Tensor=1., # Positive number, or positive-definite matrix on the ravelled parameters
-)->Tensor: # -dL/dt, loss per unit of time, shape ()
+    loss: Callable,  # `(w) -> ()`
+    w: Tensor | dict,  # Parameters; not modified
+    eta: float
+    | Tensor = 1.0,  # Positive number, or positive-definite matrix on the ravelled parameters
+) -> Tensor:  # -dL/dt, loss per unit of time, shape ()
     "How fast the loss falls along ẇ = -η∇L (Z22 (12))"
     return eta_norm(grad(loss)(w), eta)
 
 # %% ../nbs/05_theory.ipynb #7719a1c7
 def path_lipschitz(
-    norms:Tensor, # Gradient norms along gradient descent, shape (..., T+1), T at least 1, positive
-    lr:float, # Learning rate of the descent, positive
-)->Tensor: # Smallest Λ for which (15) holds between consecutive points, shape (...)
+    norms: Tensor,  # Gradient norms along gradient descent, shape (..., T+1), T at least 1, positive
+    lr: float,  # Learning rate of the descent, positive
+) -> (
+    Tensor
+):  # Smallest Λ for which (15) holds between consecutive points, shape (...)
     "Lipschitz constant of the gradient norm along a path (Z22 Assumption 5.3)"
-    if not lr>0: raise ValueError(f"lr must be positive, got {lr}")
-    if norms.shape[-1]<2: raise ValueError(f"norms must hold at least two points of a path, got shape {tuple(norms.shape)}")
-    return (norms.diff().abs()/(lr*norms[...,:-1])).amax(-1)
+    if not lr > 0:
+        raise ValueError(f"lr must be positive, got {lr}")
+    if norms.shape[-1] < 2:
+        raise ValueError(
+            f"norms must hold at least two points of a path, got shape {tuple(norms.shape)}"
+        )
+    return (norms.diff().abs() / (lr * norms[..., :-1])).amax(-1)
 
 # %% ../nbs/05_theory.ipynb #af3e1334
 def quadratic_chart(
-    A:Tensor, # Symmetric positive-definite matrix, shape (n, n)
-    **points:Tensor, # Points by name, shape (..., n) each
-)->tuple[Tensor,Tensor,dict]: # Eigenvalues (n,), ascending; eigenvectors (n, n) in columns; A^{1/2} times each point
+    A: Tensor,  # Symmetric positive-definite matrix, shape (n, n)
+    **points: Tensor,  # Points by name, shape (..., n) each
+) -> tuple[
+    Tensor, Tensor, dict
+]:  # Eigenvalues (n,), ascending; eigenvectors (n, n) in columns; A^{1/2} times each point
     "What the chart of a quadratic needs; raises where `A` or a point does not fit"
-    if A.ndim!=2 or A.shape[0]!=A.shape[1] or not torch.allclose(A, A.T):
-        raise ValueError(f"A must be square and symmetric, got shape {tuple(A.shape)}")
-    for k,p in points.items():
-        if p.shape[-1:]!=A.shape[:1]:
-            raise ValueError(f"{k} must have {len(A)} entries in its last dimension, got shape {tuple(p.shape)}")
-    lam,q = torch.linalg.eigh(wide(A))
-    if not lam[0]>0: raise ValueError(f"A must be positive definite, got smallest eigenvalue {lam[0].item():.3g}")
-    return lam, q, {k: (wide(p)@q*lam.sqrt())@q.T for k,p in points.items()}
+    if A.ndim != 2 or A.shape[0] != A.shape[1] or not torch.allclose(A, A.T):
+        raise ValueError(
+            f"A must be square and symmetric, got shape {tuple(A.shape)}"
+        )
+    for k, p in points.items():
+        if p.shape[-1:] != A.shape[:1]:
+            raise ValueError(
+                f"{k} must have {len(A)} entries in its last dimension, got shape {tuple(p.shape)}"
+            )
+    lam, q = torch.linalg.eigh(wide(A))
+    if not lam[0] > 0:
+        raise ValueError(
+            f"A must be positive definite, got smallest eigenvalue {lam[0].item():.3g}"
+        )
+    return (
+        lam,
+        q,
+        {k: (wide(p) @ q * lam.sqrt()) @ q.T for k, p in points.items()},
+    )
 
 # %% ../nbs/05_theory.ipynb #761f22b2
 def level_set_rotation(
-    A:Tensor, # Symmetric positive-definite matrix, shape (n, n), n at least 2
-    w:Tensor, # Where to begin, shape (n,)
-    v:Tensor, # Where to go, shape (n,); on the level set of `w`
-)->Tensor: # Element xi (n(n-1)/2,) with `Orthogonal(A).orbit(w).act(xi)` = `v`
+    A: Tensor,  # Symmetric positive-definite matrix, shape (n, n), n at least 2
+    w: Tensor,  # Where to begin, shape (n,)
+    v: Tensor,  # Where to go, shape (n,); on the level set of `w`
+) -> Tensor:  # Element xi (n(n-1)/2,) with `Orthogonal(A).orbit(w).act(xi)` = `v`
     "The rotation, in the plane of the two points, that takes `w` to `v` (Z22 Prop. C.1)"
-    y,z = quadratic_chart(A, w=w, v=v)[2].values(); r = y.norm()
+    y, z = quadratic_chart(A, w=w, v=v)[2].values()
+    r = y.norm()
     if not torch.allclose(z.norm(), r, rtol=1e-6):
-        raise ValueError(f"v must have the loss of w, {(r*r/2).item():.6g}; got {(z@z/2).item():.6g}")
-    e1 = y/r; across = z-(z@e1)*e1
-    e2 = across if across.norm()>1e-12*r else torch.eye(len(y)).to(y)[e1.abs().argmin()] # opposite or equal: any plane will do
-    for _ in range(2): e2 = e2-(e2@e1)*e1; e2 = e2/e2.norm() # twice, since the first is all rounding where w and v nearly agree
-    i,j = torch.triu_indices(len(y), len(y), 1)
-    return torch.atan2(z@e2, z@e1)*(e1[i]*e2[j]-e2[i]*e1[j])
+        raise ValueError(
+            f"v must have the loss of w, {(r * r / 2).item():.6g}; got {(z @ z / 2).item():.6g}"
+        )
+    e1 = y / r
+    across = z - (z @ e1) * e1
+    e2 = (
+        across
+        if across.norm() > 1e-12 * r
+        else torch.eye(len(y)).to(y)[e1.abs().argmin()]
+    )  # opposite or equal: any plane will do
+    for _ in range(2):
+        e2 = e2 - (e2 @ e1) * e1
+        e2 = (
+            e2 / e2.norm()
+        )  # twice, since the first is all rounding where w and v nearly agree
+    i, j = torch.triu_indices(len(y), len(y), 1)
+    return torch.atan2(z @ e2, z @ e1) * (e1[i] * e2[j] - e2[i] * e1[j])
 
 # %% ../nbs/05_theory.ipynb #fe2ef495
 def level_set_optimum(
-    A:Tensor, # Symmetric positive-definite matrix, shape (n, n)
-    w:Tensor, # Parameters, shape (..., n); not modified
-    ties:float=1e-10, # Eigenvalues closer than this to the largest, relatively, count as equal to it
-)->Tensor: # The point of largest ‖∇L‖² on the level set of ½wᵀAw, the nearest to `w` if there are several; shape (..., n)
+    A: Tensor,  # Symmetric positive-definite matrix, shape (n, n)
+    w: Tensor,  # Parameters, shape (..., n); not modified
+    ties: float = 1e-10,  # Eigenvalues closer than this to the largest, relatively, count as equal to it
+) -> Tensor:  # The point of largest ‖∇L‖² on the level set of ½wᵀAw, the nearest to `w` if there are several; shape (..., n)
     "Where the best teleport on a quadratic goes (Z22 Prop. C.2)"
-    lam,q,p = quadratic_chart(A, w=w); y = p['w']
-    top = q[:, lam>=lam[-1]*(1-ties)]
-    z = y@top@top.T
-    z = torch.where(z.norm(dim=-1, keepdim=True)>0, z, q[:,-1]) # exactly across: all are equally near
-    return (z/z.norm(dim=-1, keepdim=True)*y.norm(dim=-1, keepdim=True)/lam[-1].sqrt()).to(w.dtype)
+    lam, q, p = quadratic_chart(A, w=w)
+    y = p["w"]
+    top = q[:, lam >= lam[-1] * (1 - ties)]
+    z = y @ top @ top.T
+    z = torch.where(
+        z.norm(dim=-1, keepdim=True) > 0, z, q[:, -1]
+    )  # exactly across: all are equally near
+    return (
+        z
+        / z.norm(dim=-1, keepdim=True)
+        * y.norm(dim=-1, keepdim=True)
+        / lam[-1].sqrt()
+    ).to(w.dtype)
 
 # %% ../nbs/05_theory.ipynb #e6c3dd63
 def newton_angle(
-    loss:Callable, # `(w) -> ()`, twice differentiable at `w`
-    w:Tensor|dict, # Parameters, n in all; not modified; the dense Hessian is (n, n)
-)->Tensor: # Radians, 0 to π, shape (); accurate near 0 as well
+    loss: Callable,  # `(w) -> ()`, twice differentiable at `w`
+    w: Tensor
+    | dict,  # Parameters, n in all; not modified; the dense Hessian is (n, n)
+) -> Tensor:  # Radians, 0 to π, shape (); accurate near 0 as well
     "Angle between the gradient step -∇L and Newton's step -H⁻¹∇L (Z22 Prop. 5.7)"
-    v,back = ravel(w); f = lambda v: loss(back(v))
-    c,H = grad(f)(v),jacrev(grad(f))(v); lam = torch.linalg.eigvalsh(H).abs()
-    if not c.norm()>0: raise ValueError(f"newton_angle needs a gradient that is not zero, got norm {c.norm().item()} at w")
-    if not lam.min()>len(v)*torch.finfo(H.dtype).eps*lam.max():
-        raise ValueError(f"newton_angle needs an invertible Hessian at w, got eigenvalues from {lam.min().item():.3g} to {lam.max().item():.3g} in size")
-    p = torch.linalg.solve(H, c); c,p = c/c.norm(),p/p.norm()
-    return 2*torch.atan2((c-p).norm(), (c+p).norm())
+    v, back = ravel(w)
+
+    def f(v):
+        return loss(back(v))
+
+    c, H = grad(f)(v), jacrev(grad(f))(v)
+    lam = torch.linalg.eigvalsh(H).abs()
+    if not c.norm() > 0:
+        raise ValueError(
+            f"newton_angle needs a gradient that is not zero, got norm {c.norm().item()} at w"
+        )
+    if not lam.min() > len(v) * torch.finfo(H.dtype).eps * lam.max():
+        raise ValueError(
+            f"newton_angle needs an invertible Hessian at w, got eigenvalues from {lam.min().item():.3g} to {lam.max().item():.3g} in size"
+        )
+    p = torch.linalg.solve(H, c)
+    c, p = c / c.norm(), p / p.norm()
+    return 2 * torch.atan2((c - p).norm(), (c + p).norm())
 
 # %% ../nbs/05_theory.ipynb #b4c96d80
 def imbalance(
-    U:Tensor, # Shape (m, h)
-    V:Tensor, # Shape (n, h), the same h
-)->Tensor: # Symmetric, shape (h, h)
+    U: Tensor,  # Shape (m, h)
+    V: Tensor,  # Shape (n, h), the same h
+) -> Tensor:  # Symmetric, shape (h, h)
     "UᵀU - VᵀV of the factorisation UVᵀ: conserved by the gradient flow, changed by a teleport (Z22 §5.3)"
-    if U.shape[-1]!=V.shape[-1]:
-        raise ValueError(f"U and V must have the same number of columns, got shapes {tuple(U.shape)} and {tuple(V.shape)}")
-    return U.mT@U - V.mT@V
+    if U.shape[-1] != V.shape[-1]:
+        raise ValueError(
+            f"U and V must have the same number of columns, got shapes {tuple(U.shape)} and {tuple(V.shape)}"
+        )
+    return U.mT @ U - V.mT @ V

@@ -6,13 +6,14 @@
 __all__ = ['HOMOGENEOUS', 'ELEMENTWISE', 'COMMUTES', 'FUNCTIONS', 'INVERSE', 'SLOPES', 'AFFINE', 'LEAVES', 'wire', 'draw_wiring']
 
 # %% ../nbs/02_wiring.ipynb #da4b9237
-import copy, math
+import copy
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, fx, nn
@@ -20,236 +21,517 @@ from torch import Tensor, fx, nn
 from .groups import KINDS, Slot, Space, Tap, Wiring
 
 # %% ../nbs/02_wiring.ipynb #c1dfd96e
-HOMOGENEOUS = frozenset({'scale','perm'})
-ELEMENTWISE = frozenset({'perm'})
+HOMOGENEOUS = frozenset({"scale", "perm"})
+ELEMENTWISE = frozenset({"perm"})
 
 COMMUTES = {
-    nn.Identity: KINDS, nn.Flatten: KINDS, # Flatten counts only where it changes no shape
-    nn.ReLU: HOMOGENEOUS, nn.LeakyReLU: HOMOGENEOUS, nn.PReLU: HOMOGENEOUS,
-    nn.Tanh: ELEMENTWISE, nn.Sigmoid: ELEMENTWISE, nn.Softplus: ELEMENTWISE, nn.ELU: ELEMENTWISE, nn.SELU: ELEMENTWISE,
-    nn.CELU: ELEMENTWISE, nn.GELU: ELEMENTWISE, nn.SiLU: ELEMENTWISE, nn.Mish: ELEMENTWISE, nn.LogSigmoid: ELEMENTWISE,
-    nn.Softsign: ELEMENTWISE, nn.Tanhshrink: ELEMENTWISE, nn.ReLU6: ELEMENTWISE, nn.Hardtanh: ELEMENTWISE,
-    nn.Hardswish: ELEMENTWISE, nn.Hardsigmoid: ELEMENTWISE, nn.Dropout: frozenset({'scale'}),
+    nn.Identity: KINDS,
+    nn.Flatten: KINDS,  # Flatten counts only where it changes no shape
+    nn.ReLU: HOMOGENEOUS,
+    nn.LeakyReLU: HOMOGENEOUS,
+    nn.PReLU: HOMOGENEOUS,
+    nn.Tanh: ELEMENTWISE,
+    nn.Sigmoid: ELEMENTWISE,
+    nn.Softplus: ELEMENTWISE,
+    nn.ELU: ELEMENTWISE,
+    nn.SELU: ELEMENTWISE,
+    nn.CELU: ELEMENTWISE,
+    nn.GELU: ELEMENTWISE,
+    nn.SiLU: ELEMENTWISE,
+    nn.Mish: ELEMENTWISE,
+    nn.LogSigmoid: ELEMENTWISE,
+    nn.Softsign: ELEMENTWISE,
+    nn.Tanhshrink: ELEMENTWISE,
+    nn.ReLU6: ELEMENTWISE,
+    nn.Hardtanh: ELEMENTWISE,
+    nn.Hardswish: ELEMENTWISE,
+    nn.Hardsigmoid: ELEMENTWISE,
+    nn.Dropout: frozenset({"scale"}),
 }
 
 # %% ../nbs/02_wiring.ipynb #fe5dbbce
-def _dropout(p=.5, training=True, inplace=False): return nn.Dropout(p)
+def _dropout(p=0.5, training=True, inplace=False):
+    return nn.Dropout(p)
+
 
 FUNCTIONS = {
-    F.relu: nn.ReLU, torch.relu: nn.ReLU, 'relu': nn.ReLU, F.leaky_relu: nn.LeakyReLU,
-    F.tanh: nn.Tanh, torch.tanh: nn.Tanh, 'tanh': nn.Tanh, F.sigmoid: nn.Sigmoid, torch.sigmoid: nn.Sigmoid, 'sigmoid': nn.Sigmoid,
-    F.softplus: nn.Softplus, F.elu: nn.ELU, F.selu: nn.SELU, F.celu: nn.CELU, F.gelu: nn.GELU, F.silu: nn.SiLU, F.mish: nn.Mish,
-    F.logsigmoid: nn.LogSigmoid, F.softsign: nn.Softsign, F.tanhshrink: nn.Tanhshrink, F.relu6: nn.ReLU6, F.hardtanh: nn.Hardtanh,
-    F.hardswish: nn.Hardswish, F.hardsigmoid: nn.Hardsigmoid, F.dropout: _dropout, torch.flatten: nn.Flatten, 'flatten': nn.Flatten,
+    F.relu: nn.ReLU,
+    torch.relu: nn.ReLU,
+    "relu": nn.ReLU,
+    F.leaky_relu: nn.LeakyReLU,
+    F.tanh: nn.Tanh,
+    torch.tanh: nn.Tanh,
+    "tanh": nn.Tanh,
+    F.sigmoid: nn.Sigmoid,
+    torch.sigmoid: nn.Sigmoid,
+    "sigmoid": nn.Sigmoid,
+    F.softplus: nn.Softplus,
+    F.elu: nn.ELU,
+    F.selu: nn.SELU,
+    F.celu: nn.CELU,
+    F.gelu: nn.GELU,
+    F.silu: nn.SiLU,
+    F.mish: nn.Mish,
+    F.logsigmoid: nn.LogSigmoid,
+    F.softsign: nn.Softsign,
+    F.tanhshrink: nn.Tanhshrink,
+    F.relu6: nn.ReLU6,
+    F.hardtanh: nn.Hardtanh,
+    F.hardswish: nn.Hardswish,
+    F.hardsigmoid: nn.Hardsigmoid,
+    F.dropout: _dropout,
+    torch.flatten: nn.Flatten,
+    "flatten": nn.Flatten,
 }
 
 # %% ../nbs/02_wiring.ipynb #7b52009b
-def _positive(h, ok): return torch.where(ok, h, torch.nan)
-def _leaky(slope): return lambda h,w: F.leaky_relu(h, 1/slope)
-def _prelu(m, name): 
-    def inverse(h, w): a = w[f'{name}.weight'] if f'{name}.weight' in w else m.weight; return torch.where(h>0, h, h/_positive(a, a>0).to(h))
+def _positive(h, ok):
+    return torch.where(ok, h, torch.nan)
+
+
+def _leaky(slope):
+    return lambda h, w: F.leaky_relu(h, 1 / slope)
+
+
+def _prelu(m, name):
+    def inverse(h, w):
+        a = w[f"{name}.weight"] if f"{name}.weight" in w else m.weight
+        return torch.where(h > 0, h, h / _positive(a, a > 0).to(h))
+
     return inverse
-def _elu(scale, alpha, rate): # scale·(z, or alpha·(exp(rate z)-1) below zero)
-    return lambda h,w: torch.where(h>0, h/scale, torch.log1p(_positive(h/(scale*alpha), h>-scale*alpha).clamp(max=0))/rate)
-def _softplus(m): # torch's softplus is z itself above its threshold
-    return lambda h,w: torch.where(m.beta*h>m.threshold, h, h + torch.log(-torch.expm1(-m.beta*_positive(h, h>0)))/m.beta)
+
+
+def _elu(scale, alpha, rate):  # scale·(z, or alpha·(exp(rate z)-1) below zero)
+    return lambda h, w: torch.where(
+        h > 0,
+        h / scale,
+        torch.log1p(
+            _positive(h / (scale * alpha), h > -scale * alpha).clamp(max=0)
+        )
+        / rate,
+    )
+
+
+def _softplus(m):  # torch's softplus is z itself above its threshold
+    return lambda h, w: torch.where(
+        m.beta * h > m.threshold,
+        h,
+        h + torch.log(-torch.expm1(-m.beta * _positive(h, h > 0))) / m.beta,
+    )
+
 
 INVERSE = {
-    nn.Identity: lambda m,name: lambda h,w: h,
-    nn.Flatten: lambda m,name: lambda h,w: h,
-    nn.LeakyReLU: lambda m,name: _leaky(m.negative_slope) if m.negative_slope>0 else None,
+    nn.Identity: lambda m, name: lambda h, w: h,
+    nn.Flatten: lambda m, name: lambda h, w: h,
+    nn.LeakyReLU: lambda m, name: (
+        _leaky(m.negative_slope) if m.negative_slope > 0 else None
+    ),
     nn.PReLU: _prelu,
-    nn.Tanh: lambda m,name: lambda h,w: torch.atanh(h),
-    nn.Sigmoid: lambda m,name: lambda h,w: torch.logit(_positive(h, (h>0)&(h<1))),
-    nn.Softplus: lambda m,name: _softplus(m),
-    nn.ELU: lambda m,name: _elu(1, m.alpha, 1) if m.alpha>0 else None,
-    nn.CELU: lambda m,name: _elu(1, m.alpha, 1/m.alpha) if m.alpha>0 else None,
-    nn.SELU: lambda m,name: _elu(1.0507009873554805, 1.6732632423543772, 1),
-    nn.LogSigmoid: lambda m,name: lambda h,w: h - torch.log(-torch.expm1(_positive(h, h<0))),
-    nn.Softsign: lambda m,name: lambda h,w: h/(1-_positive(h, h.abs()<1).abs()),
+    nn.Tanh: lambda m, name: lambda h, w: torch.atanh(h),
+    nn.Sigmoid: lambda m, name: (
+        lambda h, w: torch.logit(_positive(h, (h > 0) & (h < 1)))
+    ),
+    nn.Softplus: lambda m, name: _softplus(m),
+    nn.ELU: lambda m, name: _elu(1, m.alpha, 1) if m.alpha > 0 else None,
+    nn.CELU: lambda m, name: (
+        _elu(1, m.alpha, 1 / m.alpha) if m.alpha > 0 else None
+    ),
+    nn.SELU: lambda m, name: _elu(1.0507009873554805, 1.6732632423543772, 1),
+    nn.LogSigmoid: lambda m, name: (
+        lambda h, w: h - torch.log(-torch.expm1(_positive(h, h < 0)))
+    ),
+    nn.Softsign: lambda m, name: (
+        lambda h, w: h / (1 - _positive(h, h.abs() < 1).abs())
+    ),
 }
 
 # %% ../nbs/02_wiring.ipynb #f1abd670
-SLOPES = { # type -> function of the module: z -> (σ'(z), σ''(z)), the second None where it is 0 everywhere
-    nn.LeakyReLU: lambda m: lambda z: (torch.ops.aten.leaky_relu_backward(torch.ones_like(z), z, m.negative_slope, False), None),
+SLOPES = {  # type -> function of the module: z -> (σ'(z), σ''(z)), the second None where it is 0 everywhere
+    nn.LeakyReLU: lambda m: (
+        lambda z: (
+            torch.ops.aten.leaky_relu_backward(
+                torch.ones_like(z), z, m.negative_slope, False
+            ),
+            None,
+        )
+    ),
 }
 
 # %% ../nbs/02_wiring.ipynb #9e6a55b6
-AFFINE = {nn.Linear: -1} # type -> axis of the features in its input and output
+AFFINE = {nn.Linear: -1}  # type -> axis of the features in its input and output
+
 
 def _prelu_slots(m, name, ndim):
-    if m.num_parameters==1: return []
-    return [Slot(f'{name}.weight', 0, kinds=ELEMENTWISE)] if ndim==2 else None # torch counts channels on axis 1
-LEAVES = {nn.PReLU: _prelu_slots} # type -> slots of its own parameters, None where they do not lie along the features
+    if m.num_parameters == 1:
+        return []
+    return (
+        [Slot(f"{name}.weight", 0, kinds=ELEMENTWISE)] if ndim == 2 else None
+    )  # torch counts channels on axis 1
+
+
+LEAVES = {
+    nn.PReLU: _prelu_slots
+}  # type -> slots of its own parameters, None where they do not lie along the features
 
 # %% ../nbs/02_wiring.ipynb #91032ad7
 @dataclass(eq=False)
 class _Draft:
     "A space under construction"
-    name:str; size:int; maker:str='' # The affine layer that makes it, '' for the data
-    slots:list = field(default_factory=list)
-    commutes:frozenset = KINDS
-    why:list = field(default_factory=list)
-    reads:list = field(default_factory=list) # What has happened to the values each reader gets
-    noisy:bool = False # Made from something random
-    below:frozenset = frozenset() # All parameters that what the readers get depends on
+
+    name: str
+    size: int
+    maker: str = ""  # The affine layer that makes it, '' for the data
+    slots: list = field(default_factory=list)
+    commutes: frozenset = KINDS
+    why: list = field(default_factory=list)
+    reads: list = field(
+        default_factory=list
+    )  # What has happened to the values each reader gets
+    noisy: bool = False  # Made from something random
+    below: frozenset = frozenset()  # What the readers depend on
 
     def keep(self, kinds, why):
-        if not self.commutes<=kinds: self.why.append(why)
+        if not self.commutes <= kinds:
+            self.why.append(why)
         self.commutes &= kinds
+
+
 @dataclass(frozen=True)
 class _Value:
     "A tensor in the traced model"
-    draft:_Draft|None=None; ops:tuple=(); noisy:bool=False; below:frozenset=frozenset()
+
+    draft: _Draft | None = None
+    ops: tuple = ()
+    noisy: bool = False
+    below: frozenset = frozenset()
 
 # %% ../nbs/02_wiring.ipynb #12c6fc06
 def _tap(d, model):
     "The tap of a finished draft, or None; says why not"
-    if not d.maker or not d.reads: return None
-    no = lambda why: d.why.append(f'no batch action: {why}')
-    if any(ops!=d.reads[0] for ops in d.reads): return no('its readers see different values')
-    if d.noisy: return no('what comes before it is random')
-    if {s.param for s in d.slots if not s.dual and 'gl' in s.kinds}-{f'{d.maker}.weight',f'{d.maker}.bias'}: return no('parameters are shared')
+    if not d.maker or not d.reads:
+        return None
+
+    def no(why):
+        return d.why.append(f"no batch action: {why}")
+
+    if any(ops != d.reads[0] for ops in d.reads):
+        return no("its readers see different values")
+    if d.noisy:
+        return no("what comes before it is random")
+    if {s.param for s in d.slots if not s.dual and "gl" in s.kinds} - {
+        f"{d.maker}.weight",
+        f"{d.maker}.bias",
+    }:
+        return no("parameters are shared")
     pairs = []
-    for name,m in d.reads[0]:
+    for name, m in d.reads[0]:
         inverse = INVERSE[type(m)](m, name) if type(m) in INVERSE else None
-        if inverse is None: return no(f'{type(m).__name__} has no inverse')
+        if inverse is None:
+            return no(f"{type(m).__name__} has no inverse")
         pairs.append((name, m, inverse))
+
     def sigma(z, w):
-        for name,m,_ in pairs: z = _call(m, name, z, w)
+        for name, m, _ in pairs:
+            z = _call(m, name, z, w)
         return z
+
     def inverse(h, w):
-        for *_,f in reversed(pairs): h = f(h, w)
+        for *_, f in reversed(pairs):
+            h = f(h, w)
         return h
-    bent = [m for _,m,_ in pairs if not COMMUTES[type(m)]==KINDS]
-    slopes = SLOPES[type(bent[0])](bent[0]) if len(bent)==1 and type(bent[0]) in SLOPES else None
+
+    bent = [m for _, m, _ in pairs if not COMMUTES[type(m)] == KINDS]
+    slopes = (
+        SLOPES[type(bent[0])](bent[0])
+        if len(bent) == 1 and type(bent[0]) in SLOPES
+        else None
+    )
     return Tap(d.maker, sigma, inverse, slopes, d.below)
+
 
 def _call(m, name, z, w):
     "An activation with its parameters taken from `w`"
-    own = {k: w.get(f'{name}.{k}', p).to(z.dtype) for k,p in m.named_parameters()}
+    own = {
+        k: w.get(f"{name}.{k}", p).to(z.dtype) for k, p in m.named_parameters()
+    }
     return torch.func.functional_call(m, own, (z,))
 
 # %% ../nbs/02_wiring.ipynb #4d134bc0
 def _trace(model, x):
     "The traced graph of a copy of `model` in eval mode, with the shape of every value in `node.meta`; the model is not touched"
-    try: gm = fx.symbolic_trace(copy.deepcopy(model).eval())
-    except Exception as e:
-        raise ValueError(f"wire cannot read {type(model).__name__}.forward: {e}. Models whose forward does not branch on values can be read; for others, write the table by hand: Wiring([Space(...), ...], model)") from e
-    class Shapes(fx.Interpreter):
-        def run_node(self, node): out = super().run_node(node); node.meta['shape'] = getattr(out, 'shape', None); return out
-    shapes = Shapes(gm); shapes.extra_traceback = False
     try:
-        with torch.random.fork_rng(), torch.no_grad(): shapes.run(x)
-    except Exception as e: raise ValueError(f"wire cannot run {type(model).__name__} on x of shape {tuple(x.shape)} and {x.dtype}: {e}") from e
+        gm = fx.symbolic_trace(copy.deepcopy(model).eval())
+    except Exception as e:
+        raise ValueError(
+            f"wire cannot read {type(model).__name__}.forward: {e}. Models whose forward does not branch on values can be read; for others, write the table by hand: Wiring([Space(...), ...], model)"
+        ) from e
+
+    class Shapes(fx.Interpreter):
+        def run_node(self, node):
+            out = super().run_node(node)
+            node.meta["shape"] = getattr(out, "shape", None)
+            return out
+
+    shapes = Shapes(gm)
+    shapes.extra_traceback = False
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            shapes.run(x)
+    except Exception as e:
+        raise ValueError(
+            f"wire cannot run {type(model).__name__} on x of shape {tuple(x.shape)} and {x.dtype}: {e}"
+        ) from e
     return gm.graph
 
 # %% ../nbs/02_wiring.ipynb #f6e1126c
 def _blocked(model, graph):
     "Names under which each parameter may be called -> (its name in `named_parameters`, why it may not move, or '')"
-    first = {id(p): k for k,p in model.named_parameters()}
+    first = {id(p): k for k, p in model.named_parameters()}
     names = dict(model.named_parameters(remove_duplicate=False))
     uses = Counter()
     for n in graph.nodes:
-        if n.op=='get_attr' and n.target in names: uses[id(names[n.target])] += 1
-        if n.op=='call_module': uses.update(id(p) for p in model.get_submodule(n.target).parameters())
-    def why(p): return 'is used more than once' if uses[id(p)]>1 else '' if p.requires_grad else 'is frozen (requires_grad=False)'
-    return {k: (first[id(p)], why(p)) for k,p in names.items()}
+        if n.op == "get_attr" and n.target in names:
+            uses[id(names[n.target])] += 1
+        if n.op == "call_module":
+            uses.update(id(p) for p in model.get_submodule(n.target).parameters())
+
+    def why(p):
+        return (
+            "is used more than once"
+            if uses[id(p)] > 1
+            else ""
+            if p.requires_grad
+            else "is frozen (requires_grad=False)"
+        )
+
+    return {k: (first[id(p)], why(p)) for k, p in names.items()}
 
 # %% ../nbs/02_wiring.ipynb #887309d0
 def _op(model, n):
     "The module a node stands for, and its name; (None, text) where no table knows it"
-    if n.op=='call_module': return model.get_submodule(n.target), n.target
-    make = FUNCTIONS.get(n.target) if n.op in ('call_function','call_method') else None
-    if make and not any(isinstance(a, fx.Node) for a in (*n.args[1:], *n.kwargs.values())):
-        try: return make(*n.args[1:], **n.kwargs), ''
-        except TypeError: pass
-    return None, getattr(n.target, '__name__', str(n.target))
+    if n.op == "call_module":
+        return model.get_submodule(n.target), n.target
+    make = (
+        FUNCTIONS.get(n.target)
+        if n.op in ("call_function", "call_method")
+        else None
+    )
+    if make and not any(
+        isinstance(a, fx.Node) for a in (*n.args[1:], *n.kwargs.values())
+    ):
+        try:
+            return make(*n.args[1:], **n.kwargs), ""
+        except TypeError:
+            pass
+    return None, getattr(n.target, "__name__", str(n.target))
 
 # %% ../nbs/02_wiring.ipynb #bc33ea4e
 def wire(
-    model:nn.Module, # Linear layers and elementwise ops, as `nn.Sequential` or a plain `forward` with one tensor argument; not modified
-    x:Tensor, # One batch, samples first; only its shape matters
-    inputs:bool=False, # True: the data are a space too (Z22 Alg. 3); needs x of shape (n, d)
-)->Wiring: # One `Space` per hidden layer, in order; frozen ones have nothing in `commutes` and a reason in `why`
+    model: nn.Module,  # Linear layers and elementwise ops, as `nn.Sequential` or a plain `forward` with one tensor argument; not modified
+    x: Tensor,  # One batch, samples first; only its shape matters
+    inputs: bool = False,  # True: the data are a space too (Z22 Alg. 3); needs x of shape (n, d)
+) -> Wiring:  # One `Space` per hidden layer, in order; frozen ones have nothing in `commutes` and a reason in `why`
     "Read a model's symmetries off its graph"
-    if not isinstance(x, Tensor): raise TypeError(f"wire(model, x) needs a batch as a Tensor, got {type(x).__name__}")
-    if not len(x): raise ValueError(f"wire(model, x) needs at least one sample, got x of shape {tuple(x.shape)}")
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"wire(model, x) needs a batch as a Tensor, got {type(x).__name__}"
+        )
+    if not len(x):
+        raise ValueError(
+            f"wire(model, x) needs at least one sample, got x of shape {tuple(x.shape)}"
+        )
     graph = _trace(model, x)
-    blocked,drafts,env = _blocked(model, graph),[],{}
+    blocked, drafts, env = _blocked(model, graph), [], {}
     for n in graph.nodes:
-        if n.op=='placeholder' and inputs and not drafts and x.ndim==2:
-            drafts.append(_Draft('input', x.shape[-1])); env[n] = _Value(drafts[0])
-        elif n.op in ('placeholder','get_attr'): env[n] = _Value()
-        elif n.op=='output': _freeze(n, env, 'it is the output of the model')
-        else: env[n] = _walk(model, n, env, drafts)
+        if n.op == "placeholder" and inputs and not drafts and x.ndim == 2:
+            drafts.append(_Draft("input", x.shape[-1]))
+            env[n] = _Value(drafts[0])
+        elif n.op in ("placeholder", "get_attr"):
+            env[n] = _Value()
+        elif n.op == "output":
+            _freeze(n, env, "it is the output of the model")
+        else:
+            env[n] = _walk(model, n, env, drafts)
         env[n] = replace(env.get(n, _Value()), below=_below(model, n, env))
-    for d in drafts: _settle(d, blocked)
-    spaces = [Space(d.name, d.size, d.slots, d.commutes, tap=_tap(d, model) if d.slots and d.commutes else None, why='; '.join(d.why), data=not d.maker) for d in drafts]
-    if inputs and not any(s.data for s in spaces): raise ValueError(f"wire(..., inputs=True) needs data of shape (n, d), got {tuple(x.shape)}; flatten them first")
+    for d in drafts:
+        _settle(d, blocked)
+    spaces = [
+        Space(
+            d.name,
+            d.size,
+            d.slots,
+            d.commutes,
+            tap=_tap(d, model) if d.slots and d.commutes else None,
+            why="; ".join(d.why),
+            data=not d.maker,
+        )
+        for d in drafts
+    ]
+    if inputs and not any(s.data for s in spaces):
+        raise ValueError(
+            f"wire(..., inputs=True) needs data of shape (n, d), got {tuple(x.shape)}; flatten them first"
+        )
     return Wiring(spaces, model)
 
 # %% ../nbs/02_wiring.ipynb #0a57cb53
 def _freeze(n, env, why):
     "Take every kind away from the spaces a node touches"
     for a in n.all_input_nodes:
-        if d := env[a].draft: d.keep(frozenset(), why)
+        if d := env[a].draft:
+            d.keep(frozenset(), why)
+
 
 def _below(model, n, env):
     "Names of all the parameters that a node's value depends on"
-    own = [f'{n.target}.{k}' for k,_ in model.get_submodule(n.target).named_parameters(remove_duplicate=False)] if n.op=='call_module' else [n.target]*(n.op=='get_attr')
+    own = (
+        [
+            f"{n.target}.{k}"
+            for k, _ in model.get_submodule(n.target).named_parameters(
+                remove_duplicate=False
+            )
+        ]
+        if n.op == "call_module"
+        else [n.target] * (n.op == "get_attr")
+    )
     return frozenset(own).union(*(env[a].below for a in n.all_input_nodes))
+
 
 def _walk(model, n, env, drafts):
     "What a node makes of its input: a new space, the same one, or nothing known"
-    m,name = _op(model, n)
+    m, name = _op(model, n)
     values = [env[a] for a in n.all_input_nodes]
-    noisy,v = any(u.noisy for u in values), (values or [_Value()])[0]
-    if type(m) in AFFINE and len(values)==1:
-        if v.draft: v.draft.slots.append(Slot(f'{name}.weight', 1, dual=True)); v.draft.reads.append(v.ops); v.draft.below |= v.below
-        slots = [Slot(f'{name}.{p}', 0) for p,_ in m.named_parameters()]
-        twin = sum(d.maker==name for d in drafts)
-        drafts.append(_Draft(name+f' ({twin+1})'*(twin>0), m.weight.shape[0], name, slots, noisy=noisy))
+    noisy, v = any(u.noisy for u in values), (values or [_Value()])[0]
+    if type(m) in AFFINE and len(values) == 1:
+        if v.draft:
+            v.draft.slots.append(Slot(f"{name}.weight", 1, dual=True))
+            v.draft.reads.append(v.ops)
+            v.draft.below |= v.below
+        slots = [Slot(f"{name}.{p}", 0) for p, _ in m.named_parameters()]
+        twin = sum(d.maker == name for d in drafts)
+        drafts.append(
+            _Draft(
+                name + f" ({twin + 1})" * (twin > 0),
+                m.weight.shape[0],
+                name,
+                slots,
+                noisy=noisy,
+            )
+        )
         return _Value(drafts[-1], (), noisy)
-    same = len(values)==1 and n.meta['shape'] is not None and n.meta['shape']==n.all_input_nodes[0].meta['shape']
-    slots = LEAVES[type(m)](m, name, len(n.meta['shape'])) if same and type(m) in LEAVES else []
+    same = (
+        len(values) == 1
+        and n.meta["shape"] is not None
+        and n.meta["shape"] == n.all_input_nodes[0].meta["shape"]
+    )
+    slots = (
+        LEAVES[type(m)](m, name, len(n.meta["shape"]))
+        if same and type(m) in LEAVES
+        else []
+    )
     if type(m) in COMMUTES and same and slots is not None:
         if v.draft:
-            row = COMMUTES[type(m)]; v.draft.slots += slots
-            v.draft.keep(row, f"{type(m).__name__} commutes with {' and '.join(sorted(row))} only")
-        return _Value(v.draft, v.ops+((name, m),), noisy or type(m) is nn.Dropout)
-    _freeze(n, env, f"{type(m).__name__ if m else name!r} is in no table" + ' for this shape'*(type(m) in COMMUTES))
+            row = COMMUTES[type(m)]
+            v.draft.slots += slots
+            v.draft.keep(
+                row,
+                f"{type(m).__name__} commutes with {' and '.join(sorted(row))} only",
+            )
+        return _Value(
+            v.draft, v.ops + ((name, m),), noisy or type(m) is nn.Dropout
+        )
+    _freeze(
+        n,
+        env,
+        f"{type(m).__name__ if m else name!r} is in no table"
+        + " for this shape" * (type(m) in COMMUTES),
+    )
     return _Value(noisy=noisy)
+
 
 def _settle(d, blocked):
     "Use the names of `named_parameters`, and let go of what a tied or frozen parameter forbids"
     for s in d.slots:
-        name,why = blocked[s.param]
-        if why: d.keep(KINDS-s.kinds, f"{s.param!r} {why}")
-    if not any(s.dual for s in d.slots): d.keep(frozenset(), 'no layer reads it')
-    d.slots = [Slot(blocked[s.param][0], s.axis, s.dual, kinds=s.kinds) for s in d.slots]
-    d.below = frozenset(blocked[k][0] for k in d.below if k in blocked) # buffers are not in it
+        name, why = blocked[s.param]
+        if why:
+            d.keep(KINDS - s.kinds, f"{s.param!r} {why}")
+    if not any(s.dual for s in d.slots):
+        d.keep(frozenset(), "no layer reads it")
+    d.slots = [
+        Slot(blocked[s.param][0], s.axis, s.dual, kinds=s.kinds) for s in d.slots
+    ]
+    d.below = frozenset(
+        blocked[k][0] for k in d.below if k in blocked
+    )  # buffers are not in it
 
 # %% ../nbs/02_wiring.ipynb #fe2ef495
 def draw_wiring(
-    wiring:Wiring, # The table to draw
-    w:dict, # Parameters by name, for their shapes
-    report:dict|None=None, # `orbit.report`, to name the kind of each space
-)->Figure:
+    wiring: Wiring,  # The table to draw
+    w: dict,  # Parameters by name, for their shapes
+    report: dict | None = None,  # `orbit.report`, to name the kind of each space
+) -> Figure:
     "Each parameter as a rectangle whose moving axes are coloured by space"
-    moving = [s for s in wiring.spaces if (report[s.name].kind!='fixed' if report else s.commutes)]
-    colour = {s.name: plt.get_cmap('tab10')(i%10) for i,s in enumerate(moving)}
-    edge = {(t.param,t.axis): (colour[s.name], t.dual) for s in moving for t in s.slots}
-    fig,ax = plt.subplots(figsize=(1.3*len(w)+1, 3.1), layout='constrained')
-    at = 0.
-    for k,p in w.items():
-        rows,cols = (math.log2(d+1) for d in (p.shape[0] if p.ndim else 1, p.shape[1] if p.ndim>1 else .4))
-        ax.add_patch(Rectangle((at, -rows), cols, rows, fc='0.93', ec='0.6', lw=1))
-        for axis,ends in ((0, ([at,at],[-rows,0])), (1, ([at,at+cols],[0,0]))):
-            if (k,axis) in edge: ax.plot(*ends, color=edge[k,axis][0], lw=5, solid_capstyle='butt', ls='-')
-        ax.text(at+cols/2, -rows-.25, f"{k}\n{'×'.join(map(str, p.shape))}", ha='center', va='top', fontsize=8)
-        at += max(cols, 1.6)+1.1
-    for s in moving: ax.plot([], [], color=colour[s.name], lw=5, label=f"{s.name}: {s.size} units" + (f", {report[s.name].kind}" if report else ''))
-    if moving: ax.legend(loc='upper center', bbox_to_anchor=(.5, 1.25), ncols=len(moving), frameon=False)
-    ax.set(xlim=(-.5, at-.5), aspect='equal'); ax.autoscale_view(scalex=False); ax.axis('off')
+    moving = [
+        s
+        for s in wiring.spaces
+        if (report[s.name].kind != "fixed" if report else s.commutes)
+    ]
+    colour = {s.name: plt.get_cmap("tab10")(i % 10) for i, s in enumerate(moving)}
+    edge = {
+        (t.param, t.axis): (colour[s.name], t.dual)
+        for s in moving
+        for t in s.slots
+    }
+    fig, ax = plt.subplots(figsize=(1.3 * len(w) + 1, 3.1), layout="constrained")
+    at = 0.0
+    for k, p in w.items():
+        rows, cols = (
+            math.log2(d + 1)
+            for d in (
+                p.shape[0] if p.ndim else 1,
+                p.shape[1] if p.ndim > 1 else 0.4,
+            )
+        )
+        ax.add_patch(
+            Rectangle((at, -rows), cols, rows, fc="0.93", ec="0.6", lw=1)
+        )
+        for axis, ends in (
+            (0, ([at, at], [-rows, 0])),
+            (1, ([at, at + cols], [0, 0])),
+        ):
+            if (k, axis) in edge:
+                ax.plot(
+                    *ends,
+                    color=edge[k, axis][0],
+                    lw=5,
+                    solid_capstyle="butt",
+                    ls="-",
+                )
+        ax.text(
+            at + cols / 2,
+            -rows - 0.25,
+            f"{k}\n{'×'.join(map(str, p.shape))}",
+            ha="center",
+            va="top",
+            fontsize=8,
+        )
+        at += max(cols, 1.6) + 1.1
+    for s in moving:
+        ax.plot(
+            [],
+            [],
+            color=colour[s.name],
+            lw=5,
+            label=f"{s.name}: {s.size} units"
+            + (f", {report[s.name].kind}" if report else ""),
+        )
+    if moving:
+        ax.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, 1.25),
+            ncols=len(moving),
+            frameon=False,
+        )
+    ax.set(xlim=(-0.5, at - 0.5), aspect="equal")
+    ax.autoscale_view(scalex=False)
+    ax.axis("off")
     return fig

@@ -8,11 +8,11 @@ import math
 from pathlib import Path
 
 import pytest
+import test_training
 import torch
 import torch.nn.functional as F
 from torch import Generator, nn
 
-import test_training
 from symtele import (
     GL,
     Ascent,
@@ -44,30 +44,30 @@ from symtele import (
 from symtele.experiments import Matched, processor
 
 ROOT = Path(__file__).resolve().parents[1]
-FILE = ROOT / 'tests/digest.json'
+FILE = ROOT / "tests/digest.json"
 F64, F32 = torch.float64, torch.float32
 ACTS = {
-    'leaky': lambda: nn.LeakyReLU(0.1),
-    'tanh': nn.Tanh,
-    'softplus': nn.Softplus,
-    'linear': nn.Identity,
+    "leaky": lambda: nn.LeakyReLU(0.1),
+    "tanh": nn.Tanh,
+    "softplus": nn.Softplus,
+    "linear": nn.Identity,
 }
 SHAPES = {  # name -> widths, samples, biases
-    'small': ((5, 6, 6, 3), 4, True),
-    'paper': ((5, 6, 7, 8), 4, False),
-    'crowded': ((6, 4, 7, 3), 6, True),
-    'wide': ((20, 40, 44, 4), 3, True),
-    'deep': ((7, 8, 8, 8, 8, 5), 6, False),
+    "small": ((5, 6, 6, 3), 4, True),
+    "paper": ((5, 6, 7, 8), 4, False),
+    "crowded": ((6, 4, 7, 3), 6, True),
+    "wide": ((20, 40, 44, 4), 3, True),
+    "deep": ((7, 8, 8, 8, 8, 5), 6, False),
 }
 SEARCHES = {
-    'stay': Stay(),
-    'random': Random(0.1),
-    'sample': Sample(3, 0.1),
-    'default': Ascent(),
-    'fixed': Ascent(3, lr=1e-4),
-    'matched': Matched(Ascent(2)),
+    "stay": Stay(),
+    "random": Random(0.1),
+    "sample": Sample(3, 0.1),
+    "default": Ascent(),
+    "fixed": Ascent(3, lr=1e-4),
+    "matched": Matched(Ascent(2)),
 }
-OBJECTIVES = {'norm': grad_norm, 'ahead': lookahead(0.01)}
+OBJECTIVES = {"norm": grad_norm, "ahead": lookahead(0.01)}
 
 
 def network(shape, act, dtype, seed):
@@ -92,11 +92,11 @@ def network(shape, act, dtype, seed):
 
 def told(out):
     "What a move did, and its parameters along fixed random directions"
-    w = {'w': out.w} if isinstance(out.w, torch.Tensor) else out.w
+    w = {"w": out.w} if isinstance(out.w, torch.Tensor) else out.w
     flat = torch.cat([t.double().flatten() for t in w.values()])
     d = torch.randn(3, len(flat), dtype=F64, generator=Generator().manual_seed(1))
     numbers = [*(d @ flat), *out.loss.flatten(), *out.objective, out.drift]
-    bits = b''.join(t.numpy().tobytes() for t in (*w.values(), out.objective))
+    bits = b"".join(t.numpy().tobytes() for t in (*w.values(), out.objective))
     facts = [bool(out.accepted), int(out.code), int(out.steps), int(out.evals)]
     return entry(numbers, bits, [*facts, out.slope])
 
@@ -121,15 +121,15 @@ def network_moves():
             wiring = wire(model, x)
             for name, group in groups.items():
                 for search in SEARCHES:
-                    if name == 'Permutation' and search not in ('stay', 'sample'):
+                    if name == "Permutation" and search not in ("stay", "sample"):
                         continue
                     for objective in OBJECTIVES:
-                        if objective == 'ahead' and search not in (
-                            'default',
-                            'fixed',
+                        if objective == "ahead" and search not in (
+                            "default",
+                            "fixed",
                         ):
                             continue
-                        key = f'{shape} {act} {dtype} {name} {search} {objective}'
+                        key = f"{shape} {act} {dtype} {name} {search} {objective}"
                         yield (
                             key,
                             lambda loss=loss, w=w, x=x, wiring=wiring, g=group, s=search, o=objective: (
@@ -152,7 +152,7 @@ def special_moves():
     "Least squares, whitening, moved data, several tasks, seeds at once"
     for act in ACTS:
         for dtype in (F64, F32):
-            model, loss, w, x = network('paper', act, dtype, 7)
+            model, loss, w, x = network("paper", act, dtype, 7)
             tasks, _ = loss_of(model, lambda o, y: (o**2).mean(0)[:3], x)
             wiring, moving = wire(model, x), wire(model, x, inputs=True)
             data = torch.randn(40, 5, generator=Generator().manual_seed(2)).to(
@@ -160,51 +160,52 @@ def special_moves():
             )
             to = MoveData(ridge_whitener(second_moment(data), 1e-3))
             crowd = torch.cat((x, 2 * x, data[:9]))
-            free = lambda w, x, m=model: (
-                torch.func.functional_call(m, w, (x,)).square().mean()
-            )
-            whiten = BatchGL(wiring) if act != 'linear' else GL(wiring)
+
+            def free(w, x, m=model):
+                return torch.func.functional_call(m, w, (x,)).square().mean()
+
+            whiten = BatchGL(wiring) if act != "linear" else GL(wiring)
             for name, args, options in (
                 (
-                    'lsq',
+                    "lsq",
                     (loss, w, LeastSquares(wiring), x),
                     dict(search=Random(0.1), tol=10.0),
                 ),
                 (
-                    'lsq crowded',
+                    "lsq crowded",
                     (free, w, LeastSquares(wiring), crowd),
                     dict(search=Random(0.1), tol=10.0),
                 ),
                 (
-                    'lsq strict',
+                    "lsq strict",
                     (free, w, LeastSquares(wiring), crowd),
                     dict(search=Random(1.0), tol=1e-6),
                 ),
                 (
-                    'whiten',
+                    "whiten",
                     (loss, w, whiten, x),
                     dict(search=Whiten(1e-3, full_batch=True)),
                 ),
-                ('data', (loss, w, GL(moving), x), dict(search=to)),
-                ('data climbs', (loss, w, GL(moving), x), {}),
-                ('tasks', (tasks, w, BatchGL(wiring), x), {}),
+                ("data", (loss, w, GL(moving), x), dict(search=to)),
+                ("data climbs", (loss, w, GL(moving), x), {}),
+                ("tasks", (tasks, w, BatchGL(wiring), x), {}),
                 (
-                    'tasks GL',
+                    "tasks GL",
                     (tasks, w, GL(wiring), x),
                     dict(objective=lookahead(0.1)),
                 ),
             ):
                 yield (
-                    f'{name} {act} {dtype}',
+                    f"{name} {act} {dtype}",
                     lambda args=args, options=options: told(
                         teleport(*args, **options)
                     ),
                 )
-        model, loss, w, x = network('small', act, F64, 9)
+        model, loss, w, x = network("small", act, F64, 9)
         group, xs = BatchGL(wire(model, x)), torch.stack([x, x + 0.1, x.flip(0)])
-        for name, search in (('trust', Ascent(3)), ('fixed', Ascent(3, lr=1e-4))):
+        for name, search in (("trust", Ascent(3)), ("fixed", Ascent(3, lr=1e-4))):
             yield (
-                f'vmap {name} {act}',
+                f"vmap {name} {act}",
                 lambda loss=loss, w=w, g=group, xs=xs, s=search: many(
                     torch.func.vmap(lambda x: teleport(loss, w, g, x, search=s))(
                         xs
@@ -229,26 +230,26 @@ def chart_moves():
     A = torch.randn(5, 5, dtype=F64, generator=Generator().manual_seed(0))
     A = A @ A.T + torch.eye(5)
     problems = {
-        'rosenbrock': (Rotation(rosenbrock), rosenbrock.loss, 2),
-        'rosenbrock 6': (Rotation(rosenbrock), rosenbrock.loss, 6),
-        'booth': (Rotation(booth), booth.loss, 2),
-        'ellipse': (Rotation(ellipse(3.0)), ellipse(3.0).loss, 2),
-        'quadratic': (Orthogonal(A), lambda w: w @ A.to(w) @ w / 2, 5),
+        "rosenbrock": (Rotation(rosenbrock), rosenbrock.loss, 2),
+        "rosenbrock 6": (Rotation(rosenbrock), rosenbrock.loss, 6),
+        "booth": (Rotation(booth), booth.loss, 2),
+        "ellipse": (Rotation(ellipse(3.0)), ellipse(3.0).loss, 2),
+        "quadratic": (Orthogonal(A), lambda w: w @ A.to(w) @ w / 2, 5),
     }
     searches = SEARCHES | {
-        'grid': Grid(16),
-        'circle': GreatCircle(9),
-        'circles': GreatCircle(5, 2),
+        "grid": Grid(16),
+        "circle": GreatCircle(9),
+        "circles": GreatCircle(5, 2),
     }
     for problem, (group, loss, n) in problems.items():
         for dtype in (F64, F32):
             w = torch.randn(n, generator=Generator().manual_seed(n)).to(dtype)
             for search in searches:
-                if n > 2 and search == 'grid' or n == 2 and search == 'matched':
+                if n > 2 and search == "grid" or n == 2 and search == "matched":
                     continue
                 for objective in OBJECTIVES:
                     yield (
-                        f'{problem} {dtype} {search} {objective}',
+                        f"{problem} {dtype} {search} {objective}",
                         lambda l=loss, w=w, g=group, s=search, o=objective: told(
                             teleport(
                                 l,
@@ -265,17 +266,17 @@ def chart_moves():
 def along_orbits():
     "Slopes, values, pulled covectors and inverses two moves along an orbit"
     cases = (
-        ('leaky', 'GL', GL),
-        ('leaky', 'BatchGL', BatchGL),
-        ('softplus', 'BatchGL', BatchGL),
-        ('linear', 'GL', GL),
-        ('linear', 'Scaling', Scaling),
+        ("leaky", "GL", GL),
+        ("leaky", "BatchGL", BatchGL),
+        ("softplus", "BatchGL", BatchGL),
+        ("linear", "GL", GL),
+        ("linear", "Scaling", Scaling),
     )
     for shape in SHAPES:
         for act, name, group in cases:
             for objective in OBJECTIVES:
                 yield (
-                    f'orbit {shape} {act} {name} {objective}',
+                    f"orbit {shape} {act} {name} {objective}",
                     lambda s=shape, a=act, g=group, o=objective: walked(
                         s, a, g, o
                     ),
@@ -304,21 +305,21 @@ def said(call):
     try:
         call()
     except Exception as e:
-        return f'{type(e).__name__}: {e}'
-    return 'no error'
+        return f"{type(e).__name__}: {e}"
+    return "no error"
 
 
 def errors():
     "Every message that bad input and bad parts get"
     for what, (change, _) in test_training.BAD.items():
-        yield f'bad {what}', lambda c=change: said(test_training.rig(**c)[3])
+        yield f"bad {what}", lambda c=change: said(test_training.rig(**c)[3])
     for what, (build, _) in test_training.BUILD.items():
-        yield f'build {what}', lambda b=build: said(b)
+        yield f"build {what}", lambda b=build: said(b)
 
 
 def files():
     "The bytes of every results file"
-    for p in sorted((ROOT / 'nbs/results').glob('*.json')):
+    for p in sorted((ROOT / "nbs/results").glob("*.json")):
         yield p.name, lambda p=p: hashlib.sha256(p.read_bytes()).hexdigest()[:16]
 
 
@@ -341,7 +342,7 @@ def found(make):
     try:
         return make()
     except (ValueError, TypeError) as e:
-        return f'{type(e).__name__}: {e}'
+        return f"{type(e).__name__}: {e}"
 
 
 def environment():
@@ -376,50 +377,50 @@ def near(a, b, rtol):
 def faults(name, new, old, here):
     "How an entry differs from the digest's"
     if isinstance(new, str) or isinstance(old, str):
-        return [] if new == old else [f'{name}: {new!r}, was {old!r}']
-    rtol = 1e-3 if 'float32' in name else LOOSE[here]
-    *numbers, drift = new['numbers']
-    *was, _ = old['numbers']
-    out = [] if near(numbers, was, rtol) else [f'{name}: {numbers}, was {was}']
+        return [] if new == old else [f"{name}: {new!r}, was {old!r}"]
+    rtol = 1e-3 if "float32" in name else LOOSE[here]
+    *numbers, drift = new["numbers"]
+    *was, _ = old["numbers"]
+    out = [] if near(numbers, was, rtol) else [f"{name}: {numbers}, was {was}"]
     exact = (
-        here and 'float32' not in name and not any(w in name for w in REORDERED)
+        here and "float32" not in name and not any(w in name for w in REORDERED)
     )
-    if exact and new['bits'] != old['bits']:
-        out.append(f'{name}: other bits')
+    if exact and new["bits"] != old["bits"]:
+        out.append(f"{name}: other bits")
     return out + (
         []
-        if new['facts'] == old['facts']
-        else [f'{name}: {new["facts"]}, was {old["facts"]}']
+        if new["facts"] == old["facts"]
+        else [f"{name}: {new['facts']}, was {old['facts']}"]
     )
 
 
 def test_nothing_has_changed():
     "Every move, error and file is what it was"
-    here = OLD['environment'] == environment()
+    here = OLD["environment"] == environment()
     new = {k: found(f) for k, f in CASES.items()}
     wrong = [
-        f for k in new for f in faults(k, new[k], OLD['entries'].get(k), here)
+        f for k in new for f in faults(k, new[k], OLD["entries"].get(k), here)
     ]
-    assert len(new) >= 400 and set(new) == set(OLD['entries'])
-    assert not wrong, '\n'.join(wrong[:20])
+    assert len(new) >= 400 and set(new) == set(OLD["entries"])
+    assert not wrong, "\n".join(wrong[:20])
 
 
 def test_a_change_is_seen():
     "Control: another number, another fact, another word"
-    old = entry([1.0, 2.0, 0.0], b'', [True])
+    old = entry([1.0, 2.0, 0.0], b"", [True])
     others = (
-        entry([1.0, 2.0 + 1e-12, 0.0], b'', [True]),
-        entry([1.0, 2.0, 0.0], b'', [False]),
-        entry([1.0, 2.0, 0.0], b'x', [True]),
-        'TypeError: no',
+        entry([1.0, 2.0 + 1e-12, 0.0], b"", [True]),
+        entry([1.0, 2.0, 0.0], b"", [False]),
+        entry([1.0, 2.0, 0.0], b"x", [True]),
+        "TypeError: no",
     )
     for new in others:
-        assert faults('x', new, old, True) and not faults('x', old, old, True)
+        assert faults("x", new, old, True) and not faults("x", old, old, True)
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     made = dict(
         environment=environment(), entries={k: found(f) for k, f in CASES.items()}
     )
-    FILE.write_text(json.dumps(made, indent=0, ensure_ascii=False) + '\n')
-    print(len(made['entries']), 'entries')
+    FILE.write_text(json.dumps(made, indent=0, ensure_ascii=False) + "\n")
+    print(len(made["entries"]), "entries")
