@@ -55,11 +55,11 @@ def arguments(node, says, skip=0):
     pairs = list(zip(plain, [None]*(len(plain)-len(a.defaults))+a.defaults))[skip:]
     star = [('*', a.vararg, None)] if a.vararg else [('*', ast.arg(''), None)]*bool(a.kwonlyargs)
     rows = [('', *p) for p in pairs]+star+[('', *p) for p in zip(a.kwonlyargs, a.kw_defaults)]+[('**', a.kwarg, None)]*bool(a.kwarg)
-    return [(stars+p.arg, ast.unparse(d) if d else '', typed(p.annotation), prose(says.get(getattr(p, 'lineno', 0), ''))) for stars,p,d in rows]
+    return [(stars+p.arg, ast.unparse(d) if d else '', typed(p.annotation), prose(says.get(getattr(d or p, 'end_lineno', 0), ''))) for stars,p,d in rows]
 
 def fields(cls, says):
     "The same of a dataclass or named tuple"
-    return [(f.target.id, ast.unparse(f.value) if f.value else '', typed(f.annotation), prose(says.get(f.lineno, ''))) for f in cls.body if isinstance(f, ast.AnnAssign)]
+    return [(f.target.id, ast.unparse(f.value) if f.value else '', typed(f.annotation), prose(says.get(f.end_lineno, ''))) for f in cls.body if isinstance(f, ast.AnnAssign)]
 
 def call(name, rows): return f"{name}({', '.join(n+('='+d)*bool(d) for n,d,*_ in rows)})"
 

@@ -1537,13 +1537,13 @@ def pick(
 
 
 def travel(
-    loss: Callable,
-    w: Tensor | dict,
-    group,
-    x: Tensor | None,
-    objective: Callable,
-    search: Callable,
-    tol: float | None,
+    loss: Callable,  # As in `teleport`
+    w: Tensor | dict,  # As in `teleport`
+    group,  # As in `teleport`
+    x: Tensor | None,  # As in `teleport`
+    objective: Callable,  # As in `teleport`
+    search: Callable,  # As in `teleport`
+    tol: float | None,  # As in `teleport`
     rng: Generator | None,  # As in `teleport`
 ) -> tuple[
     Teleported, Orbit

@@ -363,7 +363,7 @@ def test_printed_tables_stay_whole(pages):
     printed = [
         o
         for c in json.loads(
-            (ROOT / "nbs/10_runtime.ipynb").read_text(encoding="utf-8")
+            (ROOT / "nbs/35_runtime.ipynb").read_text(encoding="utf-8")
         )["cells"]
         for o in c.get("outputs", [])
         if "plain runs" in "".join(o.get("text", ""))
@@ -372,7 +372,7 @@ def test_printed_tables_stay_whole(pages):
     table = [l for l in lines if re.search("[0-9] +[0-9]+ +[0-9]+ µs", l)]
     boxes = [
         b
-        for h in shown(pages["nbs/10_runtime.ipynb"])
+        for h in shown(pages["nbs/35_runtime.ipynb"])
         for b in re.findall("<pre class=symtele-table>(.*?)</pre>", h, re.S)
     ]
     (box,) = (b for b in boxes if table[0] in b)
@@ -385,7 +385,7 @@ def test_printed_tables_stay_whole(pages):
         t for t, _ in blocks("One sentence.\nAnother, with  a gap.\nA third.")
     ] == [False] * 3  # control: one line is no table
     assert not any(
-        "symtele-table" in h for h in shown(pages["nbs/02_wiring.ipynb"])
+        "symtele-table" in h for h in shown(pages["nbs/04_wiring.ipynb"])
     )
 
 
