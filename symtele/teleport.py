@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLOSED', 'ROUNDING', 'LEVER', 'HELD', 'OK', 'DRIFT', 'NONFINITE', 'MOMENTS', 'transport', 'Measured', 'measure',
-           'unwrap', 'loss_of', 'grad_norm', 'lookahead', 'Landscape', 'PulledNorm', 'PulledDecrease', 'chain',
-           'Factors', 'onto', 'Link', 'bends', 'Chain', 'tied', 'read_chain', 'ChainNorm', 'landscape', 'Stay',
+           'unwrap', 'loss_of', 'descent_step', 'grad_norm', 'lookahead', 'Landscape', 'PulledNorm', 'PulledDecrease',
+           'chain', 'Factors', 'onto', 'Link', 'bends', 'Chain', 'tied', 'read_chain', 'ChainNorm', 'landscape', 'Stay',
            'Random', 'best_of', 'Sample', 'Grid', 'harmonics', 'highest', 'GreatCircle', 'Ascent', 'whitener',
            'after_steps', 'Whiten', 'whitened', 'curvature', 'drift_bound', 'Teleported', 'reached', 'check_tol',
            'finite', 'check_input', 'check_loss', 'teleport', 'all_finite', 'pick', 'travel', 'Schedule', 'at', 'every',
@@ -135,6 +135,15 @@ def loss_of(
         for k, p in model.named_parameters()
         if p.requires_grad
     }
+
+# %% ../nbs/03_teleport.ipynb #d5ce0001
+def descent_step(
+    w: Tensor | dict,  # Parameters; not modified
+    c: Tensor | dict,  # Gradient there, of the same names and shapes
+    lr: float,  # Learning rate, positive
+) -> Tensor | dict:  # Parameters after the step
+    "One step of gradient descent, w - lr·c"
+    return tree_map(lambda p, c: p - lr * c, w, c)
 
 # %% ../nbs/03_teleport.ipynb #fa35e192
 def grad_norm(
