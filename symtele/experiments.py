@@ -351,7 +351,7 @@ def select(
     **wanted: Any,  # Name -> the value that a row must have
 ) -> list[Row]:
     "The rows with these settings"
-    return [r for r in rows if all(r[k] == v for k, v in wanted.items())]
+    return [r for r in rows if wanted.items() <= r.items()]
 
 # %% ../nbs/20_experiments.ipynb #d435a6cd
 @dataclass(frozen=True)
