@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WHEN', 'OFTEN', 'MANY', 'study', 'batch_200', 'large', 'experiments', 'Stalled', 'runs_of', 'median_end', 'Training',
-           'regression_problem', 'images_problem', 'Trace', 'ScheduleRun', 'run_schedule', 'draw_run', 'Explorer',
-           'explorer', 'schedule_grid']
+           'regression_problem', 'images_problem', 'ScheduleRun', 'run_schedule', 'draw_run', 'Explorer', 'explorer',
+           'schedule_grid']
 
 # %% ../nbs/34_schedules.ipynb #da4b9237
 import html
@@ -152,7 +152,8 @@ def _arms_of(
     return [dict(group=g, schedule=s, lr=lr) for g, s, lr in arms]
 
 # %% ../nbs/34_schedules.ipynb #91032ad7
-def _due(tele, k):  # Until the teleporter answers it: `tele.due(k)`
+# TODO: `tele.due(k)`, as soon as `Teleporter` answers it.
+def _due(tele: Teleporter, k: int) -> bool:
     "Whether the next `tele.step(x, y, k)` would fire"
     return tele.left > 0 or tele.schedule(k) and k not in tele.fired
 
@@ -208,7 +209,7 @@ def _finite(model: nn.Module, x: Tensor, y: Tensor) -> bool:
     weights = all(p.isfinite().all() for p in model.parameters())
     return weights and bool(F.cross_entropy(model(x), y).isfinite())
 
-
+# %% ../nbs/34_schedules.ipynb #bb0d8433
 def _moves_of(tele: Teleporter | None) -> dict[str, Any]:
     "The moves of a run in a few numbers, with the worst changes of loss"
     rows = tele.history if tele else []
@@ -223,7 +224,7 @@ def _moves_of(tele: Teleporter | None) -> dict[str, Any]:
         held_out=held_out,
     )
 
-# %% ../nbs/34_schedules.ipynb #bb0d8433
+
 def _network(
     cfg: Config,  # Settings of a study
     arm: dict[str, Any],  # Of `_arms_of`
@@ -439,7 +440,7 @@ def images_problem() -> Training:
 
 # %% ../nbs/34_schedules.ipynb #0286dd55
 @dataclass(frozen=True)
-class Trace:
+class _Trace:
     "The record of one run; index k is after k steps, and after the teleport at k"
 
     loss: Tensor  # Shape (K+1,)
@@ -450,7 +451,7 @@ class Trace:
 
     @property
     def steps(self) -> int:
-        "How many steps it took, at least one where it diverged"
+        "How many steps it took"
         return self.lost or len(self.loss) - 1
 
     @property
@@ -471,28 +472,28 @@ def _trace(
     gsq: Tensor,  # Squared gradient norm, shape (K+1,)
     moves: list[dict[str, Any]],
     path: Tensor | None = None,  # Shape (K+1, 2)
-) -> Trace:
+) -> _Trace:
     "Keep what comes before the first step that is lost"
     fine = loss.isfinite() & (loss < 1e12) & gsq.isfinite()
     lost = None if fine.all() else fine.int().argmin().item()
     length = len(loss) if lost is None else lost
     moves = [m for m in moves if m["k"] < length]
     path = None if path is None else path[:lost]
-    return Trace(loss[:lost], gsq[:lost], moves, path, lost)
+    return _Trace(loss[:lost], gsq[:lost], moves, path, lost)
 
 # %% ../nbs/34_schedules.ipynb #98fbc42f
-_END = 1e-24  # Loss at which the run of a test function ends
+_TARGET = 1e-24  # Loss at which the run of a test function ends
 
 
 def _descend(
     problem: Problem,  # With two variables
     schedule: Callable[[int], bool] | None,  # None: never
     **settings: Any,  # For `descend_problem`
-) -> Trace:
+) -> _Trace:
     "The record of a test function's descent"
     start = torch.tensor(problem.start, dtype=torch.float64)
     run = descend_problem(
-        problem, start, schedule=schedule, target=_END, **settings
+        problem, start, schedule=schedule, target=_TARGET, **settings
     )
     return _trace(run.loss[:, 0], run.gsq[:, 0], run.moves, run.path[:, 0])
 
@@ -515,7 +516,7 @@ def _train(
     steps: int,  # Optimizer steps
     seed: int,  # Of the weights, the batches and the search
     progress: Callable[[int, int], None] | None,  # As in `run_schedule`
-) -> Trace:
+) -> _Trace:
     "The record of a network's training"
     model = problem.make(seed)
     opt, tele, record = optimizer(model.parameters()), None, []
@@ -551,8 +552,8 @@ class ScheduleRun:
     problem: Problem | Training
     settings: str  # How it was run, for titles
     steps: int  # How many steps were asked for
-    tele: Trace  # With teleports
-    base: Trace  # Without
+    tele: _Trace  # With teleports
+    base: _Trace  # Without
 
     def summary(
         self,
@@ -583,7 +584,7 @@ class ScheduleRun:
     @property
     def notes(self) -> list[str]:
         "What a reader should know, one sentence each"
-        return [note for note in _notes(self) if note]
+        return list(_notes(self))
 
 # %% ../nbs/34_schedules.ipynb #17f2d4c4
 def _idle(move: dict[str, Any]) -> bool:
@@ -720,7 +721,7 @@ def run_schedule(
 # %% ../nbs/34_schedules.ipynb #a9334987
 def _curve(
     ax: Axes,
-    trace: Trace,
+    trace: _Trace,
     column: str,  # "loss" or "gsq"
     stop: int | None = None,  # Steps to draw; the axes are those of the whole run
     **look: Any,  # label, color and alpha
@@ -1120,7 +1121,7 @@ class Explorer(W.VBox):
         super().__init__([_columns(self.controls), *below])
         self.add_class("symtele-explorer")
         self.controls["problem"].value = problem
-        self.following = False  # whether controls are being set by others
+        self._following = False  # whether controls are being set by others
         for name, control in self.controls.items():
             control.observe(partial(self._changed, name), "value")
         self._changed("problem")
@@ -1135,7 +1136,7 @@ class Explorer(W.VBox):
         settings: dict[str, Any],  # As `Explorer.settings`
     ) -> _Answer:
         "What comes of settings; only the bar moves"
-        self.began, self.bar.value = time.perf_counter(), 0
+        self._began, self.bar.value = time.perf_counter(), 0
         name = settings["problem"]
         try:
             problem, arguments = _EXPLORED[name].make(), _arguments(**settings)
@@ -1159,11 +1160,11 @@ class Explorer(W.VBox):
 
     def _changed(self, name, change=None):
         "Set what goes with a new value of a control, and answer"
-        if self.following:
+        if self._following:
             return
-        self.following = True
+        self._following = True
         self._follow(name)
-        self.following = False
+        self._following = False
         settings = self.settings
         drawn = settings["search"] in ("sample", "random")
         drawn = drawn or settings["problem"] == "images"
@@ -1190,7 +1191,7 @@ class Explorer(W.VBox):
         if k % 10 == 0:
             self.bar.max = 2 * steps
             self.bar.value = min(self.bar.value + 10, 2 * steps)
-        if time.perf_counter() - self.began > 0.3:
+        if time.perf_counter() - self._began > 0.3:
             self.bar.layout.visibility = "visible"
 
 
