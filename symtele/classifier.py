@@ -22,13 +22,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torchvision import datasets
 
-from symtele.experiments import (
-    LOOK,
-    Matched,
-    gradient_equivalents,
-    rounded,
-    train,
-)
+from .baselines import Matched
+from .experiments import gradient_equivalents, rounded, train
+from .figures import LOOK
 from .groups import GL, BatchGL, dot
 from .mlp import Formula, mlp
 from symtele.teleport import (

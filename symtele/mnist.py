@@ -43,7 +43,8 @@ from symtele.classifier import (
     run_classifier,
     summary,
 )
-from .experiments import STYLE, Experiment, log_axis, train
+from .experiments import Experiment, train
+from .figures import STYLE, log_axis
 from .groups import GL, BatchGL, run_model
 from .mlp import in_turn
 from symtele.teleport import (

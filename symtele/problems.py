@@ -27,7 +27,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 
-from .experiments import STYLE
+from .figures import STYLE
 from symtele.groups import (
     Chart,
     Orthogonal,

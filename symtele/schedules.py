@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Generator, Tensor, nn
 
-from .baselines import fast_sgd, regression, squared
+from .baselines import fast_sgd, squared
 from symtele.classifier import (
     MOVED,
     Images,
@@ -41,6 +41,7 @@ from symtele.classifier import (
 from .experiments import Config, Experiment, Row, rounded
 from .figures import LOOK, STYLE, Switch, img, switch
 from .groups import GL, BatchGL, dot
+from .mlp import regression
 from symtele.problems import (
     LAND,
     Objective,
