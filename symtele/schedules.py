@@ -26,7 +26,12 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Generator, Tensor, nn
 
-from .baselines import fast_sgd, squared
+from symtele.baselines import (
+    FULL_BATCH_OPTIMIZERS,
+    fast_sgd,
+    regression,
+    squared,
+)
 from symtele.classifier import (
     MOVED,
     Images,
@@ -38,10 +43,9 @@ from symtele.classifier import (
     run_classifier,
     teleporter_of,
 )
-from .experiments import Config, Experiment, Row, rounded
+from .experiments import Config, Experiment, Row, grid, rounded, select
 from .figures import LOOK, STYLE, Switch, img, switch
 from .groups import GL, BatchGL, dot
-from .mlp import regression
 from symtele.problems import (
     LAND,
     Objective,
@@ -299,7 +303,7 @@ def _large_jobs(
 
 def _seeds(cfg: Config) -> list[dict[str, int]]:
     "One job for each seed"
-    return [dict(seed=s) for s in cfg["seeds"]]
+    return grid(seed=cfg["seeds"])
 
 # %% ../nbs/34_schedules.ipynb #472b07b9
 study = Experiment(
@@ -372,9 +376,8 @@ def runs_of(
     lr: float,  # Learning rate
 ) -> list[Row]:  # One per seed
     "The runs of one arm"
-    arm = group, schedule, lr
     runs = [a for r in rows for a in r["arms"]]
-    return [a for a in runs if (a["group"], a["schedule"], a["lr"]) == arm]
+    return select(runs, group=group, schedule=schedule, lr=lr)
 
 
 def median_end(
@@ -634,14 +637,6 @@ def _notes(run: ScheduleRun) -> Iterator[str]:
         yield f"{which} found nothing better and stayed."
 
 # %% ../nbs/34_schedules.ipynb #827bfc45
-_OPTIMIZERS = {  # name -> `(params, lr) -> torch.optim.Optimizer`
-    "GD": torch.optim.SGD,
-    "momentum": partial(torch.optim.SGD, momentum=0.9),
-    "AdaGrad": partial(torch.optim.Adagrad, eps=1e-10),
-    "Adam": torch.optim.Adam,
-}
-
-
 def _check_settings(
     search: Search,
     objective: Objective,
@@ -664,7 +659,7 @@ def _check_settings(
         raise TypeError(f"lr must be a number, got {lr!r}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be a whole number, got {seed!r}")
-    _known("optimizer", optimizer, _OPTIMIZERS)
+    _known("optimizer", optimizer, FULL_BATCH_OPTIMIZERS)
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {lr}")
     _whole("steps", steps, 1)
@@ -686,7 +681,7 @@ def run_schedule(
     schedule: Callable[[int], bool] | set[int] | None = None,  # None: never
     search: Search = Ascent(),  # How to find the element
     objective: Objective = grad_norm,  # What to climb
-    optimizer: str = "GD",  # "GD", "momentum", "AdaGrad" or "Adam"
+    optimizer: str = "GD",  # A key of `FULL_BATCH_OPTIMIZERS`
     lr: float | None = None,  # Learning rate, positive; None: the problem's
     steps: int | None = None,  # Optimizer steps, at least 1; None: the problem's
     seed: int = 0,  # Of the search; of a network's weights and batches too
@@ -705,7 +700,7 @@ def run_schedule(
     settings = dict(
         search=search,
         objective=objective,
-        optimizer=partial(_OPTIMIZERS[optimizer], lr=lr),
+        optimizer=partial(FULL_BATCH_OPTIMIZERS[optimizer], lr=lr),
         steps=steps,
         seed=seed,
         progress=progress,
@@ -949,7 +944,7 @@ def _arguments(
     objective: str = "next step",  # A key of `_OBJECTIVES`
     search: str = "great circle",  # A key of `_SEARCHES`
     size: float = 9,  # Of the search: whole, but for the norm of a random element
-    optimizer: str = "GD",  # A key of `_OPTIMIZERS`
+    optimizer: str = "GD",  # A key of `FULL_BATCH_OPTIMIZERS`
     lr: float | None = None,  # Rounded to three digits; None: the problem's
     steps: int = 30,  # Optimizer steps, at least 1
     seed: int = 0,  # As in `run_schedule`
@@ -958,7 +953,7 @@ def _arguments(
     _known("problem", problem, _EXPLORED)
     _known("objective", objective, _OBJECTIVES)
     _known("search", search, _SEARCHES)
-    _known("optimizer", optimizer, _OPTIMIZERS)
+    _known("optimizer", optimizer, FULL_BATCH_OPTIMIZERS)
     lr = _EXPLORED[problem].rates[optimizer] if lr is None else lr
     lr = float(f"{lr:.3g}")
     schedule = _repeated(start, interval, count)
@@ -1005,7 +1000,7 @@ def _controls() -> dict[str, W.Widget]:
 
     return dict(
         problem=choice(_EXPLORED, "problem"),
-        optimizer=choice(_OPTIMIZERS, "optimizer"),
+        optimizer=choice(FULL_BATCH_OPTIMIZERS, "optimizer"),
         lr=W.FloatLogSlider(
             description="learning rate",
             base=10,
