@@ -7,7 +7,7 @@ __all__ = ['Search', 'Objective', 'LAND', 'Problem', 'rosenbrock_problem', 'boot
            'FromAngle', 'Descent', 'descend_problem', 'gd', 'ring', 'draw_level_sets', 'box_around', 'draw_orbit',
            'mark_jumps', 'plain_ticks', 'draw_path', 'draw_descent']
 
-# %% ../nbs/24_problems.ipynb #028ca168
+# %% ../nbs/24_problems.ipynb #3ee84907
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -195,7 +195,10 @@ class FromAngle:
             direction = land.orbit.random(rng, 1.0)
         return self.search(land.move(direction * angle), rng)
 
-# %% ../nbs/24_problems.ipynb #a4c926d2
+# %% ../nbs/24_problems.ipynb #12bd692b
+_Move = dict[str, Any]  # a teleport: k, row, from, to and what it measured
+
+
 @dataclass(frozen=True)
 class Descent:
     "The record of a run of B rows through n variables, of K steps"
@@ -204,7 +207,7 @@ class Descent:
     loss: Tensor  # Shape (K+1, B)
     gsq: Tensor  # Squared gradient norm, shape (K+1, B)
     evals: Tensor  # Calls of the loss before the one at k, shape (K+1, B)
-    moves: list[dict]  # One per teleport: k, row, from, to and what it measured
+    moves: list[_Move]  # One per teleport
     seconds: float  # Wall-clock, for all rows together
 
     def reach(
@@ -226,7 +229,7 @@ class Descent:
         "Last loss per row, the largest number there is where the run diverged"
         return self.loss[-1].nan_to_num(math.inf).tolist()
 
-# %% ../nbs/24_problems.ipynb #b9d5362c
+# %% ../nbs/24_problems.ipynb #c870e25e
 def _check_start(problem: Problem, start: Tensor):
     "Raise unless `start` is one point of the problem or rows of them"
     points = isinstance(start, Tensor) and start.ndim in (1, 2)
@@ -246,7 +249,7 @@ def _teleport_rows(
     climb: dict[str, Any],  # Keyword arguments of `teleport`
     target: float,
     rngs: list[Generator],
-) -> list[dict]:
+) -> list[_Move]:
     "Teleport each row that is under way, in place"
     moves = []
     for row, point in enumerate(w):
@@ -450,8 +453,8 @@ def _colour_bar(image: AxesImage | LineCollection, cax: Axes, label: str):
     bar.ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=6))
     plain_ticks(bar.ax.xaxis)
 
-# %% ../nbs/24_problems.ipynb #cc7a5068
-def _legs(path: Tensor, moves: list[dict]) -> list[Tensor]:
+# %% ../nbs/24_problems.ipynb #095f36f6
+def _legs(path: Tensor, moves: list[_Move]) -> list[Tensor]:
     "Pieces of the path between jumps; each ends where the next jump starts"
     cuts = sorted({0, *[m["k"] for m in moves], len(path)})
     legs = []
@@ -461,14 +464,14 @@ def _legs(path: Tensor, moves: list[dict]) -> list[Tensor]:
     return legs
 
 
-def _ends(moves: list[dict]) -> tuple[Tensor, Tensor]:
+def _ends(moves: list[_Move]) -> tuple[Tensor, Tensor]:
     "Where jumps start and where they land, each of shape (m, 2)"
     none = torch.empty(0, 2, dtype=torch.float64)
     ends = [torch.stack((m["from"], m["to"])) for m in moves]
     return torch.stack(ends).unbind(1) if ends else (none, none)
 
 
-def _begin(path: Tensor, moves: list[dict]) -> Tensor:
+def _begin(path: Tensor, moves: list[_Move]) -> Tensor:
     "Where the run begins, before a jump at k = 0"
     return moves[0]["from"] if moves and moves[0]["k"] == 0 else path[0]
 
@@ -478,15 +481,15 @@ def _draw_legs(ax: Axes, legs: Sequence[Tensor]):
     for leg in legs:
         ax.plot(*leg.T, ".-", color="k", lw=1.1, ms=2.5)
 
-# %% ../nbs/24_problems.ipynb #77c8c290
+# %% ../nbs/24_problems.ipynb #b9ebf47f
 def draw_path(
     ax: Axes,  # Axis for the level sets
     cax: Axes,  # Axis for the colour bar; removed where there are no moves
     problem: Problem,  # With two variables
     path: Tensor,  # Points, shape (K+1, 2)
-    moves: list[dict],  # Of a `Descent`, one row of it
+    moves: list[_Move],  # Of a `Descent`, one row of it
     box: Sequence[float] | None = None,  # x₁ from, to, x₂ from, to; None: fit
-    later: Sequence[dict] = (),  # Moves not drawn, with a say in the colours
+    later: Sequence[_Move] = (),  # Moves not drawn, with a say in the colours
 ):
     "A path on the level sets, with the orbits of its first four jumps"
     goal = torch.tensor(problem.target, dtype=path.dtype)
@@ -562,13 +565,13 @@ def _draw_rings(ax: Axes, floor: float, decades: float):
         label = ax.text(0.71 * (d - top), 0.71 * (d - top), f"1e{d}", **look)
         label.set_path_effects([withStroke(linewidth=2.5, foreground="w")])
 
-# %% ../nbs/24_problems.ipynb #db26c55a
+# %% ../nbs/24_problems.ipynb #05cf307d
 def _draw_chart(
     ax: Axes,
     cax: Axes,
     problem: Problem,
     path: Tensor,
-    moves: list[dict],
+    moves: list[_Move],
     floor: float,
 ):
     "The run in the chart: angle, and decades of loss as radius"
@@ -598,8 +601,8 @@ def _draw_chart(
     ax.set(xlim=edge, ylim=edge, title=title)
     ax.axis("off")
 
-# %% ../nbs/24_problems.ipynb #3e644720
-def _draw_record(ax: Axes, loss: Tensor, gsq: Tensor, moves: list[dict]):
+# %% ../nbs/24_problems.ipynb #2d465cff
+def _draw_record(ax: Axes, loss: Tensor, gsq: Tensor, moves: list[_Move]):
     "Loss and squared gradient norm against steps"
     fmt = ".-" if len(loss) < 60 else "-"
     for y, label, colour in ((loss, "loss", "k"), (gsq, "‖∇L‖²", "#1f77b4")):
