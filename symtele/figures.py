@@ -167,7 +167,7 @@ def draw_against_rate(
 # %% ../nbs/21_figures.ipynb #a1f0000a
 def _within(value, floor, top):
     "The value, at least the floor; nan above the top, where no point is drawn"
-    return max(value, floor) if value < top else math.nan
+    return max(value, floor) if value <= top else math.nan
 
 
 def _rate_ticks(ax, rates):
