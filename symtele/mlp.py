@@ -707,8 +707,7 @@ def _speed_table(
 
 # %% ../nbs/32_mlp.ipynb #1d513c0b
 def _main():
-    "Command line of `python -m symtele.mlp`: what a teleport costs on this"
-    "machine"
+    "Command line of `python -m symtele.mlp`: what a teleport costs here"
     with tempfile.TemporaryDirectory() as folder:
         rows = _speed.run(folder)
     print(_speed_table(_speed_lines(rows, _speed.config["ascent"])))
