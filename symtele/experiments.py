@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOPS', 'Config', 'Row', 'count_flops', 'gradient_equivalents', 'rounded', 'train', 'in_turn', 'processor',
-           'environment', 'save_run', 'load_run', 'Experiment', 'differences', 'reproduce']
+           'environment', 'save_run', 'load_run', 'grid', 'select', 'Experiment', 'differences', 'reproduce']
 
 # %% ../nbs/20_experiments.ipynb #da4b9237
 import argparse
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -336,6 +337,21 @@ def _run_jobs(run_one, cfg, jobs, workers) -> Iterator[tuple[Row, Row]]:
             yield job, future.result()
     if error:
         raise error
+
+# %% ../nbs/20_experiments.ipynb #e1f79890
+def grid(
+    **settings: Iterable[Any],  # Name -> its values, the first varies slowest
+) -> list[Row]:
+    "Every combination of settings, as the jobs of an experiment"
+    return [dict(zip(settings, values)) for values in product(*settings.values())]
+
+
+def select(
+    rows: list[Row],  # Of an experiment
+    **wanted: Any,  # Name -> the value that a row must have
+) -> list[Row]:
+    "The rows with these settings"
+    return [r for r in rows if all(r[k] == v for k, v in wanted.items())]
 
 # %% ../nbs/20_experiments.ipynb #d435a6cd
 @dataclass(frozen=True)
