@@ -30,6 +30,7 @@ from symtele.experiments import (
     Row,
     gradient_equivalents,
     rounded,
+    select,
     train,
 )
 from .figures import LOOK, STYLE, Look, draw_against_rate, log_axis
@@ -339,10 +340,7 @@ def at_end(
         lists = {k for k, v in row.items() if isinstance(v, list)} - {"moves"}
         return row | {k: row[k][-1] for k in lists}
 
-    def matches(row):
-        return all(row[k] == v for k, v in where.items())
-
-    return [end(r) for r in rows if matches(r)]
+    return list(map(end, select(rows, **where)))
 
 
 def _tuned_rate(rows, arm, optimizer):

@@ -22,7 +22,7 @@ from symtele.classifier import (
     net,
     train_classifier,
 )
-from .experiments import Config, Experiment, Row
+from .experiments import Config, Experiment, Row, grid
 from .groups import GL
 from symtele.teleport import (
     MoveData,
@@ -172,10 +172,7 @@ def _jobs(cfg):
     jobs = []
     for seed, (optimizer, arms) in product(cfg["seeds"], cfg["plan"].items()):
         for arm, rates in arms.items():
-            jobs += [
-                dict(arm=arm, optimizer=optimizer, lr=lr, seed=seed)
-                for lr in rates
-            ]
+            jobs += grid(arm=[arm], optimizer=[optimizer], lr=rates, seed=[seed])
     return jobs
 
 

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from .baselines import fast_sgd
 from .classifier import OPTIMIZERS, mnist, mnist_root, net, run_classifier
-from .experiments import Config, Experiment, Row, in_turn
+from .experiments import Config, Experiment, Row, grid, in_turn
 
 # %% ../nbs/33_mnist.ipynb #4d134bc0
 def _jobs(cfg):
@@ -155,8 +155,7 @@ def _run_speed(
 
 def _speed_jobs(cfg):
     "Both networks, at two sizes of batch"
-    sizes = product(([16, 10], [512, 512]), (20, 200))
-    return [dict(hidden=hidden, batch=batch) for hidden, batch in sizes]
+    return grid(hidden=[[16, 10], [512, 512]], batch=[20, 200])
 
 
 _loop_speed = Experiment(
