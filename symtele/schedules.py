@@ -1124,7 +1124,7 @@ class Explorer(W.VBox):
 
     @property
     def settings(self) -> dict[str, Any]:
-        "Where the controls stand, as arguments of `_arguments`"
+        "Where the controls stand, by name"
         return {name: control.value for name, control in self.controls.items()}
 
     def run(
