@@ -337,11 +337,31 @@ class _Value:
     below: frozenset[str] = frozenset()
 
 # %% ../nbs/04_wiring.ipynb #887309d0
+_DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+
+
 def _module(
     model: nn.Module,
     node: fx.Node,  # A call
 ) -> tuple[nn.Module | None, str]:  # None where no table knows the function
     "The module a node stands for, with its name"
+    m, name = _called(model, node)
+    idle = isinstance(m, _DROPOUTS) and m.p == 0
+    return (nn.Identity() if idle else m), name
+
+
+def _called(
+    model: nn.Module,
+    node: fx.Node,  # A call
+) -> tuple[nn.Module | None, str]:  # None where no table knows the function
+    "The module a node calls, or whose function it calls, with its name"
     if node.op == "call_module":
         return model.get_submodule(node.target), node.target
     args, kwargs = node.args[1:], node.kwargs
