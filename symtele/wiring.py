@@ -10,7 +10,7 @@ __all__ = ['LINEAR', 'HOMOGENEOUS', 'ELEMENTWISE', 'COMMUTES', 'FUNCTIONS', 'INV
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -257,11 +257,23 @@ def _uses(model: nn.Module, graph: fx.Graph) -> Counter[int]:
     return uses
 
 
-def _held(model: nn.Module, graph: fx.Graph) -> dict[str, str]:
-    "Names of the parameters that may not move, each with the reason"
-    uses, held = _uses(model, graph), {}
-    for name, p in _all_names(model).items():
-        if uses[id(p)] > 1:
+def _held(
+    model: nn.Module,
+    graph: fx.Graph,
+    pin: Iterable[str],  # Names of parameters that must not move
+) -> dict[str, str]:  # Names of those that may not move -> why
+    "What holds parameters: the caller, a second use, or that they do not train"
+    if isinstance(pin, str):
+        raise TypeError(f"wire(..., pin=...) needs a list of names, got {pin!r}")
+    names, pin = _all_names(model), list(pin)
+    if unknown := [name for name in pin if name not in names]:
+        raise ValueError(f"wire(..., pin=...) knows no parameter {unknown}")
+    pinned, uses = {id(names[name]) for name in pin}, _uses(model, graph)
+    held = {}
+    for name, p in names.items():
+        if id(p) in pinned:
+            held[name] = "is pinned"
+        elif uses[id(p)] > 1:
             held[name] = "is used more than once"
         elif not p.requires_grad:
             held[name] = "is frozen (requires_grad=False)"
@@ -540,6 +552,7 @@ def wire(
     model: nn.Module,  # Its `forward` takes one tensor; not modified
     x: Tensor,  # One batch, shape (n, ...), n at least 1; only its shape matters
     inputs: bool = False,  # Whether the data, of shape (n, d), are a space too
+    pin: Iterable[str] = (),  # Names of parameters that must not move
 ) -> Wiring:  # One `Space` per layer, in order; `why` says what holds it
     "Read a model's symmetries off its graph"
     if not isinstance(x, Tensor):
@@ -562,7 +575,7 @@ def wire(
         reading.visit(node)
     names = {id(p): k for k, p in model.named_parameters()}
     first = {k: names[id(p)] for k, p in _all_names(model).items()}
-    held = _held(model, graph)
+    held = _held(model, graph, pin)
     spaces = [_space(draft, first, held) for draft in reading.drafts]
     return Wiring(spaces, model)
 
