@@ -202,6 +202,14 @@ def _prelu_slots(
 LEAVES = {nn.PReLU: _prelu_slots}
 
 # %% ../nbs/04_wiring.ipynb #4d134bc0
+class _Tracer(fx.Tracer):
+    "Traces a model down to torch's modules and those that have a row"
+
+    def is_leaf_module(self, m, module_qualified_name):
+        torchs = super().is_leaf_module(m, module_qualified_name)
+        return torchs or type(m) in COMMUTES or type(m) in AFFINE
+
+
 class _Shapes(fx.Interpreter):
     "Runs a graph and notes the shape of every value in `node.meta`"
 
@@ -221,8 +229,9 @@ def _trace(
 ) -> fx.Graph:  # Of a copy in eval mode, with shapes in `node.meta`
     "The graph of a model; raises where it cannot be read or run"
     name = type(model).__name__
+    copied = copy.deepcopy(model).eval()
     try:
-        traced = fx.symbolic_trace(copy.deepcopy(model).eval())
+        traced = fx.GraphModule(copied, _Tracer().trace(copied))
     except Exception as e:
         raise ValueError(
             f"wire cannot read {name}.forward: {e}. Models whose forward does "
