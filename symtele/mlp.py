@@ -28,15 +28,19 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from symtele.experiments import (
-    LOOK,
-    STYLE,
-    Experiment,
+from symtele.baselines import (
     Matched,
+)
+from symtele.experiments import (
+    Experiment,
     count_flops,
     gradient_equivalents,
     rounded,
     train,
+)
+from symtele.figures import (
+    LOOK,
+    STYLE,
 )
 from .groups import GL, BatchGL, Scaling, dot, run_model
 from symtele.teleport import (

@@ -28,15 +28,19 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from symtele.experiments import (
-    LOOK,
-    STYLE,
-    Experiment,
+from symtele.baselines import (
     Matched,
+)
+from symtele.experiments import (
+    Experiment,
     gradient_equivalents,
-    log_axis,
     rounded,
     train,
+)
+from symtele.figures import (
+    LOOK,
+    STYLE,
+    log_axis,
 )
 from .groups import GL, BatchGL, dot, run_model
 from .mlp import Formula, in_turn, mlp

@@ -29,11 +29,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from symtele.experiments import (
     FLOPS,
-    LOOK,
-    STYLE,
     Experiment,
     count_flops,
     environment,
+)
+from symtele.figures import (
+    LOOK,
+    STYLE,
 )
 from .groups import GL, BatchGL
 from symtele.mlp import (

@@ -27,13 +27,15 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Generator, Tensor, nn
 
 from symtele.experiments import (
+    Experiment,
+    rounded,
+)
+from symtele.figures import (
     LOOK,
     STYLE,
-    Experiment,
     Switch,
     img,
     log_axis,
-    rounded,
     switch,
 )
 from .groups import GL, BatchGL, dot

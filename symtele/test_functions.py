@@ -25,12 +25,14 @@ from matplotlib.ticker import LogLocator, NullLocator
 from torch import Generator, Tensor
 
 from symtele.experiments import (
+    Experiment,
+    rounded,
+)
+from symtele.figures import (
     LOOK,
     STYLE,
-    Experiment,
     band,
     img,
-    rounded,
     show,
     switch,
 )

@@ -41,7 +41,8 @@ from symtele import (
     teleport,
     wire,
 )
-from symtele.experiments import Matched, processor
+from symtele.baselines import Matched
+from symtele.experiments import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "tests/digest.json"
