@@ -235,7 +235,7 @@ def _trace(
         ) from e
     try:
         with torch.random.fork_rng(), torch.no_grad():
-            _Shapes(traced).run(x)
+            _Shapes(traced).run(x.clone())  # the first op may be in place
     except Exception as e:
         raise ValueError(
             f"wire cannot run {name} on x of shape {tuple(x.shape)} and "
@@ -293,6 +293,7 @@ class _Path:
     def apply(self, z: Tensor, w: dict[str, Tensor]) -> Tensor:
         "The activations that follow from the preactivations `z`"
         for name, m in self.ops:
+            z = z.clone() if getattr(m, "inplace", False) else z
             z = torch.func.functional_call(m, _own(m, name, z, w), (z,))
         return z
 
