@@ -6,4 +6,4 @@ from .groups import (BatchGL, Chart, GL, LeastSquares, Orthogonal, Permutation, 
 from .teleport import (Ascent, GreatCircle, Grid, MoveData, Random, Sample, Schedule, Stay, Teleported, Teleporter, Whiten, at, every, first, grad_norm, keep,
     landscape, lookahead, loss_of, reset, ridge_whitener,
     second_moment, teleport, transport)
-from .wiring import draw_wiring, wire
+from .wiring import wire

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOK', 'STYLE', 'Look', 'band', 'log_axis', 'draw_curves', 'draw_against_rate', 'Table', 'table', 'say', 'picture',
-           'show', 'img', 'Switch', 'switch']
+           'show', 'img', 'Switch', 'switch', 'draw_wiring']
 
 # %% ../nbs/21_figures.ipynb #a1f00003
 import base64
@@ -25,10 +25,13 @@ from IPython.display import Image as DisplayImage
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from PIL import Image
+from torch import Tensor
 
 from .experiments import Row
+from .groups import Rule, Wiring
 
 # %% ../nbs/21_figures.ipynb #cb4e5208
 # arm -> (label, colour, line style)
@@ -407,3 +410,48 @@ def switch(
         f"{alone}{said}</figure>",
     )
     return shown.add_class("symtele-control").add_class(f"symtele-{name}")
+
+# %% ../nbs/21_figures.ipynb #b71e0002
+def draw_wiring(
+    wiring: Wiring,  # The table to draw
+    w: dict[str, Tensor],  # Parameters by name, for their shapes
+    report: dict[str, Rule] | None = None,  # `orbit.report`, for the kinds
+) -> Figure:  # A rectangle per parameter
+    "Parameters whose moving axes are coloured by space"
+    moving = [s for s in wiring.spaces if s.commutes]
+    kinds = {s.name: "" for s in moving}
+    if report:
+        moving = [s for s in wiring.spaces if report[s.name].kind != "fixed"]
+        kinds = {s.name: f", {report[s.name].kind}" for s in moving}
+    colours = {s.name: f"C{i % 10}" for i, s in enumerate(moving)}
+    edges = {(t.param, t.axis): colours[s.name] for s in moving for t in s.slots}
+    fig, ax = plt.subplots(figsize=(1.3 * len(w) + 1, 3.1), layout="constrained")
+    left = 0.0
+    for name, p in w.items():
+        left += _draw_parameter(ax, left, name, tuple(p.shape), edges)
+    for s in moving:
+        label = f"{s.name}: {s.size} units{kinds[s.name]}"
+        ax.plot([], [], color=colours[s.name], lw=5, label=label)
+    if moving:
+        above = dict(loc="upper center", bbox_to_anchor=(0.5, 1.25))
+        ax.legend(ncols=len(moving), frameon=False, **above)
+    ax.set(xlim=(-0.5, left - 0.5), aspect="equal")
+    ax.autoscale_view(scalex=False)
+    ax.axis("off")
+    return fig
+
+
+def _draw_parameter(ax, left, name, shape, edges):
+    "A rectangle with its name below; returns the room it takes"
+    rows = math.log2(1 + (shape[0] if shape else 1))
+    columns = math.log2(1 + (shape[1] if len(shape) > 1 else 0.4))
+    box = Rectangle((left, -rows), columns, rows, fc="0.93", ec="0.6", lw=1)
+    ax.add_patch(box)
+    sides = {0: ([left, left], [-rows, 0]), 1: ([left, left + columns], [0, 0])}
+    for axis, ends in sides.items():
+        if colour := edges.get((name, axis)):
+            ax.plot(*ends, color=colour, lw=5, solid_capstyle="butt")
+    label = f"{name}\n{'×'.join(map(str, shape))}"
+    middle = left + columns / 2
+    ax.text(middle, -rows - 0.25, label, ha="center", va="top", fontsize=8)
+    return max(columns, 1.6) + 1.1
