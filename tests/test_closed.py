@@ -158,7 +158,9 @@ def test_value_and_slope(rows, capsys):
     "Where the batch can be inverted, to 1e-9; a chain is always recognised"
     good = judged(rows)
     nets = {r["seed"] for r in good}
-    worst = {q: max(r[q] for r in good) for q in ("value", "slope")}
+    worst = dict(
+        value=max(r["value"] for r in good), slope=max(r["slope"] for r in good)
+    )
     flat = torch.tensor([r["flat"] for r in good if "flat" in r]).median()
     with capsys.disabled():
         print(

@@ -401,8 +401,8 @@ def unasked(texts, pages):
     "Texts that stand in no test and in no cell of a page but those of its module"
     cells = [cell for page in pages for cell in page.cells if not cell.exported]
     nodes = [node for cell in cells for node in ast.walk(cell.tree)]
-    there = {node.value for node in nodes if text(node)}
-    return [s for s in texts if not any(s in other for other in there)]
+    there = "\0".join(node.value for node in nodes if text(node))
+    return [s for s in texts if s not in there]
 
 
 # What was, and what is
