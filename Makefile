@@ -52,9 +52,11 @@ notebooks: .venv/.installed ## run notebooks top to bottom, in place (one: NB=nb
 	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace --NotebookExporter.preprocessors=symtele._docproc.CanonicalIds $$nb || { status=1; break; }; \
 	done; $(BIN)/nbdev_clean; exit $$status
 
-# Said before nbdev_docs would try to install Quarto by itself, with sudo.
-docs: .venv/.installed ## build the site into _docs (needs Quarto)
-	@export PATH="$(CURDIR)/$(BIN):$$PATH"; command -v quarto >/dev/null || { echo "make docs needs Quarto: $(BIN)/pip install quarto-cli (or https://quarto.org/docs/download); make test checks the pages as far as they need none" >&2; exit 1; }; nbdev_docs
+# Asked before anything is installed, and before nbdev_docs would install Quarto by itself, with sudo.
+docs: ## build the site into _docs (needs Quarto)
+	@export PATH="$(CURDIR)/$(BIN):$$PATH"; command -v quarto >/dev/null || { echo "make docs needs Quarto: https://quarto.org/docs/download (or make lab, then $(BIN)/pip install quarto-cli); make test checks the pages as far as they need none" >&2; exit 1; }
+	@$(MAKE) --no-print-directory .venv/.installed
+	@export PATH="$(CURDIR)/$(BIN):$$PATH"; nbdev_docs
 
 clean: ## remove pages, builds and caches; keep .venv and _results
 	rm -rf _docs _proc build dist nbdev.yml .pytest_cache

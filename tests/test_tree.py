@@ -294,6 +294,43 @@ def test_readme_code_runs(tmp_path):
         execute('import warnings; warnings.warn("warned")')
 
 
+def make(target, copy, programs):
+    """What `make` says of a target in a tree, finding only these programs; one of
+    them is a Python that does no more than say that it would install"""
+    folder = copy / "programs"
+    folder.mkdir()
+    (folder / "sed").symlink_to(shutil.which("sed"))
+    for name, script in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    done = subprocess.run(
+        [shutil.which("make"), target, "PYTHON=python3"],
+        cwd=copy,
+        env={"PATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    return done.stdout + done.stderr
+
+
+INSTALL = {"python3": "echo would install; exit 1"}
+
+
+def test_docs_ask_for_quarto_first(copy):
+    "Six gigabytes are not installed to say in the end that a program is missing"
+    said = make("docs", copy, INSTALL)
+    assert "make docs needs Quarto" in said
+    assert "would install" not in said
+
+
+def test_docs_with_quarto_install(copy):
+    "Control of the test above"
+    said = make("docs", copy, INSTALL | {"quarto": ""})
+    assert "needs Quarto" not in said
+    assert "would install" in said
+
+
 def test_files_are_small():
     "A clone stays quick, a diff readable: pictures compressed, data outside"
     large = {p: (ROOT / p).stat().st_size for p in tree() if p != "LICENSE"}
