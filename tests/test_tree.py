@@ -294,6 +294,21 @@ def test_readme_code_runs(tmp_path):
         execute('import warnings; warnings.warn("warned")')
 
 
+def built(copy):
+    "Files of the package as it is installed"
+    run("python", "setup.py", "-q", "build", cwd=copy, package=copy)
+    return {p.name for p in (copy / "build/lib/symtele").iterdir()}
+
+
+def test_types_are_installed(copy):
+    "A type checker reads annotations of a package only where it is told to"
+    modules = {p.name for p in (ROOT / "symtele").glob("*.py")}
+    assert built(copy) == modules | {"py.typed"}
+    (copy / "symtele/py.typed").unlink()  # control
+    shutil.rmtree(copy / "build")
+    assert built(copy) == modules
+
+
 def make(target, copy, programs):
     """What `make` says of a target in a tree, finding only these programs; one of
     them is a Python that does no more than say that it would install"""
