@@ -29,7 +29,7 @@ CONTAINERS = {"dict", "list", "tuple", "set", "frozenset", "Callable", "object"}
 LAYER = r"\.(weight|bias)\b"  # in text, a parameter of a layer by its name
 BY_NAME = {"experiments"}  # what `make reproduce` asks a module for
 DRAWING = {"matplotlib", "ipywidgets", "IPython"}
-WRITTEN = ("nbs", "tests", "symtele")
+WRITTEN = ("nbs", "tests", "symtele", "setup.py")
 RUFF = Path(sys.executable).parent / "ruff"
 
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
@@ -125,11 +125,11 @@ def file(path: Path) -> Page:
     return Page(name, (Cell(name, path.read_text(encoding="utf-8")),))
 
 
-BY_HAND = [ROOT / "symtele/__init__.py", ROOT / "symtele/_docproc.py"]
+BY_HAND = ("setup.py", "symtele/__init__.py", "symtele/_docproc.py")
 PAGES = [
     *map(notebook, NOTEBOOKS),
     *map(file, sorted((ROOT / "tests").glob("*.py"))),
-    *map(file, BY_HAND),
+    *(file(ROOT / path) for path in BY_HAND),
 ]
 
 
@@ -746,4 +746,5 @@ if __name__ == "__main__":
     for gate, found in faults.items():
         for fault in found:
             print(f"{gate}: {fault}")
-    print({gate: len(found) for gate, found in faults.items()})
+    count = sum(map(len, faults.values()))
+    sys.exit(f"{count} faults" if count else 0)
