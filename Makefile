@@ -10,7 +10,7 @@ MIN := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 # A backend named outside (Agg, say) would silence every figure that a notebook draws.
 unexport MPLBACKEND
 
-.PHONY: help lab test reproduce notebooks docs clean
+.PHONY: help lab test style reproduce notebooks docs clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -40,6 +40,13 @@ test: .venv/.installed ## run every notebook as a test, then tests/
 	@echo "== tree"
 	$(BIN)/python -m pytest tests --durations 5
 
+# Modules are laid out by nbdev, so they are exported after the formatting, and linted only.
+style: .venv/.installed ## lay out notebooks and tests with ruff, export, and list what is left to mend
+	$(BIN)/ruff check --quiet --fix-only nbs tests symtele/_docproc.py setup.py
+	$(BIN)/ruff format nbs tests symtele setup.py
+	$(BIN)/nbdev_export
+	$(BIN)/python tests/test_style.py
+
 reproduce: .venv/.installed ## recompute every experiment into _results and compare with nbs/results (six to ten hours; resumes)
 	@set -e; for name in $(EXPERIMENTS); do $(BIN)/python -m symtele.experiments $$name --into _results; done
 
@@ -52,10 +59,12 @@ notebooks: .venv/.installed ## run notebooks top to bottom, in place (one: NB=nb
 	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace --NotebookExporter.preprocessors=symtele._docproc.CanonicalIds $$nb || { status=1; break; }; \
 	done; $(BIN)/nbdev_clean; exit $$status
 
-# Said before nbdev_docs would try to install Quarto by itself, with sudo.
-docs: .venv/.installed ## build the site into _docs (needs Quarto)
-	@export PATH="$(CURDIR)/$(BIN):$$PATH"; command -v quarto >/dev/null || { echo "make docs needs Quarto: $(BIN)/pip install quarto-cli (or https://quarto.org/docs/download); make test checks the pages as far as they need none" >&2; exit 1; }; nbdev_docs
+# Asked before anything is installed, and before nbdev_docs would install Quarto by itself, with sudo.
+docs: ## build the site into _docs (needs Quarto)
+	@export PATH="$(CURDIR)/$(BIN):$$PATH"; command -v quarto >/dev/null || { echo "make docs needs Quarto: https://quarto.org/docs/download (or make lab, then $(BIN)/pip install quarto-cli); make test checks the pages as far as they need none" >&2; exit 1; }
+	@$(MAKE) --no-print-directory .venv/.installed
+	@export PATH="$(CURDIR)/$(BIN):$$PATH"; nbdev_docs
 
 clean: ## remove pages, builds and caches; keep .venv and _results
-	rm -rf _docs _proc build dist nbdev.yml .pytest_cache
+	rm -rf _docs _proc build dist nbdev.yml .pytest_cache .ruff_cache
 	find nbs symtele tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

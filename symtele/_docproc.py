@@ -1,5 +1,8 @@
-"What notebooks pass through on their way into git (nbconvert) and onto the site (nbdev)"
-import ast, json, re
+"What notebooks pass through into git (nbconvert) and onto the site (nbdev)"
+
+import ast
+import json
+import re
 from functools import cache
 from html import escape
 from importlib import import_module
@@ -7,125 +10,383 @@ from io import StringIO
 from itertools import groupby
 from pathlib import Path
 from tokenize import COMMENT, generate_tokens
+from typing import NamedTuple
 
-from execnb.nbio import mk_cell
+from execnb.nbio import NbCell, mk_cell
 from nbconvert.preprocessors import Preprocessor
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
-from nbformat import from_dict
+from nbformat import NotebookNode, from_dict
 
-def _models(nb): return nb['metadata'].get('widgets', {}).get('application/vnd.jupyter.widget-state+json', {}).get('state', {})
+WIDGETS = "application/vnd.jupyter.widget-state+json"
+
+
+def _models(
+    nb: NotebookNode,  # A notebook
+) -> dict[str, dict]:  # The models of its widgets by identifier
+    "What widgets have left in a notebook"
+    return nb["metadata"].get("widgets", {}).get(WIDGETS, {}).get("state", {})
+
 
 class CanonicalIds(Preprocessor):
-    "Number widget models in order of creation, so that a second run of a notebook gives the same file"
+    """Number widget models in order of creation, so that a second run of a
+    notebook gives the same file"""
+
     def preprocess(self, nb, resources):
-        number = {k: f'{i:032x}' for i,k in enumerate(_models(nb))}
-        return from_dict(json.loads(re.sub('[0-9a-f]{32}', lambda m: number.get(m[0], m[0]), json.dumps(nb)))), resources
+        "The notebook with numbers for identifiers"
+        number = {key: f"{i:032x}" for i, key in enumerate(_models(nb))}
+
+        def numbered(found):
+            return number.get(found[0], found[0])
+
+        text = re.sub("[0-9a-f]{32}", numbered, json.dumps(nb))
+        return from_dict(json.loads(text)), resources
+
 
 class _Lines(list):
     "A list where execnb expects text"
-    def splitlines(self, keepends=False): return list(self)
+
+    def splitlines(self, keepends=False):
+        return list(self)
+
 
 class KeepLinks(Processor):
-    "Let the state of a jslink through: execnb splits whatever is called `source` into lines, and there it is a list"
-    def end(self):
-        for m in _models(self.nb).values():
-            if isinstance(s := m.get('state', {}).get('source'), list): m['state']['source'] = _Lines(s)
+    """Let the state of a jslink through: execnb splits whatever is called
+    `source` into lines, and there it is a list"""
 
-DEFS = ast.FunctionDef, ast.ClassDef
+    def end(self):
+        "Mark what is a list"
+        for model in _models(self.nb).values():
+            source = model.get("state", {}).get("source")
+            if isinstance(source, list):
+                model["state"]["source"] = _Lines(source)
+
+
+# Entries: what a page says of a public name
+
+Definition = ast.FunctionDef | ast.ClassDef
+Comments = dict[int, str]  # Line, counted from 1 -> the comment on it
+
+
+class Row(NamedTuple):
+    "A parameter in an entry"
+
+    name: str
+    default: str  # Empty where there is none
+    type: str  # Likewise
+    says: str  # The comment beside it
+
 
 @cache
-def parsed(module):
+def parsed(
+    module: str,  # With the package before it
+) -> tuple[dict[str, Definition], Comments]:
     "Its definitions by name, and the comment at each line"
-    text = Path(import_module(module).__file__).read_text(encoding='utf-8')
-    comments = {t.start[0]: t.string.lstrip('# ') for t in generate_tokens(StringIO(text).readline) if t.type==COMMENT}
-    return {t.name: t for t in ast.parse(text).body if isinstance(t, DEFS)}, comments
+    text = Path(import_module(module).__file__).read_text(encoding="utf-8")
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in generate_tokens(StringIO(text).readline)
+        if token.type == COMMENT
+    }
+    body = ast.parse(text).body
+    return {t.name: t for t in body if isinstance(t, Definition)}, comments
 
-def prose(text):
-    "A comment or docstring as markdown: names of the package become links, and nothing else is markup"
-    parts = re.split('(`[^`]*`)', text) # what is code, and what is between
-    return NbdevLookup().link_line(''.join(p if i%2 else re.sub(r'([][\\*_^~$@<>|#{}])', r'\\\1', p) for i,p in enumerate(parts)))
 
-def typed(node): return '' if node is None else prose(ast.unparse(node).strip("'").replace('|', 'or')) # a bar would end the cell of a table
+def prose(
+    text: str,  # A comment or docstring
+) -> str:
+    "Markdown: names of the package become links, and nothing else is markup"
+    parts = re.split("(`[^`]*`)", text)  # what is code, and what is between
+    parts[::2] = [re.sub(r"([][\\*_^~$@<>|#{}])", r"\\\1", p) for p in parts[::2]]
+    return NbdevLookup().link_line("".join(parts))
 
-def arguments(node, says, skip=0):
-    "(name, default, type, comment) of each argument after the first `skip`"
-    a = node.args; plain = a.posonlyargs+a.args
-    pairs = list(zip(plain, [None]*(len(plain)-len(a.defaults))+a.defaults))[skip:]
-    star = [('*', a.vararg, None)] if a.vararg else [('*', ast.arg(''), None)]*bool(a.kwonlyargs)
-    rows = [('', *p) for p in pairs]+star+[('', *p) for p in zip(a.kwonlyargs, a.kw_defaults)]+[('**', a.kwarg, None)]*bool(a.kwarg)
-    return [(stars+p.arg, ast.unparse(d) if d else '', typed(p.annotation), prose(says.get(getattr(d or p, 'end_lineno', 0), ''))) for stars,p,d in rows]
 
-def fields(cls, says):
-    "The same of a dataclass or named tuple"
-    return [(f.target.id, ast.unparse(f.value) if f.value else '', typed(f.annotation), prose(says.get(f.end_lineno, ''))) for f in cls.body if isinstance(f, ast.AnnAssign)]
+def typed(
+    node: ast.expr | None,  # An annotation
+) -> str:
+    "A type as markdown; a bar would end the cell of a table"
+    if node is None:
+        return ""
+    return prose(ast.unparse(node).strip("'").replace("|", "or"))
 
-def call(name, rows): return f"{name}({', '.join(n+('='+d)*bool(d) for n,d,*_ in rows)})"
 
-def table(rows): return ['', '| parameter | | |', '|:---|:---|:---------|', *[f"| {' | '.join(r)} |" for r in rows]]*bool(rows)
+def parameter(
+    node: ast.arg,
+    default: ast.expr | None,
+    says: Comments,  # Of its module
+    stars: str = "",  # Before its name
+) -> Row:
+    "The row of one parameter"
+    return Row(
+        stars + node.arg,
+        ast.unparse(default) if default else "",
+        typed(node.annotation),
+        prose(says.get((default or node).end_lineno, "")),
+    )
 
-def method(cls, f, says):
+
+def arguments(
+    node: ast.FunctionDef,
+    says: Comments,  # Of its module
+    skip: int = 0,  # Arguments left out, `self` among them
+) -> list[Row]:
+    "A row for each argument of a function"
+    a = node.args
+    plain = a.posonlyargs + a.args
+    defaults = [None] * (len(plain) - len(a.defaults)) + a.defaults
+    rows = [parameter(p, d, says) for p, d in zip(plain, defaults)][skip:]
+    if a.vararg:
+        rows.append(parameter(a.vararg, None, says, "*"))
+    elif a.kwonlyargs:
+        rows.append(Row("*", "", "", ""))
+    rows += [parameter(p, d, says) for p, d in zip(a.kwonlyargs, a.kw_defaults)]
+    if a.kwarg:
+        rows.append(parameter(a.kwarg, None, says, "**"))
+    return rows
+
+
+def fields(
+    cls: ast.ClassDef,
+    says: Comments,  # Of its module
+) -> list[Row]:
+    "A row for each field of a dataclass or named tuple"
+    return [
+        Row(
+            node.target.id,
+            ast.unparse(node.value) if node.value else "",
+            typed(node.annotation),
+            prose(says.get(node.end_lineno, "")),
+        )
+        for node in cls.body
+        if isinstance(node, ast.AnnAssign)
+    ]
+
+
+def methods(
+    cls: ast.ClassDef,
+) -> list[ast.FunctionDef]:
+    "Public methods that say what they do"
+    return [
+        f
+        for f in cls.body
+        if isinstance(f, Definition) and f.name[0] != "_" and ast.get_docstring(f)
+    ]
+
+
+def class_rows(
+    module: str,  # With the package before it
+    name: str,  # Of a class
+) -> list[Row]:
+    "A row for each argument that makes an object, inherited fields first"
+    package, rows = module.split(".")[0], []
+    for base in getattr(import_module(module), name).__mro__[::-1]:
+        if base.__module__.split(".")[0] != package:
+            continue
+        defined, says = parsed(base.__module__)
+        cls = defined[base.__name__]
+        own = fields(cls, says)
+        for node in cls.body:
+            if isinstance(node, Definition) and node.name == "__init__":
+                rows, own = [], arguments(node, says, 1)
+        names = [row.name for row in own]
+        rows = [row for row in rows if row.name not in names] + own
+    return rows
+
+
+def call(
+    name: str,
+    rows: list[Row],
+) -> str:
+    "A call as it is written down"
+    given = [
+        f"{row.name}={row.default}" if row.default else row.name for row in rows
+    ]
+    return f"{name}({', '.join(given)})"
+
+
+def table(
+    rows: list[tuple[str, str, str]],  # Name, type and comment
+) -> list[str]:
+    "Lines of a table, none where there are no rows"
+    if not rows:
+        return []
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return ["", "| parameter | | |", "|:---|:---|:---------|", *lines]
+
+
+def method(
+    cls: str,
+    node: ast.FunctionDef,
+    says: Comments,  # Of its module
+) -> str:
     "A line of the list of methods"
-    decorators = ' '.join(map(ast.unparse, f.decorator_list))
-    rows = arguments(f, says, 'staticmethod' not in decorators)
-    what = '; '.join([prose(ast.get_docstring(f)), *[f'<code>{n}</code>: {s}' for n,_,_,s in rows if s]])
-    returns = f' → {typed(f.returns)}'*bool(f.returns)
-    return f'- <code id="{cls.lower()}.{f.name}">{escape(f.name if "property" in decorators else call(f.name, rows))}</code>{returns}: {what}'
+    decorators = " ".join(map(ast.unparse, node.decorator_list))
+    rows = arguments(node, says, int("staticmethod" not in decorators))
+    shown = node.name if "property" in decorators else call(node.name, rows)
+    explained = [
+        f"<code>{row.name}</code>: {row.says}" for row in rows if row.says
+    ]
+    what = "; ".join([prose(ast.get_docstring(node)), *explained])
+    returns = f" → {typed(node.returns)}" if node.returns else ""
+    anchor = f"{cls.lower()}.{node.name}"
+    return f'- <code id="{anchor}">{escape(shown)}</code>{returns}: {what}'
 
-def entry(module, name, url):
-    "The API entry of a function or class: source, signature, what it is, parameters, public methods; `url`: where the source of the package is"
-    (defs,says),back,methods,rows = parsed(module),[],[],[]
-    node = defs[name]
+
+def entry(
+    module: str,  # With the package before it
+    name: str,  # Of a function or class
+    url: str,  # Where the source of the package is
+) -> str:
+    "The API entry: source, signature, what it is, parameters, public methods"
+    defined, says = parsed(module)
+    node = defined[name]
+    listed, returns = [], []
     if isinstance(node, ast.ClassDef):
-        for base in getattr(import_module(module), name).__mro__[::-1]:
-            if base.__module__.split('.')[0]!=module.split('.')[0]: continue
-            b,c = parsed(base.__module__); b = b[base.__name__]
-            init = [f for f in b.body if isinstance(f, DEFS) and f.name=='__init__']; own = fields(b, c)
-            rows = arguments(init[0], c, 1) if init else [r for r in rows if r[0] not in [n for n,*_ in own]]+own
-        methods = [method(name, f, says) for f in node.body if isinstance(f, DEFS) and f.name[0]!='_' and ast.get_docstring(f)]
+        rows = class_rows(module, name)
+        listed = [method(name, f, says) for f in methods(node)]
     else:
         rows = arguments(node, says)
-        if node.returns: back = [('**returns**', typed(node.returns), prose(says.get(node.returns.lineno, '')))]
-    return '\n'.join(['---', '', f"[source]({url}/{module.replace('.', '/')}.py#L{node.lineno}){{style='float:right; font-size:smaller'}}", '',
-        f'### {name}', '', '```python', call(name, rows), '```', '', prose(ast.get_docstring(node) or ''),
-        *table([(f'<code>{n}</code>', t, says) for n,_,t,says in rows if n!='*']+back), '', *methods])
+        if node.returns:
+            comment = prose(says.get(node.returns.lineno, ""))
+            returns = [("**returns**", typed(node.returns), comment)]
+    given = [row for row in rows if row.name != "*"]
+    cells = [(f"<code>{row.name}</code>", row.type, row.says) for row in given]
+    source = f"{url}/{module.replace('.', '/')}.py#L{node.lineno}"
+    return "\n".join(
+        [
+            "---",
+            "",
+            f"[source]({source}){{style='float:right; font-size:smaller'}}",
+            "",
+            f"### {name}",
+            "",
+            "```python",
+            call(name, rows),
+            "```",
+            "",
+            prose(ast.get_docstring(node) or ""),
+            *table(cells + returns),
+            "",
+            *listed,
+        ]
+    )
+
+
+def assigned(
+    body: list[ast.stmt],
+) -> list[str]:
+    "Names that statements give a value"
+    targets = [t for s in body if isinstance(s, ast.Assign) for t in s.targets]
+    parts = [part for target in targets for part in ast.walk(target)]
+    return [part.id for part in parts if isinstance(part, ast.Name)]
+
 
 class ApiEntries(Processor):
-    """What stands on a page for an exported cell: entries made from the package itself, the source folded beneath; tables of values stay open.
-    nbdev's own way executes the cells again, where a dataclass has lost its comments and a name two modules share is the first one's, and drops all source."""
-    def begin(self):
-        names = [c.directives_['default_exp'][0] for c in self.nb.cells if 'default_exp' in c.get('directives_', {})]
-        if not names: return
-        self.module = f'{get_config().lib_name}.{names[0]}'; self.nb.cells = [new for c in self.nb.cells for new in self.replaced(c)]
-        to,own = NbdevLookup().doc,parsed(self.module)[0] # of two modules with a name, nbdev links to the first
-        for a,b in {(to(n), to(f'{self.module}.{n}')) for n in own if to(n)!=to(f'{self.module}.{n}')}:
-            for c in self.nb.cells:
-                if c.cell_type=='markdown': c.source = c.source.replace(f'({a})', f'({b})')
-    def replaced(self, cell):
-        "The cells that stand for one"
-        dirs,module,cfg = cell.get('directives_', {}),import_module(self.module),get_config()
-        if 'export' not in dirs: return [cell]*('default_exp' not in dirs)
-        tree = ast.parse(cell.source).body
-        if any(isinstance(t, (ast.Import, ast.ImportFrom)) for t in tree): return []
-        defined = [t.name for t in tree if isinstance(t, DEFS)]
-        values = [n.id for t in tree if isinstance(t, ast.Assign) for o in t.targets for n in ast.walk(o) if isinstance(n, ast.Name)]
-        out = [mk_cell(entry(self.module, n, f'{cfg.git_url}/blob/{cfg.branch}'), 'markdown') for n in defined if n in module.__all__]
-        values = [f'<code id="value.{n}">{n}</code>, {prose(type(getattr(module, n)).__name__)}' for n in values if n in module.__all__]
-        if values: out.append(mk_cell('\n\n'.join(values), 'markdown'))
-        if defined: cell.source = f'#| code-fold: true\n#| code-summary: "Source"\n{cell.source}'
-        return out+[cell]
+    """What stands on a page for an exported cell: entries made from the package
+    itself, the source folded beneath; tables of values stay open. nbdev's own way
+    executes the cells again, where a dataclass has lost its comments and a name
+    two modules share is the first one's, and drops all source."""
 
-def blocks(text):
-    "Pairs: whether these lines are a table, two or more with columns in them, and the lines"
-    groups = [(columns, list(ls)) for columns,ls in groupby(text.splitlines(), lambda l: bool(re.search(r'\S {2,}\S', l)))]
-    return [(columns and len(ls)>1, '\n'.join(ls)) for columns,ls in groups]
+    def begin(self):
+        "Put entries in the place of exported cells"
+        directives = [c.get("directives_", {}) for c in self.nb.cells]
+        names = [d["default_exp"][0] for d in directives if "default_exp" in d]
+        if not names:
+            return
+        self.module = f"{get_config().lib_name}.{names[0]}"
+        self.nb.cells = [new for c in self.nb.cells for new in self.replaced(c)]
+        links = self.links()
+        for cell in self.nb.cells:
+            for wrong, right in links if cell.cell_type == "markdown" else ():
+                cell.source = cell.source.replace(f"({wrong})", f"({right})")
+
+    def links(self) -> set[tuple[str, str]]:
+        """(wrong, right) where nbdev links a name to the first of two that share
+        it"""
+        to, (own, _) = NbdevLookup().doc, parsed(self.module)
+        both = {(to(name), to(f"{self.module}.{name}")) for name in own}
+        return {(first, mine) for first, mine in both if first != mine}
+
+    def replaced(
+        self,
+        cell: NbCell,  # Of the notebook; its source is folded in place
+    ) -> list[NbCell]:
+        "The cells that stand for one"
+        directives = cell.get("directives_", {})
+        if "export" not in directives:
+            return [] if "default_exp" in directives else [cell]
+        body = ast.parse(cell.source).body
+        if any(isinstance(s, ast.Import | ast.ImportFrom) for s in body):
+            return []
+        config, module = get_config(), import_module(self.module)
+        url = f"{config.git_url}/blob/{config.branch}"
+        defined = [s.name for s in body if isinstance(s, Definition)]
+        public = [name for name in defined if name in module.__all__]
+        new = [mk_cell(entry(self.module, n, url), "markdown") for n in public]
+        values = [name for name in assigned(body) if name in module.__all__]
+        if values:
+            lines = [self.value(module, name) for name in values]
+            new.append(mk_cell("\n\n".join(lines), "markdown"))
+        if defined:
+            fold = '#| code-fold: true\n#| code-summary: "Source"\n'
+            cell.source = fold + cell.source
+        return [*new, cell]
+
+    def value(self, module, name) -> str:
+        "The entry of a value: its name and type"
+        kind = prose(type(getattr(module, name)).__name__)
+        return f'<code id="value.{name}">{name}</code>, {kind}'
+
+
+# Printed tables
+
+
+def blocks(
+    text: str,  # What a cell has printed
+) -> list[tuple[bool, str]]:
+    """Pairs: whether lines are a table, two or more with columns in them; the
+    lines"""
+    found = []
+    for columns, group in groupby(text.splitlines(), has_columns):
+        lines = list(group)
+        found.append((columns and len(lines) > 1, "\n".join(lines)))
+    return found
+
+
+def has_columns(
+    line: str,
+) -> bool:
+    "Whether words stand apart"
+    return re.search(r"\S {2,}\S", line) is not None
+
 
 class WholeTables(Processor):
-    "On a page printed sentences wrap; the lines of a printed table stay whole, in a box that moves sideways"
-    def cell(self, cell):
-        for i,o in enumerate(cell.get('outputs', [])):
-            parts = blocks(''.join(o['text'])) if o['output_type']=='stream' else []
-            if not any(t for t,_ in parts): continue
-            page = ''.join(f'<pre{" class=symtele-table"*t}>{escape(lines)}</pre>' for t,lines in parts if lines.strip())
-            cell.outputs[i] = dict(output_type='display_data', metadata={}, data={'text/html': page})
+    """On a page printed sentences wrap; the lines of a printed table stay whole,
+    in a box that moves sideways"""
+
+    def cell(
+        self,
+        cell: NbCell,  # Its outputs are changed in place
+    ):
+        "Put printed tables into boxes"
+        for i, output in enumerate(cell.get("outputs", [])):
+            if output["output_type"] != "stream":
+                continue
+            parts = blocks("".join(output["text"]))
+            if any(is_table for is_table, _ in parts):
+                page = "".join(boxed(*part) for part in parts if part[1].strip())
+                cell.outputs[i] = dict(
+                    output_type="display_data",
+                    metadata={},
+                    data={"text/html": page},
+                )
+
+
+def boxed(
+    is_table: bool,
+    lines: str,
+) -> str:
+    "Lines as HTML"
+    style = " class=symtele-table" if is_table else ""
+    return f"<pre{style}>{escape(lines)}</pre>"

@@ -1,7 +1,9 @@
-"""The closed slope of the batch law against autograd through the whole action, on hundreds of random chains"""
+"""The closed slope of the batch law against autograd through the whole action, on
+hundreds of random chains"""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -9,18 +11,16 @@ from torch import Generator, nn
 from torch.func import grad
 
 from symtele import BatchGL, grad_norm, loss_of, wire
-from symtele.teleport import Landscape, landscape
+from symtele.teleport import landscape
 
-NETS, COND = (
-    300,
-    1e4,
-)  # above this condition of a layer's input, rounding decides and not the formula
-LEAKY = [lambda: nn.LeakyReLU(0.1), lambda: nn.LeakyReLU(0.5)]
+NETS = 300
+COND = 1e4  # above this condition of a layer's input rounding decides
+LEAKY = [partial(nn.LeakyReLU, 0.1), partial(nn.LeakyReLU, 0.5)]
 SMOOTH = [
     nn.Softplus,
-    lambda: nn.Softplus(2.0),
+    partial(nn.Softplus, 2.0),
     nn.ELU,
-    lambda: nn.ELU(0.5),
+    partial(nn.ELU, 0.5),
     nn.CELU,
     nn.SELU,
     nn.Tanh,
@@ -30,143 +30,155 @@ SMOOTH = [
 ]
 
 
+def half_squares(out, y):
+    "A loss whose second derivative in the outputs is 1"
+    return (out - y).square().sum() / 2
+
+
+def whole(low, high):
+    "A random whole number, both ends included"
+    return torch.randint(low, high + 1, ()).item()
+
+
 def draw(seed):
-    "A chain of 2 to 8 layers, a batch, its loss; every third batch is wider than some layer, every fifth small for its layers"
+    """A chain of 2 to 8 layers, a batch, its loss; every third batch is wider
+    than some layer, every fifth small for its layers"""
     torch.manual_seed(seed)
-
-    def R(a, b):
-        return torch.randint(a, b + 1, ()).item()
-
-    l, bias, mixed, wide = 2 + seed % 7, bool(R(0, 1)), R(0, 1), not seed % 3
-    d = [R(3, 9) for _ in range(l + 1)]
-    n = R(4, 10) if wide else R(1, min(d[:l]))
+    depth, bias, mixed = 2 + seed % 7, bool(whole(0, 1)), whole(0, 1)
+    wide = not seed % 3
+    widths = [whole(3, 9) for _ in range(depth + 1)]
+    n = whole(4, 10) if wide else whole(1, min(widths[:depth]))
     if wide:
-        d[0] = n + R(0, 2)
+        widths[0] = n + whole(0, 2)
     elif not seed % 5:
-        d, n = [3 * k for k in d], min(n, 2)
-    acts = (
-        LEAKY * 2 + [nn.Identity] if wide else SMOOTH + LEAKY * 2 + [nn.Identity]
-    )
-    one = acts[R(0, len(acts) - 1)]
-    layers = [
-        m
-        for a, b in zip(d, d[1:])
-        for m in (
-            nn.Linear(a, b, bias),
-            (acts[R(0, len(acts) - 1)] if mixed else one)(),
-        )
-    ][:-1]
-    for m in layers[::2]:
-        nn.init.orthogonal_(m.weight)
-    ce, x = R(0, 1), torch.randn(n, d[0], dtype=torch.float64)
-    y = (
-        torch.randint(0, d[-1], (n,))
-        if ce
-        else torch.randn(n, d[-1], dtype=torch.float64)
-    )
-    return (
-        nn.Sequential(*layers).double(),
-        x,
-        (
-            nn.functional.cross_entropy
-            if ce
-            else lambda o, y: (o - y).square().sum() / 2
-        ),
-        y,
-    )
+        widths, n = [3 * d for d in widths], min(n, 2)
+    acts = LEAKY * 2 + [nn.Identity]
+    if not wide:
+        acts = SMOOTH + acts
+    one = acts[whole(0, len(acts) - 1)]
+    layers = []
+    for a, b in zip(widths, widths[1:]):
+        layers.append(nn.Linear(a, b, bias))
+        layers.append((acts[whole(0, len(acts) - 1)] if mixed else one)())
+    del layers[-1]
+    for layer in layers[::2]:
+        nn.init.orthogonal_(layer.weight)
+    labels = whole(0, 1)
+    x = torch.randn(n, widths[0], dtype=torch.float64)
+    model = nn.Sequential(*layers).double()
+    if labels:
+        y = torch.randint(0, widths[-1], (n,))
+        return model, x, nn.functional.cross_entropy, y
+    y = torch.randn(n, widths[-1], dtype=torch.float64)
+    return model, x, half_squares, y
 
 
 def check(seed):
-    "Relative errors of value and slope, at the start or after three moves; without σ'' where there is one"
+    """Relative errors of value and slope, at the start or after three moves;
+    without σ'' where there is one"""
     torch.set_num_threads(1)
-    model, x, f, y = draw(seed)
-    loss, w = loss_of(model, f, y)
+    model, x, loss_fn, y = draw(seed)
+    loss, w = loss_of(model, loss_fn, y)
     try:
         orbit = BatchGL(wire(model, x)).orbit(w, x)
     except ValueError:
         return []
     if orbit.law != "batch":
         return []
-    land, out = landscape(orbit, loss), []
     cond = max(
         torch.linalg.cond(p.full).item() for p in orbit.reading[1].values()
     )
-    for k in range(1 + 3 * (seed // 7 % 2)):
-        if k == 3 * (seed // 7 % 2):
+    land = landscape(orbit, loss)
+    moves = 3 * (seed // 7 % 2)
+    for k in range(moves):
+        if k == 1:
+            land = land.climb(norm=0.03)
+        else:
+            rng = Generator().manual_seed(k)
+            land = land.move(land.orbit.random(rng, 0.03))
+    row = dict(
+        seed=seed,
+        kind=land.kind,
+        cond=cond,
+        kinds=tuple({kind for _, kind in orbit.blocks.spaces}),
+        few=sum(link.trail is not None for link in land.chain.links),
+    )
+    return [row | errors(land, loss, x)]
 
-            def J(xi):
-                return grad_norm(lambda w: loss(w, x), land.orbit.act(xi))
 
-            v, s = J(land.orbit.zero()), grad(J)(land.orbit.zero())
-            row = dict(
-                seed=seed,
-                k=k,
-                kind=land.kind,
-                cond=cond,
-                kinds=tuple({k for _, k in orbit.blocks.spaces}),
-                finite=bool(v.isfinite() and s.isfinite().all()),
-                few=sum(l.trail is not None for l in land.chain.links),
-                value=((land.height - v) / v).abs().item(),
-                slope=((land.slope() - s).norm() / s.norm()).item(),
-            )
-            if any(
-                l.kind == "batch"
-                and l.bent[1] is not None
-                and l.bent[1].abs().max() > 0.01
-                for l in land.chain.links
-            ):
-                flat = land.knowing(
-                    chain=land.chain._replace(
-                        links=tuple(
-                            l._replace(bent=(l.bent[0], None))
-                            for l in land.chain.links
-                        )
-                    )
-                )
-                row["flat"] = ((flat.slope() - s).norm() / s.norm()).item()
-            out.append(row)
-        land = (
-            land.climb(norm=0.03)
-            if k == 1
-            else land.move(land.orbit.random(Generator().manual_seed(k), 0.03))
-        )
-    return out
+def errors(land, loss, x):
+    "Relative errors of value and slope, and of the slope without σ''"
+
+    def height(xi):
+        return grad_norm(lambda w: loss(w, x), land.orbit.act(xi))
+
+    value, slope = height(land.orbit.zero()), grad(height)(land.orbit.zero())
+
+    def error(found):
+        return ((found - slope).norm() / slope.norm()).item()
+
+    row = dict(
+        finite=bool(value.isfinite() and slope.isfinite().all()),
+        value=((land.height - value) / value).abs().item(),
+        slope=error(land.slope()),
+    )
+    if any(curved(link) for link in land.chain.links):
+        row["flat"] = error(flattened(land).slope())
+    return row
+
+
+def curved(link):
+    "Whether a link of the batch law has a σ'' worth the name"
+    if link.kind != "batch" or link.bent[1] is None:
+        return False
+    return bool(link.bent[1].abs().max() > 0.01)
+
+
+def flattened(land):
+    "The landscape without σ''"
+    links = tuple(
+        link._replace(bent=(link.bent[0], None)) for link in land.chain.links
+    )
+    return land.knowing(chain=land.chain._replace(links=links))
 
 
 @pytest.fixture(scope="module")
 def rows():
+    "What every chain gave, from two processes"
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         return sum(pool.map(check, range(NETS), chunksize=15), [])
 
 
+def judged(rows):
+    "Those whose batch can be inverted"
+    return [r for r in rows if r["cond"] <= COND and r["finite"]]
+
+
 def test_value_and_slope(rows, capsys):
     "Where the batch can be inverted, to 1e-9; a chain is always recognised"
-    good = [r for r in rows if r["cond"] <= COND and r["finite"]]
+    good = judged(rows)
     nets = {r["seed"] for r in good}
-    off = {q: max(r[q] for r in good) for q in ("value", "slope")}
+    worst = dict(
+        value=max(r["value"] for r in good), slope=max(r["slope"] for r in good)
+    )
+    flat = torch.tensor([r["flat"] for r in good if "flat" in r]).median()
     with capsys.disabled():
         print(
-            f"\n{len(nets)} chains, largest relative error of the value {off['value']:.0e}, of the slope {off['slope']:.0e}; without σ'' median {torch.tensor([r['flat'] for r in good if 'flat' in r]).median():.0%}"
+            f"\n{len(nets)} chains, largest relative error "
+            f"of the value {worst['value']:.0e}, "
+            f"of the slope {worst['slope']:.0e}; without σ'' median {flat:.0%}"
         )
-    assert (
-        len(nets) >= 220
-        and all(r["kind"] == "closed" for r in rows)
-        and max(off.values()) < 1e-9
-    ), off
-    assert (
-        sum("scale" in r["kinds"] for r in good) >= 20
-        and sum("gl" in r["kinds"] for r in good) >= 20
-        and sum(r["few"] > 1 for r in good) >= 20
-    )
+    assert len(nets) >= 220
+    assert all(r["kind"] == "closed" for r in rows)
+    assert max(worst.values()) < 1e-9, worst
+    assert sum("scale" in r["kinds"] for r in good) >= 20
+    assert sum("gl" in r["kinds"] for r in good) >= 20
+    assert sum(r["few"] > 1 for r in good) >= 20
 
 
 def test_curvature_matters(rows):
     "Control: without σ'' the slope is another"
-    flat = [
-        r["flat"]
-        for r in rows
-        if "flat" in r and r["cond"] <= COND and r["finite"]
-    ]
-    assert len(flat) >= 100 and sum(f > 1e-6 for f in flat) >= 0.98 * len(flat), (
-        sorted(flat)[:5]
-    )
+    flat = [r["flat"] for r in judged(rows) if "flat" in r]
+    wrong = sum(error > 1e-6 for error in flat)
+    assert len(flat) >= 100
+    assert wrong >= 0.98 * len(flat), sorted(flat)[:5]
