@@ -1,9 +1,51 @@
 "Symmetry teleportation: move parameters along a level set of the loss, exactly"
+
 __version__ = "0.1.0"
 
-from .groups import (BatchGL, Chart, GL, LeastSquares, Orthogonal, Permutation, Rotation, Scaling, Slot, Space, Tap, Wiring,
-    booth, check_symmetry, ellipse, rosenbrock)
-from .teleport import (Ascent, GreatCircle, Grid, MoveData, Random, Sample, Schedule, Stay, Teleported, Teleporter, Whiten, at, every, first, grad_norm, keep,
-    landscape, lookahead, loss_of, reset, ridge_whitener,
-    second_moment, teleport, transport)
+from . import closed as _closed  # fills the table of closed forms
+from .batch import BatchGL, LeastSquares
+from .groups import Orthogonal, Rotation, booth, check_symmetry, ellipse, rosenbrock
+from .networks import GL, Permutation, Scaling, Wiring
+from .objectives import grad_norm, landscape, lookahead, loss_of
+from .searches import Ascent, GreatCircle, Grid, Random, Sample, Stay
+from .teleporting import Teleported, teleport
+from .training import Teleporter, at, every, first, keep, reset, transport, when
+from .whitening import Whiten
 from .wiring import wire
+
+__all__ = [
+    "GL",
+    "Ascent",
+    "BatchGL",
+    "GreatCircle",
+    "Grid",
+    "LeastSquares",
+    "Orthogonal",
+    "Permutation",
+    "Random",
+    "Rotation",
+    "Sample",
+    "Scaling",
+    "Stay",
+    "Teleported",
+    "Teleporter",
+    "Whiten",
+    "Wiring",
+    "at",
+    "booth",
+    "check_symmetry",
+    "ellipse",
+    "every",
+    "first",
+    "grad_norm",
+    "keep",
+    "landscape",
+    "lookahead",
+    "loss_of",
+    "reset",
+    "rosenbrock",
+    "teleport",
+    "transport",
+    "when",
+    "wire",
+]

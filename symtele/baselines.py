@@ -18,26 +18,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from .batch import BatchGL
+from .networks import NetworkGroup
+from symtele.objectives import (
+    Landscape,
+    Measured,
+    descent_step,
+    grad_norm,
+    landscape,
+    loss_of,
+    measure,
+)
+from .searches import Ascent
+from .teleporting import teleport
+from .training import Teleporter, as_schedule, keep
 from torch import Generator, Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .experiments import Row, count_flops
-from .groups import BatchGL, WiredGroup, dot
-from symtele.teleport import (
-    Ascent,
-    Landscape,
-    Measured,
-    Teleporter,
-    as_schedule,
-    descent_step,
-    grad_norm,
-    keep,
-    landscape,
-    loss_of,
-    measure,
-    readable,
-    teleport,
-)
+from .groups import dot, readable
 from .wiring import wire
 
 # %% ../nbs/22_baselines.ipynb #b2f00007
@@ -111,7 +110,7 @@ class Matched:
 class Arm:
     "One method of a study: which group, what search, and the optimizer's state"
 
-    group: WiredGroup  # Which moves there are
+    group: NetworkGroup  # Which moves there are
     search: Callable[..., Any]  # A search, or a function of the learning rate
     objective: Callable[..., Any] = grad_norm  # What to climb, likewise
     state: Callable[..., None] = keep  # What becomes of the optimizer's state

@@ -21,6 +21,11 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from .batch import BatchGL
+from .networks import GL
+from .objectives import loss_of, measure
+from .searches import Ascent, Stay
+from .training import Schedule, Teleporter, at, reset
 from torch import Generator, Tensor, nn
 from torchvision import datasets
 
@@ -34,17 +39,7 @@ from symtele.experiments import (
     train,
 )
 from .figures import LOOK, STYLE, Look, draw_against_rate, log_axis
-from .groups import GL, BatchGL, dot
-from symtele.teleport import (
-    Ascent,
-    Schedule,
-    Stay,
-    Teleporter,
-    at,
-    loss_of,
-    measure,
-    reset,
-)
+from .groups import dot
 
 # %% ../nbs/23_classifier.ipynb #c1dfd96e
 @dataclass(frozen=True, eq=False)

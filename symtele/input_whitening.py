@@ -13,6 +13,9 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
+from .networks import GL
+from .training import Teleporter, at
+from .whitening import MoveData, ridge_whitener, second_moment
 from torch import Generator, Tensor, nn
 
 from symtele.classifier import (
@@ -23,14 +26,6 @@ from symtele.classifier import (
     train_classifier,
 )
 from .experiments import Config, Experiment, Row, grid
-from .groups import GL
-from symtele.teleport import (
-    MoveData,
-    Teleporter,
-    at,
-    ridge_whitener,
-    second_moment,
-)
 
 # %% ../nbs/36_input_whitening.ipynb #887309d0
 def _first_direction(moment, seed):

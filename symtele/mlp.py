@@ -16,6 +16,13 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+from .batch import BatchGL
+from .networks import Scaling
+from .objectives import lookahead, loss_of, measure
+from .searches import Ascent, Stay
+from .teleporting import teleport, travel
+from .training import Teleporter, at, reset, transport
+from .whitening import Whiten
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
@@ -45,21 +52,7 @@ from symtele.experiments import (
     train,
 )
 from .figures import Table, table
-from .groups import BatchGL, Scaling, dot
-from symtele.teleport import (
-    Ascent,
-    Stay,
-    Teleporter,
-    Whiten,
-    at,
-    lookahead,
-    loss_of,
-    measure,
-    reset,
-    teleport,
-    transport,
-    travel,
-)
+from .groups import dot
 from .wiring import wire
 
 # %% ../nbs/32_mlp.ipynb #f1abd670

@@ -24,31 +24,15 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
+from .objectives import Landscape, grad_norm, landscape
+from .searches import Ascent, GreatCircle, Stay
+from .teleporting import teleport
+from .training import as_schedule, at, every, keep
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 
 from .figures import STYLE
-from symtele.groups import (
-    Chart,
-    Orthogonal,
-    Rotation,
-    booth,
-    ellipse,
-    rosenbrock,
-)
-from symtele.teleport import (
-    Ascent,
-    GreatCircle,
-    Landscape,
-    Stay,
-    as_schedule,
-    at,
-    every,
-    grad_norm,
-    keep,
-    landscape,
-    teleport,
-)
+from .groups import Chart, Orthogonal, Rotation, booth, ellipse, rosenbrock
 
 # %% ../nbs/24_problems.ipynb #50941357
 Search = Callable[[Landscape, Generator], Landscape]

@@ -21,6 +21,10 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from .batch import BatchGL
+from .networks import GL
+from .searches import Ascent
+from .training import Teleporter, at, every
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,8 +47,6 @@ from symtele.experiments import (
     in_turn,
 )
 from .figures import LOOK, STYLE, Table, table
-from .groups import GL, BatchGL
-from .teleport import Ascent, Teleporter, at, every
 
 # %% ../nbs/35_runtime.ipynb #fe5dbbce
 class Operation(NamedTuple):

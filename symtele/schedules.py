@@ -24,6 +24,11 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator
+from .batch import BatchGL
+from .networks import GL
+from .objectives import grad_norm, lookahead, loss_of, measure
+from .searches import Ascent, GreatCircle, Grid, Random, Sample
+from .training import Teleporter, as_schedule, at, every, first
 from torch import Generator, Tensor, nn
 
 from symtele.baselines import (
@@ -45,7 +50,7 @@ from symtele.classifier import (
 )
 from .experiments import Config, Experiment, Row, grid, rounded, select
 from .figures import LOOK, STYLE, Switch, img, switch
-from .groups import GL, BatchGL, dot
+from .groups import dot
 from symtele.problems import (
     LAND,
     Objective,
@@ -58,22 +63,6 @@ from symtele.problems import (
     ellipse_problem,
     plain_ticks,
     rosenbrock_problem,
-)
-from symtele.teleport import (
-    Ascent,
-    GreatCircle,
-    Grid,
-    Random,
-    Sample,
-    Teleporter,
-    as_schedule,
-    at,
-    every,
-    first,
-    grad_norm,
-    lookahead,
-    loss_of,
-    measure,
 )
 
 # %% ../nbs/34_schedules.ipynb #1574bddb

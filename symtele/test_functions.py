@@ -12,6 +12,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from .objectives import lookahead
+from .searches import GreatCircle
+from .training import every, reset
 from torch import Generator, Tensor
 
 from .experiments import Config, Experiment, Row, rounded
@@ -25,7 +28,6 @@ from symtele.problems import (
     quadratic,
     rosenbrock_problem,
 )
-from .teleport import GreatCircle, every, lookahead, reset
 
 # %% ../nbs/31_test_functions.ipynb #fc074d50
 _PROBLEMS = {

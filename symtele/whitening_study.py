@@ -13,6 +13,19 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from .batch import BatchGL
+from .networks import GL
+from symtele.objectives import (
+    Landscape,
+    Measured,
+    descent_step,
+    landscape,
+    loss_of,
+    measure,
+)
+from .searches import Ascent, Stay
+from .teleporting import teleport
+from .whitening import Whiten
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
@@ -34,19 +47,7 @@ from symtele.experiments import (
     rounded,
     train,
 )
-from .groups import GL, BatchGL, dot
-from symtele.teleport import (
-    Ascent,
-    Landscape,
-    Measured,
-    Stay,
-    Whiten,
-    descent_step,
-    landscape,
-    loss_of,
-    measure,
-    teleport,
-)
+from .groups import dot
 from .wiring import wire
 
 # %% ../nbs/37_whitening_study.ipynb #4d134bc0

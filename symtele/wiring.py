@@ -14,14 +14,23 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from symtele.networks import (
+    KINDS,
+    Kind,
+    Slot,
+    Space,
+    Tap,
+    Wiring,
+    gl,
+    perm,
+    scale,
+)
 from torch import Tensor, fx, nn
-
-from .groups import KINDS, Slot, Space, Tap, Wiring
 
 # %% ../nbs/04_wiring.ipynb #c1dfd96e
 LINEAR = KINDS
-HOMOGENEOUS = frozenset({"scale", "perm"})
-ELEMENTWISE = frozenset({"perm"})
+HOMOGENEOUS = frozenset({scale, perm})
+ELEMENTWISE = frozenset({perm})
 
 COMMUTES = {
     nn.Identity: LINEAR,
@@ -331,13 +340,13 @@ class _Draft:
     size: int  # Units
     maker: str = ""  # The layer that makes it, '' for the data
     slots: list[Slot] = field(default_factory=list)
-    commutes: frozenset[str] = LINEAR
+    commutes: frozenset[Kind] = LINEAR
     reasons: list[str] = field(default_factory=list)
     paths: list[_Path] = field(default_factory=list)  # One for each reader
     noisy: bool = False  # Whether something random came before
     below: frozenset[str] = frozenset()  # Parameters the readers depend on
 
-    def keep(self, kinds: frozenset[str], why: str):
+    def keep(self, kinds: frozenset[Kind], why: str):
         "Take away all kinds but these; `why` is noted if any was there"
         if not self.commutes <= kinds:
             self.reasons.append(why)
@@ -494,7 +503,7 @@ def _pass_on(
     "An op hands the space of its input on"
     row = COMMUTES[type(m)]
     if value.draft:
-        only = " and ".join(sorted(row))
+        only = " and ".join(sorted(kind.name for kind in row))
         value.draft.slots += slots
         value.draft.keep(row, f"{type(m).__name__} commutes with {only} only")
     path = _Path((*value.path.ops, (name, m)))
@@ -524,8 +533,9 @@ def _tap(draft: _Draft) -> Tap | None:
     if why := _no_tap(draft):
         draft.reasons.append(f"no batch action: {why}")
         return None
-    path = draft.paths[0]
-    return Tap(draft.maker, path.apply, path.undo, path.slopes, draft.below)
+    own = [s for s in draft.slots if not s.dual and s.kinds == LINEAR]
+    weight, bias, path = own[0], own[1] if len(own) > 1 else None, draft.paths[0]
+    return Tap(weight, bias, path.apply, path.undo, path.slopes, draft.below)
 
 # %% ../nbs/04_wiring.ipynb #12c6fc07
 def _space(

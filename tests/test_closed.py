@@ -7,11 +7,11 @@ from functools import partial
 
 import pytest
 import torch
+from symtele.objectives import landscape
 from torch import Generator, nn
 from torch.func import grad
 
 from symtele import BatchGL, grad_norm, loss_of, wire
-from symtele.teleport import landscape
 
 NETS = 300
 COND = 1e4  # above this condition of a layer's input rounding decides

@@ -15,6 +15,7 @@ from itertools import product
 import test_training
 import torch
 import torch.nn.functional as F
+from symtele.whitening import MoveData, ridge_whitener, second_moment
 from test_style import PAGES, made
 from test_tree import ROOT
 from torch import Generator, nn
@@ -26,7 +27,6 @@ from symtele import (
     GreatCircle,
     Grid,
     LeastSquares,
-    MoveData,
     Orthogonal,
     Permutation,
     Random,
@@ -41,9 +41,7 @@ from symtele import (
     landscape,
     lookahead,
     loss_of,
-    ridge_whitener,
     rosenbrock,
-    second_moment,
     teleport,
     wire,
 )

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from symtele.teleporting import NONFINITE
 from torch import Generator, nn
 
 from symtele import (
@@ -30,7 +31,6 @@ from symtele import (
     teleport,
     wire,
 )
-from symtele.teleport import NONFINITE
 from symtele.wiring import COMMUTES
 
 NETS = 2000

@@ -9,21 +9,17 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from symtele.batch import BatchGL
+from symtele.closed import NormOnBatch
+from symtele.networks import GL
+from symtele.objectives import grad_norm, landscape, loss_of, measure
+from symtele.searches import Ascent
+from symtele.teleporting import teleport
 
 from symtele.experiments import count_flops
-from symtele.groups import GL, BatchGL
 from symtele.mlp import formula_ascent, speed_problem, squared
 from symtele.mnist import net
 from symtele.runtime import operations, peak_memory
-from symtele.teleport import (
-    Ascent,
-    ChainNorm,
-    grad_norm,
-    landscape,
-    loss_of,
-    measure,
-    teleport,
-)
 from symtele.wiring import wire
 
 STEPS = 10
@@ -153,13 +149,13 @@ def test_a_slope_by_autograd_is_seen():
 def test_one_more_product_in_every_step_is_seen(monkeypatch):
     """Control: the smallest slowdown worth a word, a tenth of a training step in
     each step of the ascent"""
-    slope = ChainNorm.slope
+    slope = NormOnBatch.slope
 
     def slower(self):
         self.chain.x @ self.chain.x.mT
         return slope(self)
 
-    monkeypatch.setattr(ChainNorm, "slope", slower)
+    monkeypatch.setattr(NormOnBatch, "slope", slower)
     assert "flops" in over(measured("32, 3 layers"), CASES["32, 3 layers"].most)
 
 

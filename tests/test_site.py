@@ -330,7 +330,7 @@ def test_every_public_name_has_an_entry(pages):
 
 def test_missing_entries_are_seen(pages):
     "Control of the test above"
-    cells = pages["nbs/03_teleport.ipynb"]
+    cells = pages["nbs/08_teleporting.ipynb"]
     assert 'id="teleporter.step"' in entries(cells)["Teleporter"]
     assert "Learning rate η" in entries(cells)["lookahead"]
     assert "measure" in entries(cells)
