@@ -82,10 +82,12 @@ _FORMULA = {  # ascent steps and their rate; Z22 gives GD's and AdaGrad's
 }
 
 # %% ../nbs/32_mlp.ipynb #0716d970
+_Problem = tuple[nn.Sequential, Tensor, Tensor]  # A model, X and Y
+_Carry = Callable[[dict[str, Tensor], int], dict[str, Tensor]]  # (c, power) -> c'
+
+
 def _stacked(
-    draws: list[
-        tuple[nn.Sequential, Tensor, Tensor]
-    ],  # Models of one shape, X, Y
+    draws: list[_Problem],  # Models of one shape
 ) -> tuple[nn.Sequential, dict[str, Tensor], Tensor, Tensor]:
     "One model, then parameters, X and Y of all draws, one row per draw"
     models, xs, ys = zip(*draws)
@@ -108,9 +110,7 @@ class _Jump(NamedTuple):
     drift: Tensor  # |ΔL|/L
     accepted: Tensor  # Whether the loss held
     moved: Tensor  # Whether the search left its place
-    carry: (
-        Callable[[dict[str, Tensor], int], dict[str, Tensor]] | None
-    )  # (c, power)
+    carry: _Carry | None  # How covectors move along
 
 
 @dataclass
@@ -118,7 +118,7 @@ class _StackedPull:
     "`Pull` for many draws at once"
 
     params: dict[str, Tensor]  # Name -> parameter
-    carry: Callable[[dict[str, Tensor], int], dict[str, Tensor]]  # (c, power)
+    carry: _Carry  # How covectors move along
 
     def __call__(self, c, power=1):
         return self.carry(c, power)
@@ -169,7 +169,7 @@ _POINTS += [100, 130, 160, 200, 250, 300]
 
 
 def _teleporter(
-    problem: tuple[nn.Sequential, Tensor, Tensor],  # Of `regression`
+    problem: _Problem,  # Of `regression`
     opt: torch.optim.Optimizer,  # Of its model
     arm: str,  # A key of `_ARMS`
     optimizer: str,  # A key of `FULL_BATCH_OPTIMIZERS`
@@ -390,8 +390,7 @@ def best_rates(
     rows: list[Row],  # Of `rates`
     cfg: Config,  # Its settings
 ) -> dict[str, dict[str, float]]:  # optimizer -> arm -> learning rate
-    "The rate with the lowest median loss after 300 steps, of the same grid"
-    "for all"
+    "The rate with the lowest median loss after 300 steps, of a common grid"
     best = {}
     for optimizer, arms in cfg["rates"].items():
         best[optimizer] = {}

@@ -130,7 +130,7 @@ class _Bill:
         self.total += count_flops(lambda: results.append(work())) / self.unit
         return results[0]
 
-# %% ../nbs/37_whitening_study.ipynb #352684e2
+# %% ../nbs/37_whitening_study.ipynb #fda6a7f4
 def _run_arm(
     problem: tuple[nn.Sequential, Tensor, Tensor],  # Model, X, Y; not modified
     law: type[GL] | type[BatchGL],  # The group
@@ -142,8 +142,7 @@ def _run_arm(
     seed: int,  # Of the search
     goal: float,  # The loss at which to stop
 ) -> dict[str, list[float]]:  # loss and cost by step, drift and moved by teleport
-    "Gradient descent on ½‖Y - f(X)‖² with a search before each of the first"
-    "steps"
+    "Gradient descent on ½‖Y - f(X)‖², with a search before its first steps"
     model, x, y = problem
     loss, w = loss_of(model, squared, y)
     group = law(wire(model, x))
