@@ -437,7 +437,7 @@ def differences(
 def _leaves(row, key):
     "The values in a column of a row; of moves, seconds and drifts aside"
     value = row.get(key)
-    if key == "moves" and value:
+    if key == "moves" and isinstance(value, list):
         value = [_without(m, "drift", "seconds") for m in value]
     return pytree.tree_leaves(value)
 

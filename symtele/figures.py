@@ -25,7 +25,7 @@ from IPython.display import Image as DisplayImage
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
 from .experiments import Row
@@ -120,12 +120,8 @@ def draw_curves(
             if y in log:
                 log_axis(ax)
         handles, labels = axes[0][0].get_legend_handles_labels()
-        fig.legend(
-            handles,
-            labels,
-            loc="outside lower center",
-            ncols=3 if len(labels) > 3 * len(ys) - 1 else 6,
-        )
+        columns = 6 if len(labels) < 3 * len(ys) else min(3, 2 * len(ys))
+        fig.legend(handles, labels, loc="outside lower center", ncols=columns)
         fig.suptitle(title)
     return fig
 
@@ -154,8 +150,8 @@ def draw_against_rate(
         marker = markers[arm] if markers else "o"
         style = dict(color=colour, ls=line, marker=marker, ms=4, label=label)
         ax.plot(x, [_within(median(vs), floor, top) for vs in seeds], **style)
-        low = [max(min(min(vs), top), floor) for vs in seeds]
-        high = [max(min(max(vs), top), floor) for vs in seeds]
+        spans = [[max(min(v, top), floor) for v in vs] for vs in seeds]
+        low, high = [min(span) for span in spans], [max(span) for span in spans]
         ax.vlines(x, low, high, color=colour, lw=1)
         lost = [u for u, vs in zip(x, seeds) if math.inf in vs]
         ax.plot(lost, [top] * len(lost), "x", color=colour, ms=7)
@@ -172,13 +168,13 @@ def _within(value, floor, top):
 
 def _rate_ticks(ax, rates):
     "Ticks at increasing rates, numbers where they do not touch"
-    room, labels, last = 0.18 * math.log(rates[-1] / rates[0]), [], 0.0
+    room, labels, last = 0.22 * math.log(rates[-1] / rates[0]), [], 0.0
     for rate in rates:
         free = not last or math.log(rate / last) >= room
         labels.append(f"{rate:g}" if free else "")
         last = rate if free else last
     ax.set_xticks(rates, labels)
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.xaxis.set_minor_locator(NullLocator())
 
 # %% ../nbs/21_figures.ipynb #a1f0000d
 @dataclass(frozen=True)
