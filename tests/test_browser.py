@@ -199,8 +199,7 @@ def static(tmp_path_factory):
 
 
 def unpack_scripts(folder):
-    """Put what a page loads where it asks for it; fonts are asked for at both
-    places"""
+    "Put what a page loads where it asks for it, fonts at both places"
     for place in ("@jupyter-widgets/html-manager/dist", "@jupyter-widgets"):
         (folder / place).mkdir(parents=True, exist_ok=True)
         for name, data in scripts():
@@ -282,9 +281,9 @@ def drive_one(page, name):
     knobs = box.locator(KNOBS).all()
     lasts = [knob.evaluate(PLACE)[1] for knob in knobs]
     assert knobs and all(n > 0 for n in lasts)
-    seen = walk(page, box, knobs)
+    pictures = walk(page, box, knobs)
     wanted = math.prod(n + 1 for n in lasts)
-    whole = len(set(seen)) == len(seen) == wanted
+    whole = len(set(pictures)) == len(pictures) == wanted
     assert whole, f"{name}: pictures are missing or the same"
     play = box.locator(".widget-play button")
     if play.count():
@@ -293,8 +292,7 @@ def drive_one(page, name):
 
 
 def test_pages_with_controls():
-    """Home, test functions, MLP, schedules: a page that lost its controls is
-    noticed"""
+    "Home, test functions, MLP, schedules: whoever loses theirs is noticed"
     assert len(PAGES) >= 4, PAGES
 
 
@@ -304,15 +302,14 @@ def test_page_without_kernel(page, static, notebook):
     page.goto(static(notebook))
     drive(page, controls(notebook))
     if "symtele-explorer" in notebook.read_text(encoding="utf-8"):
-        panel = page.locator(
-            ".symtele-explorer"
-        )  # dead without a kernel, and there
+        # dead without a kernel, and still there to be seen
+        panel = page.locator(".symtele-explorer")
         until(page, lambda: len(shown(panel)) == 1, "one picture of the explorer")
     pictures = page.locator(
         ".symtele-control img, .symtele-still img, .symtele-explorer img"
     )
-    said = pictures.evaluate_all("all => all.map(i => i.alt.length)")
-    assert all(n > 20 for n in said)
+    lengths = pictures.evaluate_all("all => all.map(i => i.alt.length)")
+    assert all(n > 20 for n in lengths)
     assert not page.faults, page.faults
 
 

@@ -359,8 +359,7 @@ def ones(net, h):
 
 
 def forward(net, w, x):
-    """z_k = h_{k-1} W_kᵀ + b_k and h_k = σ(z_k), a row per sample; the last z is
-    the output"""
+    "z_k = h_{k-1} W_kᵀ + b_k, h_k = σ(z_k), in rows; the last z is the output"
     h, z = [x], []
     for k in range(net.depth):
         z.append(h[k] @ w[f"{2 * k}.weight"].T + w.get(f"{2 * k}.bias", 0))
@@ -375,8 +374,7 @@ def value(net, w):
 
 
 def head(net, out):
-    """Mean loss, its gradient in the output, and the absolute values it is summed
-    from"""
+    "Mean loss, its gradient in the output, and what it is summed from, as sizes"
     if not net.labels:
         r = out - net.y
         terms = abs(r) * (2 * abs(out) + 2 * abs(net.y) + abs(r))
@@ -417,10 +415,9 @@ def judge(net, w, v):
     (loss, g, terms), (loss1, g1, terms1) = backward(net, w), backward(net, v)
     mass = sum(abs(double(w)[k] * g[k]).sum() for k in w)
     mass1 = sum(abs(double(v)[k] * g1[k]).sum() for k in v)
-    single = abs(
-        float(value(net, v)) - float(value(net, w))
-    )  # in the net's precision
-    drift = np.max([abs(loss1 - loss), single])
+    # in the net's own precision, too
+    own, own1 = float(value(net, w)), float(value(net, v))
+    drift = np.max([abs(loss1 - loss), abs(own1 - own)])
 
     def over(slack):
         bound = net.eps ** (2 / 3) * abs(loss) + net.eps * slack
@@ -533,9 +530,8 @@ def moves_by(name, seed, net, bound, norm, ascend):
         with pytest.raises(ValueError, match="finds no"):
             group.orbit(w, x)
         return []
-    ascend &= (
-        nn.Hardsigmoid not in net.types
-    )  # torch has no second derivative of it
+    # torch has no second derivative of Hardsigmoid
+    ascend &= nn.Hardsigmoid not in net.types
     search = Random(norm)
     if ascend:
         steepest = Ascent(3, max_norm=norm / 3)
@@ -789,9 +785,7 @@ class Reading(NamedTuple):
     "What the law works on, layer by layer"
 
     A: list[np.ndarray]  # [W_k b_k]
-    H: list[
-        np.ndarray
-    ]  # h_k in columns, with a row of ones where there is a bias
+    H: list[np.ndarray]  # h_k in columns; a row of ones where there is a bias
     P: list[np.ndarray]  # h_k⁺
 
 

@@ -25,10 +25,8 @@ CFG = get_config(path=ROOT)
 SITE = f"{CFG.doc_host}{CFG.doc_baseurl}/"
 SOURCE = f"{CFG.git_url}/blob/{CFG.branch}/"
 HOME = "nbs/index.ipynb"
-ORDER = [
-    HOME,
-    *sorted(set(NOTEBOOKS) - {HOME}),
-]  # two digits give the reading order
+# Two digits give the reading order.
+ORDER = [HOME, *sorted(set(NOTEBOOKS) - {HOME})]
 
 
 def read(path):
@@ -40,14 +38,14 @@ def read(path):
 def pages(tmp_path_factory):
     "Path of each notebook -> its cells as Quarto gets them"
     copy = copied(tmp_path_factory.mktemp("site"))
-    said = run(
+    printed = run(
         "python",
         "-c",
         "import nbdev.serve; nbdev.serve.proc_nbs(n_workers=0)",
         cwd=copy,
         package=copy,
     )
-    assert "Quarto" not in said  # nbdev's commands would try to install it
+    assert "Quarto" not in printed  # nbdev's commands would try to install it
     return {
         p: json.loads((copy / "_proc" / p).read_text(encoding="utf-8"))["cells"]
         for p in NOTEBOOKS
@@ -155,8 +153,7 @@ def sidebar_faults(site):
 
 
 def test_links_lead_somewhere(pages):
-    """Between pages, to headings and entries, into the source, to pictures and
-    results"""
+    "Between pages, to headings, entries, source, pictures and results"
     files = dict.fromkeys(tree())
     for path in files:
         if path.endswith(".py"):
@@ -171,8 +168,7 @@ def test_links_lead_somewhere(pages):
 
 
 def strays(pages):
-    """Links from a page that has a name's entry to that of another of the same
-    name"""
+    "Links of a page to another's entry of a name that it has itself"
     for path, cells in pages.items():
         whole = "\n".join(shown(cells))
         named = rf"\[`(\w+)(?:\(\))?`\]\({SITE}nbs/([\w.]+)"
@@ -235,8 +231,7 @@ def test_dead_links_are_seen():
 
 
 def entries(cells):
-    """Public name -> its entry on a page; a value has its definition, in the open
-    or folded"""
+    "Public name -> its entry; of a value, its definition must be there too"
     found = {}
     for cell in cells:
         title = re.search(r"^### (\w+)$", text(cell), re.M)
@@ -366,10 +361,9 @@ def test_printed_tables_stay_whole(pages):
     assert len(table) == 9
     assert set(table) <= set(box.splitlines())
     assert lines[-1] not in box
-    sentences = "One sentence.\nAnother, with  a gap.\nA third."
-    assert [t for t, _ in blocks(sentences)] == [
-        False
-    ] * 3  # one line is no table
+    # control: one line is no table
+    sentences = blocks("One sentence.\nAnother, with  a gap.\nA third.")
+    assert [is_table for is_table, _ in sentences] == [False] * 3
     plain = shown(pages["nbs/04_wiring.ipynb"])
     assert not any("symtele-table" in part for part in plain)
 
@@ -379,9 +373,8 @@ def test_sidebar_is_the_reading_order():
     gone is a dead link"""
     site = yaml.safe_load((ROOT / "_quarto.yml").read_text())
     assert not sidebar_faults(site)
-    assert (
-        site["project"]["render"][0] == ORDER[0]
-    )  # where _docs/index.html leads
+    # where _docs/index.html leads
+    assert site["project"]["render"][0] == ORDER[0]
     for name in strings(site["format"]["html"]):
         if name.endswith((".css", ".scss", ".html")):
             assert (ROOT / name).is_file()

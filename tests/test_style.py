@@ -729,8 +729,8 @@ def test_ruff_sees_faults(tmp_path):
 def loaded(statement: str, cwd: Path) -> set[str]:
     "Which libraries that draw a statement loads in a fresh process"
     code = f"{statement}; import sys; print(*sys.modules)"
-    said = run("python", "-c", code, cwd=cwd, package=ROOT)
-    return DRAWING & set(said.split())
+    names = run("python", "-c", code, cwd=cwd, package=ROOT)
+    return DRAWING & set(names.split())
 
 
 def test_import_is_light(tmp_path):

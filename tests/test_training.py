@@ -285,8 +285,7 @@ def test_autocast():
 
 
 def train(name, steps, load=None, without=None):
-    """Train with every part of a run, from a checkpoint if one is given; their
-    states"""
+    "States of all parts of a run after some steps, from a checkpoint or anew"
     bias = name != "Muon"
     model = net(
         (5, 6, bias),
@@ -339,9 +338,8 @@ def test_resumed_is_uninterrupted(name, tmp_path):
     saved = torch.load(path)["tele"]
     tensors = [t for t in tree_leaves(saved) if isinstance(t, torch.Tensor)]
     assert saved["left"] == 1
-    assert (
-        sum(t.numel() for t in tensors) == saved["rng"].numel()
-    )  # no parameters
+    # no parameters
+    assert sum(t.numel() for t in tensors) == saved["rng"].numel()
     history = whole["tele"]["history"]
     fired = [(k, True) for k in (3, 4, 6, 7)]
     assert [(row["k"], row["accepted"]) for row in history] == fired
@@ -504,8 +502,7 @@ def rig(
 @pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_changes_nothing(what):
-    """Whoever catches the error and goes on has what they had, and can read what
-    was wrong"""
+    "Whoever catches the error has what they had, and can read what was wrong"
     change, says = BAD[what]
     model, optimizer, tele, call = rig(**change)
     before = everything(model, optimizer, tele)
@@ -599,8 +596,7 @@ BUILD |= {
 
 @pytest.mark.parametrize("what", BUILD)
 def test_bad_parts_are_refused_when_built(what):
-    """What can be seen at the start must not wait for the first firing, hours
-    later"""
+    "What can be seen at the start must not wait for a firing, hours later"
     build, says = BUILD[what]
     with pytest.raises((ValueError, TypeError), match=f"(?s){says}"):
         build()

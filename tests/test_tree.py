@@ -136,13 +136,13 @@ def output_faults(output):
     "What an output should not say"
     printed = "\n".join(strings(output.get("text", [])))
     value = "\n".join(strings(output.get("data", {}).get("text/plain", [])))
-    said = printed + value
+    words = printed + value
     failed = output["output_type"] == "error"
-    if failed or "Traceback (most recent call last)" in said:
+    if failed or "Traceback (most recent call last)" in words:
         yield "traceback"
-    if output.get("name") == "stderr" or re.search(r"\w*Warning:", said):
+    if output.get("name") == "stderr" or re.search(r"\w*Warning:", words):
         yield "warning or stderr output"
-    if re.search(r"\d%\|", said):
+    if re.search(r"\d%\|", words):
         yield "progress bar"
 
 
@@ -213,12 +213,12 @@ def workflow_faults(flow):
     "What would fail only after a push, or run with more rights than it needs"
     jobs = flow["jobs"]
     steps = [step for job in jobs.values() for step in job["steps"]]
-    said = " ; ".join(step.get("run", "") for step in steps)
-    for target in re.findall(r"\bmake (\w+)", said):
+    commands = " ; ".join(step.get("run", "") for step in steps)
+    for target in re.findall(r"\bmake (\w+)", commands):
         if target not in targets():
             yield f"no target {target}"
     for target in ("test", "docs"):
-        if f"make {target}" not in said:
+        if f"make {target}" not in commands:
             yield f"never makes {target}"
     for action in [step["uses"] for step in steps if "uses" in step]:
         if not re.fullmatch(r"[\w-]+(/[\w-]+)+@v\d+", action):
@@ -334,16 +334,16 @@ INSTALL = {"python3": "echo would install; exit 1"}
 
 def test_docs_ask_for_quarto_first(copy):
     "Six gigabytes are not installed to say in the end that a program is missing"
-    said = make("docs", copy, INSTALL)
-    assert "make docs needs Quarto" in said
-    assert "would install" not in said
+    output = make("docs", copy, INSTALL)
+    assert "make docs needs Quarto" in output
+    assert "would install" not in output
 
 
 def test_docs_with_quarto_install(copy):
     "Control of the test above"
-    said = make("docs", copy, INSTALL | {"quarto": ""})
-    assert "needs Quarto" not in said
-    assert "would install" in said
+    output = make("docs", copy, INSTALL | {"quarto": ""})
+    assert "needs Quarto" not in output
+    assert "would install" in output
 
 
 def test_files_are_small():
