@@ -160,6 +160,7 @@ def fields(
         )
         for node in cls.body
         if isinstance(node, ast.AnnAssign)
+        and "ClassVar" not in ast.unparse(node.annotation)  # no parameter
     ]
 
 

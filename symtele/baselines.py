@@ -18,7 +18,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+from torch.utils import _pytree as pytree
+
 from .batch import BatchGL
+from .experiments import Row, count_flops
+from .groups import dot, readable
 from .networks import NetworkGroup
 from symtele.objectives import (
     Landscape,
@@ -32,11 +37,6 @@ from symtele.objectives import (
 from .searches import Ascent
 from .teleporting import teleport
 from .training import Teleporter, as_schedule, keep
-from torch import Generator, Tensor, nn
-from torch.utils import _pytree as pytree
-
-from .experiments import Row, count_flops
-from .groups import dot, readable
 from .wiring import wire
 
 # %% ../nbs/22_baselines.ipynb #b2f00007

@@ -12,6 +12,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.func import vjp
+
+from .groups import Named, readable, wide
 from symtele.networks import (
     Blocks,
     Kind,
@@ -29,10 +33,6 @@ from symtele.networks import (
     scale,
     transform,
 )
-from torch import Tensor
-from torch.func import vjp
-
-from .groups import Named, readable, wide
 
 # %% ../nbs/03_batch.ipynb #0a763fa6
 class LeftInverse(NamedTuple):

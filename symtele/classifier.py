@@ -21,15 +21,11 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from .batch import BatchGL
-from .networks import GL
-from .objectives import loss_of, measure
-from .searches import Ascent, Stay
-from .training import Schedule, Teleporter, at, reset
 from torch import Generator, Tensor, nn
 from torchvision import datasets
 
 from .baselines import Arm, Formula, Matched, fast_sgd, mlp
+from .batch import BatchGL
 from symtele.experiments import (
     Config,
     Row,
@@ -40,6 +36,10 @@ from symtele.experiments import (
 )
 from .figures import LOOK, STYLE, Look, draw_against_rate, log_axis
 from .groups import dot
+from .networks import GL
+from .objectives import loss_of, measure
+from .searches import Ascent, Stay
+from .training import Schedule, Teleporter, at, reset
 
 # %% ../nbs/23_classifier.ipynb #c1dfd96e
 @dataclass(frozen=True, eq=False)

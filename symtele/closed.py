@@ -11,7 +11,11 @@ from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor, nn
+from torch.func import grad, grad_and_value, vjp
+
 from .batch import LeftInverse, OnBatch, batch, left_inverse
+from .groups import Chart, Named, Params, dot, readable, wide
 from symtele.networks import (
     KINDS,
     Blocks,
@@ -33,14 +37,10 @@ from symtele.objectives import (
     descent_step,
     found,
 )
-from torch import Tensor, nn
-from torch.func import grad, grad_and_value, vjp
-
-from .groups import Chart, Named, Params, dot, readable, wide
 
 # %% ../nbs/10_closed.ipynb #405537d6
-def _gram_slope(blocks: Blocks, c: Named) -> Named:
-    "d‖J⁻ᵀc‖²/dξ at the identity, for linear laws"
+def _gram_slope(blocks: Blocks, c: Named) -> Tensor:
+    "d‖J⁻ᵀc‖²/dξ at the identity, for linear laws, shape (size,)"
     slopes = {}
     for space, kind, _, slots in blocks.moves(blocks.zero()):
         total = 0
@@ -57,7 +57,7 @@ def _gram_slope(blocks: Blocks, c: Named) -> Named:
             slot.apply(c[slot.param], space, look)
             total = total + (1 if slot.dual else -1) * grams[0]
         slopes[space.name] = 2 * total
-    return slopes
+    return wide(blocks.join(slopes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +72,7 @@ class NormOnLinear(Landscape):
         return all(kind in KINDS for _, kind in orbit.blocks.spaces)
 
     def find_slope(self) -> Tensor:
-        blocks = self.orbit.blocks
-        return wide(blocks.join(_gram_slope(blocks, self.gradient)))
+        return _gram_slope(self.orbit.blocks, self.gradient)
 
 # %% ../nbs/10_closed.ipynb #bd02002e
 @dataclass(frozen=True, eq=False)
@@ -229,13 +228,9 @@ class Link(NamedTuple):
     slopes: tuple[
         Tensor, Tensor | None
     ]  # σ'(z) and σ''(z), None for 0 everywhere
+    h: Tensor  # Activations, the first rows of `primal`
     trail: tuple[Step, ...] | None = None  # With few samples: the steps so far
-    tie: Tensor | None = None  # D of `_tied` for what reads the top, shape (n, n)
-
-    @property
-    def h(self) -> Tensor:
-        "Activations, shape (n, size)"
-        return self.primal[: len(self.z)]
+    tie: Tensor | None = None  # D of what reads the top, shape (n, n)
 
     @property
     def has_bias(self) -> bool:
@@ -260,8 +255,9 @@ class Link(NamedTuple):
         if above is not None:
             dual = _step_rows(above, dual.mT).mT
         z, slopes, tap = self.z, self.slopes, self.space.tap
+        h = primal[: len(z)]
         if self.kind == batch:
-            z = tap.inverse(primal[: len(z)], w)
+            z = tap.inverse(h, w)
             slopes = _activation_slopes(tap, z, w)
         else:
             z = _step_rows(t, z)
@@ -269,7 +265,7 @@ class Link(NamedTuple):
         if t is not None and trail is not None:
             trail = (*trail, t)
         return Link(
-            self.space, self.kind, primal, dual, z, slopes, trail, self.tie
+            self.space, self.kind, primal, dual, z, slopes, h, trail, self.tie
         )
 
 
@@ -367,7 +363,7 @@ def _reader_rows(
 def _few(
     x: Tensor, space: Space, readers: list[Tensor] | None
 ) -> tuple[bool, Any]:
-    "Whether samples are few for a space, and D of `_tied` at the top"
+    "Whether samples are few for a space, and D at the top"
     if not (len(x) < space.size / 4 and readable(x)):
         return False, None
     if readers is None:
@@ -407,7 +403,7 @@ def _read_links(orbit: NetworkOrbit, path: Path, c: Named) -> list[Link]:
                 (x, torch.eye(s.size, dtype=z.dtype, device=z.device))
             )
         slopes, trail = _activation_slopes(tap, z, w), () if few else None
-        links.append(Link(s, kind, primal, None, z, slopes, trail, tie))
+        links.append(Link(s, kind, primal, None, z, slopes, x, trail, tie))
     return links
 
 
@@ -623,8 +619,7 @@ class NormOnBatch(Landscape):
         owned = [t.param for s, _ in rest.spaces for t in s.slots]
         known = all(name in chain.above for name in owned)
         c = chain.above if known else self.gradient
-        # in the precision of elements, as a search sees them
-        return slopes | {k: wide(t) for k, t in _gram_slope(rest, c).items()}
+        return slopes | rest.split(_gram_slope(rest, c))
 
     def find_slope(self) -> Tensor:
         steps = self.blocks.items()

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from .training import Teleporter, first
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
+
+from .training import Teleporter, first
 
 # %% ../nbs/20_experiments.ipynb #b1d57811
 def _cubes(times):

@@ -28,11 +28,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from PIL import Image
-from .networks import Wiring
 from torch import Tensor
 
 from .experiments import Row
 from .groups import Rule
+from .networks import Wiring
 
 # %% ../nbs/21_figures.ipynb #cb4e5208
 # arm -> (label, colour, line style)

@@ -13,9 +13,6 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
-from .networks import GL
-from .training import Teleporter, at
-from .whitening import MoveData, ridge_whitener, second_moment
 from torch import Generator, Tensor, nn
 
 from symtele.classifier import (
@@ -26,6 +23,9 @@ from symtele.classifier import (
     train_classifier,
 )
 from .experiments import Config, Experiment, Row, grid
+from .networks import GL
+from .training import Teleporter, at
+from .whitening import MoveData, ridge_whitener, second_moment
 
 # %% ../nbs/36_input_whitening.ipynb #887309d0
 def _first_direction(moment, seed):

@@ -16,13 +16,6 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from .batch import BatchGL
-from .networks import Scaling
-from .objectives import lookahead, loss_of, measure
-from .searches import Ascent, Stay
-from .teleporting import teleport, travel
-from .training import Teleporter, at, reset, transport
-from .whitening import Whiten
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
@@ -39,6 +32,7 @@ from symtele.baselines import (
     speed_runs,
     squared,
 )
+from .batch import BatchGL
 from symtele.experiments import (
     Config,
     Experiment,
@@ -53,6 +47,12 @@ from symtele.experiments import (
 )
 from .figures import Table, table
 from .groups import dot
+from .networks import Scaling
+from .objectives import lookahead, loss_of, measure
+from .searches import Ascent, Stay
+from .teleporting import teleport, travel
+from .training import Teleporter, at, reset, transport
+from .whitening import Whiten
 from .wiring import wire
 
 # %% ../nbs/32_mlp.ipynb #f1abd670

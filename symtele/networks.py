@@ -523,8 +523,9 @@ class NetworkOrbit(Orbit):
     def still(self) -> bool:
         "Whether this is where the orbit began, as far as can be seen from here"
         at = self.at.values()
-        seen = self.law.keeps_identity and plain(*at)
-        return seen and not any(t.any() for t in at)
+        if self.discrete or not (self.law.keeps_identity and plain(*at)):
+            return False
+        return not any(t.any() for t in at)
 
     @cached_property
     def w(self) -> Named:

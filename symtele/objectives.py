@@ -145,6 +145,9 @@ class GradNorm(Objective):
 
     pure: ClassVar[bool] = True
 
+    def __repr__(self) -> str:
+        return "grad_norm"
+
     def __call__(self, loss: Loss, w: Params) -> Tensor:
         c = grad(lambda w: loss(w).sum())(w)
         return dot(c, c)
@@ -172,6 +175,9 @@ class Lookahead(Objective):
             raise ValueError(
                 f"lookahead(lr=...) must be positive and finite, got {self.lr}"
             )
+
+    def __repr__(self) -> str:
+        return f"lookahead(lr={self.lr})"  # as it is written
 
     def __call__(self, loss: Loss, w: Params) -> Tensor:
         c, before = grad_and_value(lambda w: loss(w).sum())(w)

@@ -24,15 +24,15 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
-from .objectives import Landscape, grad_norm, landscape
-from .searches import Ascent, GreatCircle, Stay
-from .teleporting import teleport
-from .training import as_schedule, at, every, keep
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 
 from .figures import STYLE
 from .groups import Chart, Orthogonal, Rotation, booth, ellipse, rosenbrock
+from .objectives import Landscape, grad_norm, landscape
+from .searches import Ascent, GreatCircle, Stay
+from .teleporting import teleport
+from .training import as_schedule, at, every, keep
 
 # %% ../nbs/24_problems.ipynb #50941357
 Search = Callable[[Landscape, Generator], Landscape]

@@ -21,10 +21,6 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from .batch import BatchGL
-from .networks import GL
-from .searches import Ascent
-from .training import Teleporter, at, every
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +32,7 @@ from symtele.baselines import (
     speed_runs,
     squared,
 )
+from .batch import BatchGL
 from .classifier import net
 from symtele.experiments import (
     FLOPS,
@@ -47,6 +44,9 @@ from symtele.experiments import (
     in_turn,
 )
 from .figures import LOOK, STYLE, Table, table
+from .networks import GL
+from .searches import Ascent
+from .training import Teleporter, at, every
 
 # %% ../nbs/35_runtime.ipynb #fe5dbbce
 class Operation(NamedTuple):

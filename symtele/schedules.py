@@ -24,11 +24,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator
-from .batch import BatchGL
-from .networks import GL
-from .objectives import grad_norm, lookahead, loss_of, measure
-from .searches import Ascent, GreatCircle, Grid, Random, Sample
-from .training import Teleporter, as_schedule, at, every, first
 from torch import Generator, Tensor, nn
 
 from symtele.baselines import (
@@ -37,6 +32,7 @@ from symtele.baselines import (
     regression,
     squared,
 )
+from .batch import BatchGL
 from symtele.classifier import (
     MOVED,
     Images,
@@ -51,6 +47,8 @@ from symtele.classifier import (
 from .experiments import Config, Experiment, Row, grid, rounded, select
 from .figures import LOOK, STYLE, Switch, img, switch
 from .groups import dot
+from .networks import GL
+from .objectives import grad_norm, lookahead, loss_of, measure
 from symtele.problems import (
     LAND,
     Objective,
@@ -64,6 +62,8 @@ from symtele.problems import (
     plain_ticks,
     rosenbrock_problem,
 )
+from .searches import Ascent, GreatCircle, Grid, Random, Sample
+from .training import Teleporter, as_schedule, at, every, first
 
 # %% ../nbs/34_schedules.ipynb #1574bddb
 def _whole(name: str, value: int, least: int):

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from .objectives import Landscape
 from torch import Generator, Tensor
+
+from .objectives import Landscape
 
 # %% ../nbs/07_searches.ipynb #217a553d
 Search = Callable[[Landscape, Generator], Landscape]  # or with `init` and `step`

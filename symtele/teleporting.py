@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from .objectives import Landscape, Measured, grad_norm, landscape, measure
-from .searches import Ascent, Search, run_search
 from torch import Generator, Tensor, nn
 from torch._C import _functorch
 from torch.utils import _pytree as pytree
 from torch.utils._pytree import tree_map
 
 from .groups import Loss, Orbit, Params, Rule, readable
+from .objectives import Landscape, Measured, grad_norm, landscape, measure
+from .searches import Ascent, Search, run_search
 
 # %% ../nbs/08_teleporting.ipynb #39c44619
 ROUNDING = 8.0  # multiples of the rounding term that a move may use

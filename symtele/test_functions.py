@@ -12,12 +12,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from .objectives import lookahead
-from .searches import GreatCircle
-from .training import every, reset
 from torch import Generator, Tensor
 
 from .experiments import Config, Experiment, Row, rounded
+from .objectives import lookahead
 from symtele.problems import (
     Descent,
     FromAngle,
@@ -28,6 +26,8 @@ from symtele.problems import (
     quadratic,
     rosenbrock_problem,
 )
+from .searches import GreatCircle
+from .training import every, reset
 
 # %% ../nbs/31_test_functions.ipynb #fc074d50
 _PROBLEMS = {

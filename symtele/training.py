@@ -15,6 +15,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Generator, Tensor, nn
+
+from .groups import Named, Orbit
 from .networks import GL, NetworkGroup
 from .objectives import Measured, grad_norm, loss_of, measure, unwrap
 from .searches import Ascent, Search
@@ -25,9 +28,6 @@ from symtele.teleporting import (
     check_tol,
     travel,
 )
-from torch import Generator, Tensor, nn
-
-from .groups import Named, Orbit
 from .wiring import wire
 
 # %% ../nbs/09_training.ipynb #1674be79

@@ -10,14 +10,14 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from .batch import batch
-from .networks import Kind, Move, NetworkOrbit, Slot, Space, gl, transform
-from .objectives import Landscape, Measured, descent_step, measure
-from .teleporting import finite
 from torch import Generator, Tensor
 from torch.utils import _pytree as pytree
 
+from .batch import batch
 from .groups import Loss, Orbit, Params, dot, wide
+from .networks import Kind, Move, NetworkOrbit, Slot, Space, gl, transform
+from .objectives import Landscape, Measured, descent_step, measure
+from .teleporting import finite
 
 # %% ../nbs/11_whitening.ipynb #a9a59197
 def _whitener(h: Tensor, kind: Kind) -> Tensor:

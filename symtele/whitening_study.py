@@ -13,19 +13,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from .batch import BatchGL
-from .networks import GL
-from symtele.objectives import (
-    Landscape,
-    Measured,
-    descent_step,
-    landscape,
-    loss_of,
-    measure,
-)
-from .searches import Ascent, Stay
-from .teleporting import teleport
-from .whitening import Whiten
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
@@ -38,6 +25,7 @@ from symtele.baselines import (
     speed_problem,
     squared,
 )
+from .batch import BatchGL
 from symtele.experiments import (
     Config,
     Experiment,
@@ -48,6 +36,18 @@ from symtele.experiments import (
     train,
 )
 from .groups import dot
+from .networks import GL
+from symtele.objectives import (
+    Landscape,
+    Measured,
+    descent_step,
+    landscape,
+    loss_of,
+    measure,
+)
+from .searches import Ascent, Stay
+from .teleporting import teleport
+from .whitening import Whiten
 from .wiring import wire
 
 # %% ../nbs/37_whitening_study.ipynb #4d134bc0

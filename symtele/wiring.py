@@ -14,6 +14,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
 from symtele.networks import (
     KINDS,
     Kind,
@@ -25,7 +27,6 @@ from symtele.networks import (
     perm,
     scale,
 )
-from torch import Tensor, fx, nn
 
 # %% ../nbs/04_wiring.ipynb #c1dfd96e
 LINEAR = KINDS

@@ -3,15 +3,17 @@ hundreds of random chains"""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from symtele.objectives import landscape
 from torch import Generator, nn
 from torch.func import grad
 
 from symtele import BatchGL, grad_norm, loss_of, wire
+from symtele.batch import OnBatch, batch
+from symtele.objectives import landscape
 
 NETS = 300
 COND = 1e4  # above this condition of a layer's input rounding decides
@@ -83,10 +85,10 @@ def check(seed):
         orbit = BatchGL(wire(model, x)).orbit(w, x)
     except ValueError:
         return []
-    if orbit.law != "batch":
+    if not isinstance(orbit.law, OnBatch):
         return []
     cond = max(
-        torch.linalg.cond(p.full).item() for p in orbit.reading[1].values()
+        torch.linalg.cond(p.full).item() for p in orbit.law.read.plus.values()
     )
     land = landscape(orbit, loss)
     moves = 3 * (seed // 7 % 2)
@@ -98,9 +100,9 @@ def check(seed):
             land = land.move(land.orbit.random(rng, 0.03))
     row = dict(
         seed=seed,
-        kind=land.kind,
+        closed=land.closed,
         cond=cond,
-        kinds=tuple({kind for _, kind in orbit.blocks.spaces}),
+        kinds=tuple({kind.name for _, kind in orbit.blocks.spaces}),
         few=sum(link.trail is not None for link in land.chain.links),
     )
     return [row | errors(land, loss, x)]
@@ -129,17 +131,17 @@ def errors(land, loss, x):
 
 def curved(link):
     "Whether a link of the batch law has a σ'' worth the name"
-    if link.kind != "batch" or link.bent[1] is None:
+    if link.kind != batch or link.slopes[1] is None:
         return False
-    return bool(link.bent[1].abs().max() > 0.01)
+    return bool(link.slopes[1].abs().max() > 0.01)
 
 
 def flattened(land):
     "The landscape without σ''"
     links = tuple(
-        link._replace(bent=(link.bent[0], None)) for link in land.chain.links
+        link._replace(slopes=(link.slopes[0], None)) for link in land.chain.links
     )
-    return land.knowing(chain=land.chain._replace(links=links))
+    return replace(land, known={"chain": land.chain._replace(links=links)})
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +171,7 @@ def test_value_and_slope(rows, capsys):
             f"of the slope {worst['slope']:.0e}; without σ'' median {flat:.0%}"
         )
     assert len(nets) >= 220
-    assert all(r["kind"] == "closed" for r in rows)
+    assert all(r["closed"] for r in rows)
     assert max(worst.values()) < 1e-9, worst
     assert sum("scale" in r["kinds"] for r in good) >= 20
     assert sum("gl" in r["kinds"] for r in good) >= 20

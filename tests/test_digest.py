@@ -15,7 +15,6 @@ from itertools import product
 import test_training
 import torch
 import torch.nn.functional as F
-from symtele.whitening import MoveData, ridge_whitener, second_moment
 from test_style import PAGES, made
 from test_tree import ROOT
 from torch import Generator, nn
@@ -47,6 +46,7 @@ from symtele import (
 )
 from symtele.baselines import Matched
 from symtele.experiments import processor
+from symtele.whitening import MoveData, ridge_whitener, second_moment
 
 FILE = ROOT / "tests/digest.json"
 F64, F32 = torch.float64, torch.float32

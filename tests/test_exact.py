@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from symtele.teleporting import NONFINITE
 from torch import Generator, nn
 
 from symtele import (
@@ -31,6 +30,7 @@ from symtele import (
     teleport,
     wire,
 )
+from symtele.teleporting import NONFINITE
 from symtele.wiring import COMMUTES
 
 NETS = 2000

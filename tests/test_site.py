@@ -325,9 +325,10 @@ def test_every_public_name_has_an_entry(pages):
 
 def test_missing_entries_are_seen(pages):
     "Control of the test above"
-    cells = pages["nbs/08_teleporting.ipynb"]
-    assert 'id="teleporter.step"' in entries(cells)["Teleporter"]
-    assert "Learning rate η" in entries(cells)["lookahead"]
+    training = entries(pages["nbs/09_training.ipynb"])
+    assert 'id="teleporter.step"' in training["Teleporter"]
+    cells = pages["nbs/06_objectives.ipynb"]
+    assert "Learning rate η" in entries(cells)["Lookahead"]
     assert "measure" in entries(cells)
     fewer = [c for c in cells if "### measure" not in text(c)]
     assert "measure" not in entries(fewer)
@@ -335,8 +336,9 @@ def test_missing_entries_are_seen(pages):
     words = "Parameters; not modified"
     silent = [dict(c, source=text(c).replace(words, "")) for c in cells]
     assert mute(entries(silent), "measure") == ["measure(w)"]
-    teleport = importlib.import_module("symtele.teleport")
-    assert methods(teleport, "Teleporter") == ["step"]
+    training = importlib.import_module("symtele.training")
+    named = ["due", "step", "state_dict", "load_state_dict"]
+    assert methods(training, "Teleporter") == named
 
 
 def test_pages_are_light(pages):
@@ -347,23 +349,22 @@ def test_pages_are_light(pages):
 
 
 def test_printed_tables_stay_whole(pages):
-    """Every line of Fig. 6's table is in one box that does not wrap; sentences
+    """Every line of a printed table is in one box that does not wrap; sentences
     are not, and a page without tables is left as it is"""
-    path = "nbs/35_runtime.ipynb"
+    path = "nbs/00_own_model.ipynb"
     outputs = [o for cell in read(path) for o in cell.get("outputs", [])]
     printed = ["".join(o.get("text", "")) for o in outputs]
-    lines = next(s for s in printed if "plain runs" in s).splitlines()
-    table = [s for s in lines if re.search("[0-9] +[0-9]+ +[0-9]+ µs", s)]
+    table = next(s for s in printed if s.startswith("k  ") and "the step" in s)
     boxes = []
     for part in shown(pages[path]):
         boxes += re.findall("<pre class=symtele-table>(.*?)</pre>", part, re.S)
-    (box,) = (b for b in boxes if table[0] in b)
-    assert len(table) == 9
-    assert set(table) <= set(box.splitlines())
-    assert lines[-1] not in box
-    # control: one line is no table
-    sentences = blocks("One sentence.\nAnother, with  a gap.\nA third.")
-    assert [is_table for is_table, _ in sentences] == [False] * 3
+    (box,) = (b for b in boxes if table.splitlines()[0] in b)
+    assert table.count("\n") == 13
+    assert set(table.splitlines()) <= set(box.splitlines())
+    around = blocks(f"A sentence.\n{table}Another one.")
+    assert [whole for whole, _ in around] == [False, True, False]
+    sentences = "One sentence.\nAnother, with  a gap.\nA third."  # no table
+    assert [whole for whole, _ in blocks(sentences)] == [False, False, False]
     plain = shown(pages["nbs/04_wiring.ipynb"])
     assert not any("symtele-table" in part for part in plain)
 

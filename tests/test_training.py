@@ -11,17 +11,17 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import ExponentialLR
+from torch.utils._pytree import tree_leaves, tree_map
+
 from symtele.batch import BatchGL, LeastSquares
+from symtele.groups import Orthogonal
 from symtele.networks import GL, Permutation, Scaling
 from symtele.objectives import lookahead, loss_of
 from symtele.searches import Ascent, Random
 from symtele.teleporting import teleport
 from symtele.training import Teleporter, at, every, first, keep, reset, transport
-from torch import nn
-from torch.optim.lr_scheduler import ExponentialLR
-from torch.utils._pytree import tree_leaves, tree_map
-
-from symtele.groups import Orthogonal
 from symtele.wiring import wire
 
 # SparseAdam raises on dense gradients, and these layers make no others
