@@ -1,5 +1,5 @@
 """What users ran into, one test for each: before it was mended, each of them
-failed. What is shown on a page (kinds of one's own, pinned trunks, trained searches,
+failed. What is shown on a page (own kinds, pinned trunks, trained searches,
 resumed runs, moves that are undone) is checked there."""
 
 import pickle
