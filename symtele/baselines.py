@@ -372,11 +372,12 @@ def _stacked(models):
             f"got slopes {sorted(slopes)}"
         )
     layers = list(zip(*(model[::2] for model in models), strict=True))
-    W = [torch.stack([m.weight.detach() for m in same]) for same in layers]
-    b = [torch.stack([m.bias.detach() for m in same])[:, None] for same in layers]
-    for same, w, c in zip(layers, W, b):
+    W, b = [], []
+    for same in layers:
+        W.append(torch.stack([m.weight.detach() for m in same]))
+        b.append(torch.stack([m.bias.detach() for m in same])[:, None])
         for i, m in enumerate(same):
-            m.weight.data, m.bias.data = w[i], c[i, 0]
+            m.weight.data, m.bias.data = W[-1][i], b[-1][i, 0]
     return W, b, slopes.pop()
 
 

@@ -154,8 +154,8 @@ def draw_against_rate(
         marker = markers[arm] if markers else "o"
         style = dict(color=colour, ls=line, marker=marker, ms=4, label=label)
         ax.plot(x, [_within(median(vs), floor, top) for vs in seeds], **style)
-        spans = [[max(min(v, top), floor) for v in vs] for vs in seeds]
-        low, high = [min(span) for span in spans], [max(span) for span in spans]
+        low = [max(min(*vs, top), floor) for vs in seeds]
+        high = [max(min(max(vs), top), floor) for vs in seeds]
         ax.vlines(x, low, high, color=colour, lw=1)
         lost = [u for u, vs in zip(x, seeds) if math.inf in vs]
         ax.plot(lost, [top] * len(lost), "x", color=colour, ms=7)
@@ -228,9 +228,14 @@ def table(
     "Rows as a table of the page"
     names = list(dict.fromkeys(name for row in rows for name in row))
     formats = formats or {}
-    cells = [[_cell(r.get(n), formats.get(n)) for n in names] for r in rows]
-    numeric = [all(_is_number(r.get(n, 0)) for r in rows) for n in names]
-    return Table(names, cells, numeric, caption)
+
+    def cells(row):
+        return [_cell(row.get(name), formats.get(name)) for name in names]
+
+    def numeric(name):
+        return all(_is_number(row.get(name, 0)) for row in rows)
+
+    return Table(names, [*map(cells, rows)], [*map(numeric, names)], caption)
 
 
 def _is_number(value):

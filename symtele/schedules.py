@@ -194,7 +194,9 @@ class _Network:
 
     def row(self) -> Row:
         "What a results file keeps"
-        columns = {k: rounded(r[k] for r in self.record) for k in self.record[0]}
+        columns = {}
+        for name in self.record[0]:
+            columns[name] = rounded(point[name] for point in self.record)
         return {**self.arm, **columns, **_moves_of(self.tele)}
 
 
@@ -1024,7 +1026,11 @@ _COLUMNS = (  # where the controls are
 def _columns(controls: dict[str, W.Widget]) -> W.Box:
     "The controls in columns that wrap"
     rigid = W.Layout(flex="0 0 auto")
-    columns = [W.VBox([controls[k] for k in c], layout=rigid) for c in _COLUMNS]
+
+    def column(names):
+        return W.VBox([controls[name] for name in names], layout=rigid)
+
+    columns = [column(names) for names in _COLUMNS]
     return W.Box(columns, layout=W.Layout(flex_flow="row wrap"))
 
 
@@ -1199,6 +1205,7 @@ def schedule_grid(
     "A run for every first teleport and interval, up to each teleport and its end"
 
     def frames(start, interval):
+        "The pictures of one run"
         last = start + interval * (count - 1)
         schedule = every(interval, start=start) & first(last + 1)
         run = run_schedule(problem, schedule, **settings)
@@ -1210,6 +1217,9 @@ def schedule_grid(
             )
         return [_img(run, k) for k in (*stops, len(run.tele.loss) - 1)]
 
+    pictures = []
+    for start in starts:
+        pictures.append([frames(start, interval) for interval in intervals])
     numbers = range(1, count + 1)
     return switch(
         {
@@ -1217,7 +1227,7 @@ def schedule_grid(
             "interval": [f"every {_count(n, 'step')}" for n in intervals],
             "shown up to": [*(f"teleport {i}" for i in numbers), "the end"],
         },
-        [[frames(k, n) for n in intervals] for k in starts],
+        pictures,
         caption,
         "grid",
         still=still or (0, 0, count),
