@@ -27,6 +27,7 @@ from symtele.networks import (
     Space,
     Tap,
     gl,
+    matrix_undo,
     transform,
 )
 from symtele.objectives import (
@@ -214,7 +215,7 @@ def _undo_rows(t: Step, rows: Tensor) -> Tensor:
         one = torch.eye(len(t.u), dtype=rows.dtype, device=rows.device)
         small = torch.linalg.solve_ex(one + t.v @ t.u.mT, t.v)[0]
         return torch.addmm(rows, rows @ t.u.mT, small, alpha=-1)
-    return rows / t.exp() if t.ndim < 2 else gl.undo(t, rows)
+    return rows / t.exp() if t.ndim < 2 else matrix_undo(t, rows)
 
 # %% ../nbs/10_closed.ipynb #464ffcd7
 class Link(NamedTuple):

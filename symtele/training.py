@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['MOMENTS', 'transport', 'whole', 'Schedule', 'at', 'every', 'first', 'when', 'as_schedule', 'Pull', 'keep', 'reset',
-           'Transport', 'Teleporter']
+           'Transport', 'Firing', 'Teleporter']
 
 # %% ../nbs/09_training.ipynb #ac3e71fe
 import inspect
 import operator
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils._pytree import tree_map
 
-from .groups import Named, Orbit
+from .groups import Loss, Named, Orbit
 from .networks import GL, NetworkGroup
 from .objectives import Measured, grad_norm, loss_of, measure, unwrap
 from .searches import Ascent, Search
@@ -176,7 +178,7 @@ def _new_state(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Any]]
 
 
 def reset(
-    optimizer: torch.optim.Optimizer,  # Its state is replaced; groups and rates stay
+    optimizer: torch.optim.Optimizer,  # Its state is replaced, its rates stay
     out: Teleported,  # The accepted move; not looked at
     pull: Pull,  # Not called
 ) -> None:
@@ -200,7 +202,7 @@ MOMENTS = {  # optimizer -> names of its first and of its second moments
 
 @dataclass(frozen=True)
 class Transport:
-    "State policy: carry first moments, and second ones where matrices have no sums"
+    "State policy: carry the moments; second ones under diagonals, permutations"
 
     def check(self, optimizer: torch.optim.Optimizer, group: Any) -> None:
         "Raise where the state cannot be carried along the moves of `group`"
@@ -209,22 +211,24 @@ class Transport:
         if moments is None:
             known = ", ".join(o.__name__ for o in MOMENTS)
             raise ValueError(
-                f"transport knows the moments of {known}, not of {name}; {instead}"
+                f"transport knows the moments of {known}, "
+                f"not of {name}; {instead}"
             )
         rms = isinstance(optimizer, torch.optim.RMSprop)
         if rms and any(g["momentum"] for g in optimizer.param_groups):
             raise ValueError(
-                "transport cannot carry RMSprop's momentum, which is a sum of steps "
-                "and not of gradients; use reset"
+                "transport cannot carry RMSprop's momentum, which is a sum "
+                "of steps and not of gradients; use reset"
             )
         if not group.exact:
             raise ValueError(
-                f"transport needs moves that can be undone, got {theirs}(); {instead}"
+                f"transport needs moves that can be undone, "
+                f"got {theirs}(); {instead}"
             )
-        if moments[1] and not all(kind.squares for kind in group.prefer):
+        if moments[1] and not all(kind.power for kind in group.prefer):
             raise ValueError(
-                f"transport carries the second moments of {name} only under Scaling() "
-                f"or Permutation(), got {theirs}(); {instead}"
+                f"transport carries the second moments of {name} only under "
+                f"Scaling() or Permutation(), got {theirs}(); {instead}"
             )
 
     def __call__(
@@ -251,16 +255,40 @@ class Transport:
 transport = Transport()
 
 # %% ../nbs/09_training.ipynb #2eea487c
-def _check_optimizer(
-    optimizer: Any, state: Callable[..., None], group: Any, model: nn.Module
-) -> None:
-    "Raise where a state policy cannot work with the optimizer"
+class Firing:
+    "Which calls teleport: a schedule, and how many calls in a row it covers"
+
+    def __init__(
+        self,
+        schedule: Any,  # A schedule, a set of steps, or a function of k
+        batches: int = 1,  # Calls in a row that a firing covers, at least 1
+    ):
+        self.schedule = as_schedule(schedule)
+        self.batches = whole("batches", batches, 1)
+        self.left, self.fired = 0, set()
+
+    def begins(self, k: int, measured: Measured | None = None) -> bool:
+        "Whether a firing begins at k; each k fires once"
+        return k not in self.fired and self.schedule(k, measured)
+
+    def note(self, k: int, begins: bool) -> None:
+        "One call at k has teleported, the first of its firing or another"
+        if begins:
+            self.fired.add(k)
+            self.left = self.batches
+        self.left -= 1
+
+# %% ../nbs/09_training.ipynb #4bd4e6d8
+def _check_optimizer(tele: "Teleporter") -> None:
+    "Raise where the state policy cannot work with the optimizer"
+    optimizer, state = tele.optimizer, tele.state
     if state is keep:
         return
     if optimizer is None:
         name = getattr(state, "__name__", state)
         raise ValueError(
-            f"state={name} needs the optimizer: Teleporter(..., optimizer=optimizer)"
+            f"state={name} needs the optimizer: "
+            "Teleporter(..., optimizer=optimizer)"
         )
     if state not in (reset, transport):
         return
@@ -268,118 +296,120 @@ def _check_optimizer(
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}"
         )
-    own = {id(p) for p in model.parameters()}
-    held = [p for g in optimizer.param_groups for p in g["params"]]
-    strangers = sum(id(p) not in own for p in held)
-    if strangers:
+    own = {id(p) for p in tele.model.parameters()}
+    held = [id(p) in own for g in optimizer.param_groups for p in g["params"]]
+    if not all(held):
         raise ValueError(
-            f"optimizer holds {strangers} of {len(held)} parameters that are not the "
-            "model's"
+            f"optimizer holds {held.count(False)} of {len(held)} parameters that are "
+            "not the model's"
         )
     if state is transport:
-        transport.check(optimizer, group)
+        transport.check(optimizer, tele.group)
         return
     try:
         _new_state(optimizer)
     except Exception as e:
-        name = type(optimizer).__name__
         raise ValueError(
-            f"state=reset cannot make a new {name} from its groups and defaults ({e}); "
-            "use keep, or a policy of your own"
+            f"state=reset cannot make a new {type(optimizer).__name__} from its "
+            f"groups and defaults ({e}); use keep, or a policy of your own"
         ) from e
 
 
 def _check_parts(tele: "Teleporter") -> None:
     "Raise where the parts of a new `Teleporter` do not fit together"
+    probe, inputs, group = tele.probe, tele.inputs, tele.group
     if not isinstance(tele.model, nn.Module):
         kind = type(tele.model).__name__
         raise TypeError(f"model must be an nn.Module, got {kind}")
     for name in ("loss_fn", "objective", "search", "state"):
         part = getattr(tele, name)
-        stateful = name == "search" and hasattr(part, "step")
         unmade = isinstance(part, type) and name != "loss_fn"
-        if not (callable(part) or stateful) or unmade:
+        if unmade or not (callable(part) or hasattr(part, "step")):
             raise TypeError(
                 f"{name} must be a function, or an instance such as Ascent(), "
                 f"got {part!r}"
             )
     check_tol(tele.tol)
-    probe, inputs, group = tele.probe, tele.inputs, tele.group
     if probe is not None and not (
         isinstance(probe, tuple | list) and len(probe) == 2
     ):
         raise TypeError(f"probe must be a batch (x, y), got {probe!r}")
     if isinstance(group, type) or not hasattr(group, "exact"):
         raise TypeError(f"group must be a group such as GL(), got {group!r}")
-    _check_optimizer(tele.optimizer, tele.state, group, tele.model)
-    square = (
-        isinstance(inputs, nn.Linear)
-        and inputs.in_features == inputs.out_features
-    )
-    if inputs is not None and not (square and inputs.bias is None):
+    _check_optimizer(tele)
+    linear = isinstance(inputs, nn.Linear) and inputs.bias is None
+    square = linear and inputs.in_features == inputs.out_features
+    if inputs is not None and not square:
         raise ValueError(
             f"inputs must be a square nn.Linear without bias, got {inputs}"
         )
     if not group.exact and tele.tol is None:
         raise ValueError(
-            f"{type(group).__name__} is not an exact symmetry: say how much drift you "
-            "allow, Teleporter(..., tol=...)"
+            f"{type(group).__name__} is not an exact symmetry: say how much drift "
+            "you allow, Teleporter(..., tol=...)"
         )
 
-# %% ../nbs/09_training.ipynb #4bd4e6d8
-class _Rollback:
+# %% ../nbs/09_training.ipynb #238ec25d
+@contextmanager
+def _restored(tensors: list[Tensor], optimizer: torch.optim.Optimizer | None):
     "Put tensors and an optimizer's state back if the block ends in any exception"
-
-    def __init__(
-        self, tensors: list[Tensor], optimizer: torch.optim.Optimizer | None
-    ):
-        self.old = [(t, t.detach().clone()) for t in tensors]
-        self.optimizer, self.state = optimizer, None
-        if optimizer is not None:
-            self.state = {p: _copied(s) for p, s in optimizer.state.items()}
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, *rest: Any) -> None:
-        if kind is None:
-            return
-        for t, was in self.old:
+    old = [(t, t.detach().clone()) for t in tensors]
+    states = {} if optimizer is None else dict(optimizer.state)
+    states = {p: tree_map(_copied, state) for p, state in states.items()}
+    try:
+        yield
+    except BaseException:
+        for t, was in old:
             if not torch.equal(t, was):
                 t.copy_(was)
-        if self.optimizer is not None:
-            self.optimizer.state.clear()
-            self.optimizer.state.update(self.state)
+        if optimizer is not None:
+            optimizer.state.clear()
+            optimizer.state.update(states)
+        raise
 
 
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()
-    }
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
-# %% ../nbs/09_training.ipynb #238ec25d
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    params = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    if not params:
+        kind = type(model).__name__
+        raise ValueError(
+            f"model has no trainable parameters: {kind} is frozen or empty"
+        )
+    return params
+
+
+def _history_row(k: int, out: Teleported) -> dict[str, Any]:
+    "What the history keeps of a move, as plain numbers"
+    loss, objective = (
+        out.loss.reshape(2, -1).sum(1).tolist(),
+        out.objective.tolist(),
+    )
+    return dict(
+        k=k,
+        accepted=bool(out.accepted),
+        reason=out.reason,
+        drift=out.drift.item(),
+        steps=out.steps.item(),
+        evals=out.evals.item(),
+        seconds=out.seconds,
+        kinds=", ".join(f"{name}: {r.kind}" for name, r in out.report.items()),
+        loss_before=loss[0],
+        loss_after=loss[1],
+        objective_before=objective[0],
+        objective_after=objective[1],
+    )
+
+# %% ../nbs/09_training.ipynb #f1e7db26
 class Teleporter:
-    """Teleports in an ordinary training loop: call `step(x, y)` before the forward pass
-
-    model      trained elsewhere; accepted moves change its parameters in place
-    loss_fn    `(output, y) -> ()` or `(T,)`, the training loss without weight decay
-    group      GL(), BatchGL(), Scaling(), Permutation(), …; bound at the first move
-    schedule   at(5), every(100), first(4), when(f), a set of steps, a function of k
-    objective  what to climb: grad_norm, lookahead(lr), or any `(loss, w) -> ()`
-    search     how: Ascent(), Random(norm), Sample(n), …
-    batches    how many calls in a row a firing covers (Z22's B)
-    optimizer  needed by the policies reset and transport
-    state      what becomes of the optimizer's memory: keep, reset or transport
-    probe      a batch (x, y) whose change of loss is recorded with every move
-    inputs     a square nn.Linear without bias before the model (Z22 Alg. 3)
-    pin        names of parameters that must not move, if another model shares them
-    tol        relative tolerance of the loss; None: rounding only
-    seed       for searches that draw
-    """
+    "Teleports in an ordinary loop: call `step(x, y)` before the forward pass"
 
     def __init__(
         self,
-        model: nn.Module,  # Trained elsewhere; changed by accepted moves, in place
+        model: nn.Module,  # Trained elsewhere; accepted moves change it in place
         loss_fn: Callable[[Any, Any], Tensor],  # `(output, y) -> ()` or `(T,)`
         group: Any = GL(),  # Bound to the model's wiring at the first move
         *,
@@ -393,31 +423,18 @@ class Teleporter:
             ..., None
         ] = keep,  # What becomes of the optimizer's state
         probe: tuple[Tensor, Tensor] | None = None,  # A held-out batch (x, y)
-        inputs: nn.Linear
-        | None = None,  # The map of the data, multiplied in place
+        inputs: nn.Linear | None = None,  # The map of the data, changed in place
         pin: tuple[str, ...] = (),  # Names of parameters that must not move
         tol: float | None = None,  # As in `teleport`
         seed: int = 0,  # For searches that draw
     ):
         self.model, self.loss_fn, self.group = unwrap(model), loss_fn, group
-        self.schedule, self.objective, self.search = (
-            as_schedule(schedule),
-            objective,
-            search,
-        )
-        self.batches, self.optimizer, self.state = (
-            whole("batches", batches, 1),
-            optimizer,
-            state,
-        )
-        self.probe, self.inputs, self.pin, self.tol = (
-            probe,
-            inputs,
-            tuple(pin),
-            tol,
-        )
-        self.rng, self.k, self.left = Generator().manual_seed(seed), 0, 0
-        self.fired, self.history, self.search_state = set(), [], None
+        self.firing = Firing(schedule, batches)
+        self.objective, self.search, self.tol = objective, search, tol
+        self.optimizer, self.state, self.probe = optimizer, state, probe
+        self.inputs, self.pin = inputs, tuple(pin)
+        self.rng, self.k, self.history = Generator().manual_seed(seed), 0, []
+        self.search_state = None  # of a search that remembers
         self.bound = (
             None  # trainable names at the last move, and the group for them
         )
@@ -425,8 +442,7 @@ class Teleporter:
 
     def due(self, k: int, measured: Measured | None = None) -> bool:
         "Whether `step(..., k)` would teleport"
-        again = self.left > 0
-        return again or k not in self.fired and self.schedule(k, measured)
+        return self.firing.left > 0 or self.firing.begins(k, measured)
 
     def step(
         self,
@@ -437,27 +453,21 @@ class Teleporter:
     ) -> Teleported | None:  # What the teleport did, None where none was due
         "Teleport if one is due"
         now = self.k if k is None else whole("k", k)
-        seen = self._look(x, y) if self.schedule.sees else None
-        fires = self.schedule(now, seen) and now not in self.fired
-        out = self._fire(x, y, now) if fires or self.left else None
-        if fires:
-            self.fired.add(now)
-            self.left = self.batches
-        if out is not None:
-            self.left -= 1
+        measured = self._look(x, y) if self.firing.schedule.sees else None
+        begins, out = self.firing.begins(now, measured), None
+        if begins or self.firing.left:
+            out = self._fire(x, y, now)
+            self.firing.note(now, begins)
         if k is None:
             self.k += 1
         return out
 
     def state_dict(self) -> dict[str, Any]:
         "Everything that decides what the next calls do; no parameters"
-        return dict(
-            k=self.k,
-            left=self.left,
-            fired=sorted(self.fired),
-            rng=self.rng.get_state(),
-            history=[dict(row) for row in self.history],
-            search=self.search_state,
+        firing, rows = self.firing, [dict(row) for row in self.history]
+        state = dict(k=self.k, left=firing.left, fired=sorted(firing.fired))
+        return state | dict(
+            rng=self.rng.get_state(), history=rows, search=self.search_state
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -474,44 +484,13 @@ class Teleporter:
             set(state["fired"]),
             [dict(row) for row in state["history"]],
         )
-        self.k, self.left, self.rng = k, left, rng
-        self.fired, self.history = fired, history
+        self.k, self.rng, self.history = k, rng, history
+        self.firing.left, self.firing.fired = left, fired
         self.search_state = state.get("search")
-
-    def _data(self, x: Tensor) -> Tensor:
-        "A batch as the model sees it"
-        return x if self.inputs is None else self.inputs(x).detach()
-
-    def _look(self, x: Tensor, y: Any) -> Measured:
-        "The loss of a batch, measured for a schedule that looks"
-        check_input(dict(self._trainable()), x)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            loss, w = loss_of(self.model, self.loss_fn, y)
-            return measure(lambda w: loss(w, self._data(x)), w)
-
-    def _trainable(self) -> dict[str, nn.Parameter]:
-        named = self.model.named_parameters()
-        params = {name: p for name, p in named if p.requires_grad}
-        if not params:
-            kind = type(self.model).__name__
-            raise ValueError(
-                f"model has no trainable parameters: {kind} is frozen or empty"
-            )
-        return params
-
-    def _bind(self, names: set[str], x: Tensor) -> tuple[set[str], Any]:
-        "The group for a set of trainable parameters: freezing changes the table"
-        group = self.group
-        if not isinstance(group, NetworkGroup) or group.wiring is not None:
-            return names, group
-        if self.bound is not None and self.bound[0] == names:
-            return self.bound
-        wiring = wire(self.model, x, inputs=self.inputs is not None, pin=self.pin)
-        return names, group.on(wiring)
 
     def _fire(self, x: Tensor, y: Any, k: int) -> Teleported:
         "One teleport, written in place if it is accepted"
-        params = self._trainable()
+        params = _trainable(self.model)
         if not isinstance(x, Tensor):
             kind = type(x).__name__
             raise TypeError(f"x must be a Tensor, samples first, got {kind}")
@@ -520,72 +499,77 @@ class Teleporter:
         rng.set_state(self.rng.get_state())
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             loss, w = loss_of(self.model, self.loss_fn, y)
-            data = self._data(x)
-            bound = self._bind(set(params), data)
-            objective, search, state = (
-                self.objective,
-                self.search,
-                self.search_state,
-            )
-            gone = travel(
-                loss, w, bound[1], data, objective, search, self.tol, rng, state
-            )
-            row = self._row(k, gone) | self._probed(w, gone)
+            x = self._mapped(x)
+            bound = self._bind(set(params), x)
+            how = (self.objective, self.search, self.tol, rng, self.search_state)
+            gone = travel(loss, w, bound[1], x, *how)
+            row = _history_row(k, gone.out) | self._probed(w, gone)
             if gone.out.accepted:
                 self._write(gone, params)
         self.bound, self.rng, self.search_state = bound, rng, gone.state
         self.history.append(row)
         return gone.out
 
-    def _row(self, k: int, gone: Journey) -> dict[str, Any]:
-        "What the history keeps of a move, as plain numbers"
-        out = gone.out
-        row = dict(
-            k=k,
-            accepted=bool(out.accepted),
-            reason=out.reason,
-            drift=out.drift.item(),
-            steps=out.steps.item(),
-            evals=out.evals.item(),
-            seconds=out.seconds,
-            kinds=", ".join(
-                f"{name}: {r.kind}" for name, r in out.report.items()
-            ),
-        )
-        for name, pair in (
-            ("loss", out.loss.reshape(2, -1).sum(1)),
-            ("objective", out.objective),
+    def _mapped(self, x: Tensor) -> Tensor:
+        return x if self.inputs is None else self.inputs(x).detach()
+
+    def _look(self, x: Tensor, y: Any) -> Measured:
+        check_input(dict(_trainable(self.model)), x)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            loss, w = loss_of(self.model, self.loss_fn, y)
+            return measure(lambda w: loss(w, self._mapped(x)), w)
+
+    def _bind(self, names: set[str], x: Tensor) -> tuple[set[str], Any]:
+        if (
+            not isinstance(self.group, NetworkGroup)
+            or self.group.wiring is not None
         ):
-            row[f"{name}_before"], row[f"{name}_after"] = pair.tolist()
-        return row
+            return names, self.group
+        if self.bound is not None and self.bound[0] == names:
+            return self.bound
+        wiring = wire(self.model, x, inputs=self.inputs is not None, pin=self.pin)
+        return names, self.group.on(wiring)  # freezing layers changes the table
 
     def _probed(self, w: Named, gone: Journey) -> dict[str, float]:
-        "The loss of the probe before and after"
         if self.probe is None:
             return {}
-        x, y = self.probe
-        loss, _ = loss_of(self.model, self.loss_fn, y)
-        data = self._data(x)
+        x, (loss, _) = self._mapped(self.probe[0]), self._loss_of(self.probe[1])
         moves = gone.out.accepted and self.inputs is not None
-        after = gone.end.carry_data(data) if moves else data
-        return dict(
-            probe_before=loss(w, data).sum().item(),
-            probe_after=loss(gone.out.w, after).sum().item(),
-        )
+        after = loss(gone.out.w, gone.end.carry_data(x) if moves else x)
+        before = loss(w, x).sum().item()
+        return dict(probe_before=before, probe_after=after.sum().item())
+
+    def _loss_of(self, y: Any) -> tuple[Loss, Named]:
+        return loss_of(self.model, self.loss_fn, y)
 
     def _write(self, gone: Journey, params: dict[str, nn.Parameter]) -> None:
-        "Change optimizer state, parameters and the map of the data, or nothing"
-        written = [*params.values()]
+        news = [(p, gone.out.w[name]) for name, p in params.items()]
         if self.inputs is not None:
             matrix = self.inputs.weight
-            moved = gone.end.carry_data(matrix.T).T
-            written.append(matrix)
+            news.append((matrix, gone.end.carry_data(matrix.T).T))
         touched = None if self.state is keep else self.optimizer
-        with _Rollback(written, touched):
+        with _restored([p for p, _ in news], touched):
             self.state(self.optimizer, gone.out, Pull(gone.end, params))
-            for name, p in params.items():
-                p.copy_(gone.out.w[name])
-            if self.inputs is not None:
-                matrix.copy_(moved)
+            for p, new in news:
+                p.copy_(new)
         # an enclosing autocast may hold low-precision copies of the old weights
         torch.clear_autocast_cache()
+
+
+Teleporter.__init__.__doc__ = """What to teleport, when and how
+
+model      trained elsewhere; accepted moves change its parameters in place
+loss_fn    `(output, y) -> ()` or `(T,)`, the training loss without weight decay
+group      GL(), BatchGL(), Scaling(), Permutation(), ...
+schedule   at(5), every(100), first(4), when(f), a set of steps, a function of k
+objective  what to climb: grad_norm, lookahead(lr), or any `(loss, w) -> ()`
+search     how: Ascent(), Random(norm), Sample(n), ...
+batches    how many calls in a row a firing covers
+optimizer  needed by the policies reset and transport
+state      what becomes of the optimizer's memory: keep, reset or transport
+probe      a batch (x, y) whose change of loss is recorded with every move
+inputs     a square nn.Linear without bias before the model (Z22 Alg. 3)
+pin        names of parameters that must not move, if another model shares them
+tol        relative tolerance of the loss; None: rounding only
+seed       for searches that draw
+"""
