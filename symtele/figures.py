@@ -28,10 +28,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from PIL import Image
-from torch import Tensor
 
 from .experiments import Row
-from .groups import Rule
+from .groups import Named, Rule
 from .networks import Wiring
 
 # %% ../nbs/21_figures.ipynb #cb4e5208
@@ -420,7 +419,7 @@ def switch(
 # %% ../nbs/21_figures.ipynb #b71e0002
 def draw_wiring(
     wiring: Wiring,  # The table to draw
-    w: dict[str, Tensor],  # Parameters by name, for their shapes
+    w: Named,  # Parameters by name, for their shapes
     report: dict[str, Rule] | None = None,  # `orbit.report`, for the kinds
 ) -> Figure:  # A rectangle per parameter
     "Parameters whose moving axes are coloured by space"

@@ -51,9 +51,7 @@ from .networks import GL
 from .objectives import grad_norm, lookahead, loss_of, measure
 from symtele.problems import (
     LAND,
-    Objective,
     Problem,
-    Search,
     booth_problem,
     box_around,
     descend_problem,
@@ -62,7 +60,7 @@ from symtele.problems import (
     plain_ticks,
     rosenbrock_problem,
 )
-from .searches import Ascent, GreatCircle, Grid, Random, Sample
+from .searches import Ascent, GreatCircle, Grid, Random, Sample, Search
 from .training import Teleporter, as_schedule, at, every, first
 
 # %% ../nbs/34_schedules.ipynb #1574bddb
@@ -146,12 +144,6 @@ def _arms_of(
     return [dict(group=g, schedule=s, lr=lr) for g, s, lr in arms]
 
 # %% ../nbs/34_schedules.ipynb #91032ad7
-# TODO: `tele.due(k)`, as soon as `Teleporter` answers it.
-def _due(tele: Teleporter, k: int) -> bool:
-    "Whether the next `tele.step(x, y, k)` would fire"
-    return tele.left > 0 or tele.schedule(k) and k not in tele.fired
-
-
 @dataclass
 class _Network:
     "One network of a stack, what moves it, and its record"
@@ -186,7 +178,7 @@ class _Network:
         epoch: int,  # Epochs so far
     ):
         "Teleport if that is due and the network is finite"
-        if self.tele is None or self.lost or not _due(self.tele, epoch):
+        if self.tele is None or self.lost or not self.tele.due(epoch):
             return
         self.lost = not _finite(self.model, x, y)
         if not self.lost:
@@ -506,7 +498,7 @@ def _train(
     schedule: Callable[[int], bool] | None,  # None: never
     *,
     search: Search,  # How to find the element
-    objective: Objective,  # What to climb
+    objective: Callable[..., Tensor],  # What to climb
     optimizer: Callable[..., torch.optim.Optimizer],  # Of the parameters
     steps: int,  # Optimizer steps
     seed: int,  # Of the weights, the batches and the search
@@ -630,7 +622,7 @@ def _notes(run: ScheduleRun) -> Iterator[str]:
 # %% ../nbs/34_schedules.ipynb #827bfc45
 def _check_settings(
     search: Search,
-    objective: Objective,
+    objective: Callable[..., Tensor],
     optimizer: str,
     lr: float,
     steps: int,
@@ -671,7 +663,7 @@ def run_schedule(
     problem: Problem | Training,  # What to minimise
     schedule: Callable[[int], bool] | set[int] | None = None,  # None: never
     search: Search = Ascent(),  # How to find the element
-    objective: Objective = grad_norm,  # What to climb
+    objective: Callable[..., Tensor] = grad_norm,  # What to climb
     optimizer: str = "GD",  # A key of `FULL_BATCH_OPTIMIZERS`
     lr: float | None = None,  # Learning rate, positive; None: the problem's
     steps: int | None = None,  # Optimizer steps, at least 1; None: the problem's
