@@ -2,14 +2,30 @@
 
 __version__ = "0.1.0"
 
-from . import closed as _closed  # fills the table of closed forms
+from . import closed as closed  # closed forms register themselves
 from .batch import BatchGL, LeastSquares
-from .groups import Orthogonal, Rotation, booth, check_symmetry, ellipse, rosenbrock
+from .groups import (
+    Orthogonal,
+    Rotation,
+    booth,
+    check_symmetry,
+    ellipse,
+    rosenbrock,
+)
 from .networks import GL, Permutation, Scaling, Wiring
 from .objectives import grad_norm, landscape, lookahead, loss_of
 from .searches import Ascent, GreatCircle, Grid, Random, Sample, Stay
 from .teleporting import Teleported, teleport
-from .training import Teleporter, at, every, first, keep, reset, transport, when
+from .training import (
+    Teleporter,
+    at,
+    every,
+    first,
+    keep,
+    reset,
+    transport,
+    when,
+)
 from .whitening import Whiten
 from .wiring import wire
 

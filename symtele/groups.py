@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Named', 'Params', 'Loss', 'rosenbrock', 'booth', 'Rule', 'Orbit', 'check_close', 'dot', 'readable', 'differentiated',
-           'plain', 'wide', 'Chart', 'ellipse', 'rotation_matrix', 'ChartOrbit', 'Rotation', 'check_symmetry',
-           'Orthogonal']
+           'plain', 'wide', 'Chart', 'ellipse', 'rotation_matrix', 'Rotation', 'check_symmetry', 'Orthogonal']
 
 # %% ../nbs/01_groups.ipynb #25c72d5a
 import math
@@ -236,7 +235,7 @@ def rotation_matrix(
 
 # %% ../nbs/01_groups.ipynb #4bcb7eed
 @dataclass(frozen=True)
-class ChartOrbit(Orbit):
+class _ChartOrbit(Orbit):
     "Rotations in the coordinates of a chart"
 
     law: Chart  # The chart
@@ -284,7 +283,7 @@ class ChartOrbit(Orbit):
         self.check(xi)
         return -xi
 
-    def to(self, xi: Tensor) -> "ChartOrbit":
+    def to(self, xi: Tensor) -> "_ChartOrbit":
         "The same orbit after one more rotation"
         self.check(xi)
         return replace(self, at=rotation_matrix(wide(xi), self.n) @ self.at)
@@ -338,7 +337,7 @@ class Rotation:
         self,
         w: Tensor,  # Parameters, shape (n,), n at least 2; not modified
         x: Tensor | None = None,  # Handed on to the loss
-    ) -> ChartOrbit:
+    ) -> _ChartOrbit:
         "The orbit of `w`; an element is an angle, or entries of a skew matrix"
         if not isinstance(w, Tensor):
             raise TypeError(
@@ -350,7 +349,7 @@ class Rotation:
                 f"got {tuple(w.shape)}"
             )
         still = torch.eye(len(w), dtype=wide(w).dtype, device=w.device)
-        return ChartOrbit(self.chart, w, still, x)
+        return _ChartOrbit(self.chart, w, still, x)
 
 # %% ../nbs/01_groups.ipynb #6282b811
 def check_symmetry(
@@ -395,7 +394,8 @@ def _check_matrix(A: Tensor) -> None:
         )
     if not torch.allclose(A, A.T):
         raise ValueError(
-            "Orthogonal(A) needs a symmetric matrix, and A differs from its transpose"
+            "Orthogonal(A) needs a symmetric matrix, "
+            "and A differs from its transpose"
         )
 
 
@@ -431,7 +431,7 @@ class Orthogonal:
         self,
         w: Tensor,  # Parameters, shape (n,); not modified
         x: Tensor | None = None,  # Handed on to the loss
-    ) -> ChartOrbit:
+    ) -> _ChartOrbit:
         "The orbit of `w`: elements as for `Rotation`"
         if isinstance(w, Tensor) and len(self.A) != len(w):
             raise ValueError(

@@ -74,7 +74,7 @@ class Sample:
 # %% ../nbs/07_searches.ipynb #bc487321
 @dataclass(frozen=True)
 class Grid:
-    "Search: `n` angles around the circle, then `zoom` times `n//2` around the best"
+    "Search: `n` angles around the circle, then `zoom` times half of them"
 
     n: int = 16  # Angles of the first round, at least 4
     zoom: int = 2  # Rounds of refinement, at least 0
@@ -143,8 +143,8 @@ class GreatCircle:
     def __post_init__(self):
         if self.n < 3 or self.rounds < 1:
             raise ValueError(
-                "GreatCircle(n, rounds) needs n of at least 3 and rounds of at least "
-                f"1, got {self.n} and {self.rounds}"
+                "GreatCircle(n, rounds) needs n of at least 3 and rounds of at "
+                f"least 1, got {self.n} and {self.rounds}"
             )
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
@@ -203,7 +203,8 @@ class Ascent:
         "The landscape further up"
         if land.orbit.discrete:
             raise TypeError(
-                "Ascent needs a group with a slope; use Sample(n) for permutations"
+                "Ascent needs a group with a slope; "
+                "use Sample(n) for permutations"
             )
         if self.lr is not None:
             for _ in range(self.steps):

@@ -37,7 +37,7 @@ def _whitener(h: Tensor, kind: Kind) -> Tensor:
 
 
 def _whitened(orbit: Orbit) -> list[tuple[Space, Tensor]]:
-    "The _whitener of every space that moves by matrices; raises where there is none"
+    "The whitener of every space that moves by matrices, or an error"
     spaces = orbit.blocks.spaces if isinstance(orbit, NetworkOrbit) else ()
     moving = [
         (s, kind)
@@ -116,8 +116,8 @@ class Whiten:
             )
         if self.full_batch is not True:
             raise ValueError(
-                "Whiten fits the network to the batch it sees, and to nothing else: "
-                "say full_batch=True if that is all your data, "
+                "Whiten fits the network to the batch it sees, and to nothing "
+                "else: say full_batch=True if that is all your data, "
                 f"got {self.full_batch!r}"
             )
 
@@ -163,8 +163,8 @@ class MoveData:
         names = [s.name for s, _ in spaces if s.data]
         if not names:
             raise TypeError(
-                "MoveData needs a space of the data: Teleporter(..., inputs=...), or "
-                "wire(..., inputs=True)"
+                "MoveData needs a space of the data: "
+                "Teleporter(..., inputs=...), or wire(..., inputs=True)"
             )
         a = orbit.blocks.zero()
         t = a[names[0]]
