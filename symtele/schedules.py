@@ -61,7 +61,7 @@ from symtele.problems import (
     rosenbrock_problem,
 )
 from .searches import Ascent, GreatCircle, Grid, Random, Sample, Search
-from .training import Teleporter, as_schedule, at, every, first
+from .training import Teleporter, as_schedule, at, every, first, whole
 
 # %% ../nbs/34_schedules.ipynb #1574bddb
 def _whole(name: str, value: int, least: int):
@@ -626,7 +626,6 @@ def _check_settings(
     optimizer: str,
     lr: float,
     steps: int,
-    seed: int,
 ):
     "Raise unless a run can be made of these arguments of `run_schedule`"
     for name, value, such in (
@@ -640,8 +639,6 @@ def _check_settings(
             )
     if isinstance(lr, bool) or not isinstance(lr, int | float):
         raise TypeError(f"lr must be a number, got {lr!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be a whole number, got {seed!r}")
     _known("optimizer", optimizer, FULL_BATCH_OPTIMIZERS)
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {lr}")
@@ -678,14 +675,14 @@ def run_schedule(
         )
     lr = problem.lr if lr is None else lr
     steps = problem.steps if steps is None else steps
-    _check_settings(search, objective, optimizer, lr, steps, seed)
+    _check_settings(search, objective, optimizer, lr, steps)
     due = None if schedule is None else as_schedule(schedule)
     settings = dict(
         search=search,
         objective=objective,
         optimizer=partial(FULL_BATCH_OPTIMIZERS[optimizer], lr=lr),
         steps=steps,
-        seed=seed,
+        seed=whole("seed", seed, -(2**63)),  # what torch takes
         progress=progress,
     )
     run = _descend if isinstance(problem, Problem) else _train
@@ -978,7 +975,7 @@ def _controls() -> dict[str, W.Widget]:
     def choice(names, text):
         return W.Dropdown(options=list(names), description=text, **look)
 
-    def whole(least, most, text):
+    def slider(least, most, text):
         return W.IntSlider(least, least, most, description=text, **slow)
 
     return dict(
@@ -993,11 +990,11 @@ def _controls() -> dict[str, W.Widget]:
             readout_format=".2g",
             **slow,
         ),
-        steps=whole(1, 400, "steps"),
-        start=whole(0, 100, "first teleport"),
-        interval=whole(1, 100, "interval"),
-        count=whole(1, 20, "how many"),
-        seed=whole(0, 20, "seed"),
+        steps=slider(1, 400, "steps"),
+        start=slider(0, 100, "first teleport"),
+        interval=slider(1, 100, "interval"),
+        count=slider(1, 20, "how many"),
+        seed=slider(0, 20, "seed"),
         objective=W.ToggleButtons(
             options=list(_OBJECTIVES),
             description="climb",
