@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from .batch import BatchGL
 from .experiments import Row, count_flops
-from .groups import dot, readable
+from .groups import Loss, Params, dot, readable
 from .networks import NetworkGroup
 from symtele.objectives import (
     Landscape,
@@ -34,9 +34,9 @@ from symtele.objectives import (
     loss_of,
     measure,
 )
-from .searches import Ascent
+from .searches import Ascent, Search
 from .teleporting import teleport
-from .training import Teleporter, as_schedule, keep
+from .training import Firing, Teleporter, keep
 from .wiring import wire
 
 # %% ../nbs/22_baselines.ipynb #b2f00007
@@ -60,8 +60,8 @@ def squared(
 
 # %% ../nbs/22_baselines.ipynb #c1dfd96e
 def distance(
-    a: Tensor | dict[str, Tensor],  # Parameters
-    b: Tensor | dict[str, Tensor],  # Others, of the same names and shapes
+    a: Params,  # Parameters
+    b: Params,  # Others, of the same names and shapes
 ) -> Tensor:  # ‖a - b‖, shape (), float64
     "How far two sets of parameters are apart"
     d = pytree.tree_map(lambda p, q: (p - q).double(), a, b)
@@ -72,7 +72,7 @@ def distance(
 class Matched:
     "Search: a random element that moves the parameters as far as `search` does"
 
-    search: Callable[[Landscape, Generator], Landscape]  # Whose ‖w'-w‖ is matched
+    search: Search  # Whose ‖w'-w‖ is matched
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         "The landscape as far away, in a random direction"
@@ -222,10 +222,9 @@ class Formula:
         probe: tuple[Tensor, Tensor] | None = None,  # As `Teleporter`'s
     ):
         self.model, self.steps, self.lr = model, steps, lr
-        self.schedule, self.loss_fn = as_schedule(schedule), loss_fn
-        self.batches, self.probe = batches, probe
+        self.loss_fn, self.probe, self.history = loss_fn, probe, []
+        self.firing = Firing(schedule, batches)
         self.layers = [m for m in model if isinstance(m, nn.Linear)]
-        self.left, self.fired, self.history = 0, set(), []
 
     def step(
         self,
@@ -234,18 +233,10 @@ class Formula:
         k: int,  # Steps or epochs so far
     ):
         "Move if a move is due at k"
-        if self._is_due(k):
+        begins = self.firing.begins(k)
+        if begins or self.firing.left:
+            self.firing.note(k, begins)
             self._fire(x, y, k)
-
-    def _is_due(self, k):
-        "Whether this call moves, as `Teleporter` decides it"
-        if self.schedule(k) and k not in self.fired:
-            self.fired.add(k)
-            self.left = self.batches
-        if not self.left:
-            return False
-        self.left -= 1
-        return True
 
     def _fire(self, x, y, k):
         "Move, and write down what that did"
@@ -309,12 +300,12 @@ class Formula:
 
 # %% ../nbs/22_baselines.ipynb #b2f00018
 def descend(
-    loss: Callable[[Any], Tensor],  # `(w) -> ()`, pure
-    w: Tensor | dict[str, Tensor],  # Where to start; not modified
+    loss: Loss,  # `(w) -> ()`, pure
+    w: Params,  # Where to start; not modified
     lr: float,  # Learning rate
     steps: int,  # How many, at most
-    move: Callable[[int, Any], Any] | None = None,  # `(k, w)` -> parameters
-) -> Iterator[tuple[int, Any, Measured]]:  # k, zero-based; w; the loss there
+    move: Callable[[int, Params], Params] | None = None,  # `(k, w)` -> new `w`
+) -> Iterator[tuple[int, Params, Measured]]:  # k, zero-based; w; the loss there
     "Gradient descent, seen before every step and after the last"
     for k in range(steps + 1):
         if move:
@@ -372,11 +363,12 @@ def _stacked(models):
             f"got slopes {sorted(slopes)}"
         )
     layers = list(zip(*(model[::2] for model in models), strict=True))
-    W = [torch.stack([m.weight.detach() for m in same]) for same in layers]
-    b = [torch.stack([m.bias.detach() for m in same])[:, None] for same in layers]
-    for same, w, c in zip(layers, W, b):
+    W, b = [], []
+    for same in layers:
+        W.append(torch.stack([m.weight.detach() for m in same]))
+        b.append(torch.stack([m.bias.detach() for m in same])[:, None])
         for i, m in enumerate(same):
-            m.weight.data, m.bias.data = w[i], c[i, 0]
+            m.weight.data, m.bias.data = W[-1][i], b[-1][i, 0]
     return W, b, slopes.pop()
 
 

@@ -153,7 +153,9 @@ class _Record:
 
     def columns(self):
         "A list for each column, and the moves"
-        columns = {k: [p[k] for p in self.points] for k in self.points[0]}
+        columns = {}
+        for name in self.points[0]:
+            columns[name] = [p[name] for p in self.points]
         return columns | dict(moves=self.tele.history if self.tele else [])
 
 

@@ -28,10 +28,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from PIL import Image
-from torch import Tensor
 
 from .experiments import Row
-from .groups import Rule
+from .groups import Named, Rule
 from .networks import Wiring
 
 # %% ../nbs/21_figures.ipynb #cb4e5208
@@ -154,8 +153,8 @@ def draw_against_rate(
         marker = markers[arm] if markers else "o"
         style = dict(color=colour, ls=line, marker=marker, ms=4, label=label)
         ax.plot(x, [_within(median(vs), floor, top) for vs in seeds], **style)
-        spans = [[max(min(v, top), floor) for v in vs] for vs in seeds]
-        low, high = [min(span) for span in spans], [max(span) for span in spans]
+        low = [max(min(*vs, top), floor) for vs in seeds]
+        high = [max(min(max(vs), top), floor) for vs in seeds]
         ax.vlines(x, low, high, color=colour, lw=1)
         lost = [u for u, vs in zip(x, seeds) if math.inf in vs]
         ax.plot(lost, [top] * len(lost), "x", color=colour, ms=7)
@@ -228,9 +227,14 @@ def table(
     "Rows as a table of the page"
     names = list(dict.fromkeys(name for row in rows for name in row))
     formats = formats or {}
-    cells = [[_cell(r.get(n), formats.get(n)) for n in names] for r in rows]
-    numeric = [all(_is_number(r.get(n, 0)) for r in rows) for n in names]
-    return Table(names, cells, numeric, caption)
+
+    def cells(row):
+        return [_cell(row.get(name), formats.get(name)) for name in names]
+
+    def numeric(name):
+        return all(_is_number(row.get(name, 0)) for row in rows)
+
+    return Table(names, [*map(cells, rows)], [*map(numeric, names)], caption)
 
 
 def _is_number(value):
@@ -415,7 +419,7 @@ def switch(
 # %% ../nbs/21_figures.ipynb #b71e0002
 def draw_wiring(
     wiring: Wiring,  # The table to draw
-    w: dict[str, Tensor],  # Parameters by name, for their shapes
+    w: Named,  # Parameters by name, for their shapes
     report: dict[str, Rule] | None = None,  # `orbit.report`, for the kinds
 ) -> Figure:  # A rectangle per parameter
     "Parameters whose moving axes are coloured by space"

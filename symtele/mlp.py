@@ -46,7 +46,7 @@ from symtele.experiments import (
     train,
 )
 from .figures import Table, table
-from .groups import dot
+from .groups import Named, dot
 from .networks import Scaling
 from .objectives import lookahead, loss_of, measure
 from .searches import Ascent, Stay
@@ -83,12 +83,12 @@ _FORMULA = {  # ascent steps and their rate; Z22 gives GD's and AdaGrad's
 
 # %% ../nbs/32_mlp.ipynb #0716d970
 _Problem = tuple[nn.Sequential, Tensor, Tensor]  # A model, X and Y
-_Carry = Callable[[dict[str, Tensor], int], dict[str, Tensor]]  # (c, power) -> c'
+_Carry = Callable[[Named, int], Named]  # (c, power) -> c'
 
 
 def _stacked(
     draws: list[_Problem],  # Models of one shape
-) -> tuple[nn.Sequential, dict[str, Tensor], Tensor, Tensor]:
+) -> tuple[nn.Sequential, Named, Tensor, Tensor]:
     "One model, then parameters, X and Y of all draws, one row per draw"
     models, xs, ys = zip(*draws)
     stacked, _ = stack_module_state(models)
@@ -98,7 +98,7 @@ def _stacked(
 
 def _loss_of_draw(
     model: nn.Sequential,  # Of all draws
-) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:  # `(w, x, y) -> ()`
+) -> Callable[[Named, Tensor, Tensor], Tensor]:  # `(w, x, y) -> ()`
     "½‖Y - f(X)‖² of one draw, for `vmap`"
     return lambda w, x, y: squared(functional_call(model, w, (x,)), y)
 
@@ -106,7 +106,7 @@ def _loss_of_draw(
 class _Jump(NamedTuple):
     "One move of all draws; a row per draw"
 
-    w: dict[str, Tensor]  # The new parameters
+    w: Named  # The new parameters
     drift: Tensor  # |ΔL|/L
     accepted: Tensor  # Whether the loss held
     moved: Tensor  # Whether the search left its place
@@ -117,7 +117,7 @@ class _Jump(NamedTuple):
 class _StackedPull:
     "`Pull` for many draws at once"
 
-    params: dict[str, Tensor]  # Name -> parameter
+    params: Named  # Name -> parameter
     carry: _Carry  # How covectors move along
 
     def __call__(self, c, power=1):

@@ -51,9 +51,7 @@ from .networks import GL
 from .objectives import grad_norm, lookahead, loss_of, measure
 from symtele.problems import (
     LAND,
-    Objective,
     Problem,
-    Search,
     booth_problem,
     box_around,
     descend_problem,
@@ -62,8 +60,8 @@ from symtele.problems import (
     plain_ticks,
     rosenbrock_problem,
 )
-from .searches import Ascent, GreatCircle, Grid, Random, Sample
-from .training import Teleporter, as_schedule, at, every, first
+from .searches import Ascent, GreatCircle, Grid, Random, Sample, Search
+from .training import Teleporter, as_schedule, at, every, first, whole
 
 # %% ../nbs/34_schedules.ipynb #1574bddb
 def _whole(name: str, value: int, least: int):
@@ -146,12 +144,6 @@ def _arms_of(
     return [dict(group=g, schedule=s, lr=lr) for g, s, lr in arms]
 
 # %% ../nbs/34_schedules.ipynb #91032ad7
-# TODO: `tele.due(k)`, as soon as `Teleporter` answers it.
-def _due(tele: Teleporter, k: int) -> bool:
-    "Whether the next `tele.step(x, y, k)` would fire"
-    return tele.left > 0 or tele.schedule(k) and k not in tele.fired
-
-
 @dataclass
 class _Network:
     "One network of a stack, what moves it, and its record"
@@ -186,7 +178,7 @@ class _Network:
         epoch: int,  # Epochs so far
     ):
         "Teleport if that is due and the network is finite"
-        if self.tele is None or self.lost or not _due(self.tele, epoch):
+        if self.tele is None or self.lost or not self.tele.due(epoch):
             return
         self.lost = not _finite(self.model, x, y)
         if not self.lost:
@@ -194,7 +186,9 @@ class _Network:
 
     def row(self) -> Row:
         "What a results file keeps"
-        columns = {k: rounded(r[k] for r in self.record) for k in self.record[0]}
+        columns = {}
+        for name in self.record[0]:
+            columns[name] = rounded(point[name] for point in self.record)
         return {**self.arm, **columns, **_moves_of(self.tele)}
 
 
@@ -504,7 +498,7 @@ def _train(
     schedule: Callable[[int], bool] | None,  # None: never
     *,
     search: Search,  # How to find the element
-    objective: Objective,  # What to climb
+    objective: Callable[..., Tensor],  # What to climb
     optimizer: Callable[..., torch.optim.Optimizer],  # Of the parameters
     steps: int,  # Optimizer steps
     seed: int,  # Of the weights, the batches and the search
@@ -628,11 +622,10 @@ def _notes(run: ScheduleRun) -> Iterator[str]:
 # %% ../nbs/34_schedules.ipynb #827bfc45
 def _check_settings(
     search: Search,
-    objective: Objective,
+    objective: Callable[..., Tensor],
     optimizer: str,
     lr: float,
     steps: int,
-    seed: int,
 ):
     "Raise unless a run can be made of these arguments of `run_schedule`"
     for name, value, such in (
@@ -646,8 +639,6 @@ def _check_settings(
             )
     if isinstance(lr, bool) or not isinstance(lr, int | float):
         raise TypeError(f"lr must be a number, got {lr!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be a whole number, got {seed!r}")
     _known("optimizer", optimizer, FULL_BATCH_OPTIMIZERS)
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {lr}")
@@ -669,7 +660,7 @@ def run_schedule(
     problem: Problem | Training,  # What to minimise
     schedule: Callable[[int], bool] | set[int] | None = None,  # None: never
     search: Search = Ascent(),  # How to find the element
-    objective: Objective = grad_norm,  # What to climb
+    objective: Callable[..., Tensor] = grad_norm,  # What to climb
     optimizer: str = "GD",  # A key of `FULL_BATCH_OPTIMIZERS`
     lr: float | None = None,  # Learning rate, positive; None: the problem's
     steps: int | None = None,  # Optimizer steps, at least 1; None: the problem's
@@ -684,14 +675,14 @@ def run_schedule(
         )
     lr = problem.lr if lr is None else lr
     steps = problem.steps if steps is None else steps
-    _check_settings(search, objective, optimizer, lr, steps, seed)
+    _check_settings(search, objective, optimizer, lr, steps)
     due = None if schedule is None else as_schedule(schedule)
     settings = dict(
         search=search,
         objective=objective,
         optimizer=partial(FULL_BATCH_OPTIMIZERS[optimizer], lr=lr),
         steps=steps,
-        seed=seed,
+        seed=whole("seed", seed, -(2**63)),  # what torch takes
         progress=progress,
     )
     run = _descend if isinstance(problem, Problem) else _train
@@ -984,7 +975,7 @@ def _controls() -> dict[str, W.Widget]:
     def choice(names, text):
         return W.Dropdown(options=list(names), description=text, **look)
 
-    def whole(least, most, text):
+    def slider(least, most, text):
         return W.IntSlider(least, least, most, description=text, **slow)
 
     return dict(
@@ -999,11 +990,11 @@ def _controls() -> dict[str, W.Widget]:
             readout_format=".2g",
             **slow,
         ),
-        steps=whole(1, 400, "steps"),
-        start=whole(0, 100, "first teleport"),
-        interval=whole(1, 100, "interval"),
-        count=whole(1, 20, "how many"),
-        seed=whole(0, 20, "seed"),
+        steps=slider(1, 400, "steps"),
+        start=slider(0, 100, "first teleport"),
+        interval=slider(1, 100, "interval"),
+        count=slider(1, 20, "how many"),
+        seed=slider(0, 20, "seed"),
         objective=W.ToggleButtons(
             options=list(_OBJECTIVES),
             description="climb",
@@ -1024,7 +1015,11 @@ _COLUMNS = (  # where the controls are
 def _columns(controls: dict[str, W.Widget]) -> W.Box:
     "The controls in columns that wrap"
     rigid = W.Layout(flex="0 0 auto")
-    columns = [W.VBox([controls[k] for k in c], layout=rigid) for c in _COLUMNS]
+
+    def column(names):
+        return W.VBox([controls[name] for name in names], layout=rigid)
+
+    columns = [column(names) for names in _COLUMNS]
     return W.Box(columns, layout=W.Layout(flex_flow="row wrap"))
 
 
@@ -1199,6 +1194,7 @@ def schedule_grid(
     "A run for every first teleport and interval, up to each teleport and its end"
 
     def frames(start, interval):
+        "The pictures of one run"
         last = start + interval * (count - 1)
         schedule = every(interval, start=start) & first(last + 1)
         run = run_schedule(problem, schedule, **settings)
@@ -1210,6 +1206,9 @@ def schedule_grid(
             )
         return [_img(run, k) for k in (*stops, len(run.tele.loss) - 1)]
 
+    pictures = []
+    for start in starts:
+        pictures.append([frames(start, interval) for interval in intervals])
     numbers = range(1, count + 1)
     return switch(
         {
@@ -1217,7 +1216,7 @@ def schedule_grid(
             "interval": [f"every {_count(n, 'step')}" for n in intervals],
             "shown up to": [*(f"teleport {i}" for i in numbers), "the end"],
         },
-        [[frames(k, n) for n in intervals] for k in starts],
+        pictures,
         caption,
         "grid",
         still=still or (0, 0, count),

@@ -35,7 +35,7 @@ from symtele.experiments import (
     rounded,
     train,
 )
-from .groups import dot
+from .groups import Loss, Named, dot
 from .networks import GL
 from symtele.objectives import (
     Landscape,
@@ -51,7 +51,7 @@ from .whitening import Whiten
 from .wiring import wire
 
 # %% ../nbs/37_whitening_study.ipynb #4d134bc0
-def _whitening_blocks(land: Landscape, lr: float) -> dict[str, Tensor]:
+def _whitening_blocks(land: Landscape, lr: float) -> Named:
     "The element of `Whiten`, minus the identity, by hidden space"
     return land.orbit.split(Whiten(lr, full_batch=True).element(land))
 
@@ -90,10 +90,10 @@ class _Turned:
 
 def _solve_last(
     model: nn.Sequential,  # Its last layer has no bias; not modified
-    w: dict[str, Tensor],  # Parameters; not modified
+    w: Named,  # Parameters; not modified
     x: Tensor,  # The data, samples first
     y: Tensor,  # Their targets
-) -> dict[str, Tensor]:  # Parameters with another last weight
+) -> Named:  # Parameters with another last weight
     "Least squares for the last layer: no gradient, no teleport"
     *lower, last = w
     h = functional_call(model[:-1], {k: w[k] for k in lower}, (x,))
@@ -268,8 +268,8 @@ def _random_net(
 
 
 def _sharpness(
-    f: Callable[[dict[str, Tensor]], Tensor],  # `w -> ()`
-    w: dict[str, Tensor],  # Parameters; not modified
+    f: Loss,  # `w -> ()`
+    w: Named,  # Parameters; not modified
     rounds: int = 20,  # Of the power iteration, from random numbers of torch
 ) -> float:  # The largest |eigenvalue| of the Hessian, from below
     "Gradient descent is unstable at rates above 2 over this"

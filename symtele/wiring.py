@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .groups import Named
 from symtele.networks import (
     KINDS,
     Kind,
@@ -23,7 +24,6 @@ from symtele.networks import (
     Space,
     Tap,
     Wiring,
-    gl,
     perm,
     scale,
 )
@@ -300,14 +300,14 @@ class _Path:
 
     ops: tuple[tuple[str, nn.Module], ...] = ()
 
-    def apply(self, z: Tensor, w: dict[str, Tensor]) -> Tensor:
+    def apply(self, z: Tensor, w: Named) -> Tensor:
         "The activations that follow from the preactivations `z`"
         for name, m in self.ops:
             z = z.clone() if getattr(m, "inplace", False) else z
             z = torch.func.functional_call(m, _own(m, name, z, w), (z,))
         return z
 
-    def undo(self, h: Tensor, w: dict[str, Tensor]) -> Tensor:
+    def undo(self, h: Tensor, w: Named) -> Tensor:
         "The preactivations that give `h`, NaN where none do"
         for name, m in reversed(self.ops):
             h = INVERSE[type(m)](h, m, _own(m, name, h, w))
@@ -326,8 +326,8 @@ def _own(
     m: nn.Module,  # An activation
     name: str,  # Its name in the model
     like: Tensor,  # Its input or output, for the precision
-    w: dict[str, Tensor],  # Parameters of the model
-) -> dict[str, Tensor]:  # By their names in `m`
+    w: Named,  # Parameters of the model
+) -> Named:  # By their names in `m`
     "The parameters of one activation, from `w` where it has them"
     own = m.named_parameters()
     return {k: w.get(f"{name}.{k}", p).to(like.dtype) for k, p in own}

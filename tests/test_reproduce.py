@@ -7,9 +7,10 @@ import re
 import shutil
 
 import pytest
-from test_tree import ROOT
+from test_tree import ROOT, run
 
-from symtele.experiments import reproduce
+from symtele.experiments import reproduce, save_run
+from symtele.runtime import draw_cost, fig6, fig6_short, practice
 
 COMMITTED = ROOT / "nbs/results"
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -46,3 +47,20 @@ def test_another_number_is_seen(recomputed, capsys):
     path.write_text(json.dumps(saved), encoding="utf-8")
     assert reproduce(["test_functions"], recomputed, COMMITTED) == 1
     assert "1 columns differ" in capsys.readouterr().out
+
+
+def test_quick_tables_and_their_picture(tmp_path):
+    "What `python -m symtele.runtime` prints where all is measured, and draws"
+    jobs = fig6_short.jobs(fig6_short.config)
+    rows = [row for row in fig6.load(COMMITTED) if fig6.job(row) in jobs]
+    save_run(tmp_path / "runtime_quick.json", fig6_short.config, rows)
+    quick = practice.config | dict(rounds=5)
+    save_run(
+        tmp_path / "runtime_mnist_quick.json", quick, practice.load(COMMITTED)
+    )
+    command = "python", "-m", "symtele.runtime", "--into", str(tmp_path)
+    printed = run(*command, cwd=tmp_path, package=ROOT)
+    assert "Run time in plain runs" in printed and "MNIST" in printed
+    left, right = draw_cost(fig6_short.load(tmp_path)).axes
+    assert list(left.lines[0].get_xdata()) == [32, 64, 128, 256]
+    assert list(right.lines[0].get_xdata()) == [3, 5, 8]

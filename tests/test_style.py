@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tokenize
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -315,8 +315,9 @@ def checked(page: Page) -> set[str]:
 def uses(page: Page, modules: dict[str, Page]) -> set[tuple[str, str]]:
     "(module, name) of every word that a page takes from a module that defines it"
     found = set()
-    for tree in [cell.tree for cell in page.cells] + programs(page):
-        for module, name in imported(tree):
+    cells = [cell.tree for cell in page.cells]
+    for trees in (cells, *([program] for program in programs(page))):
+        for module, name in imported(*trees):
             names = [name]
             if name == "*" and module in modules:
                 names = public_names(modules[module])
@@ -336,10 +337,10 @@ def programs(page: Page) -> list[ast.Module]:
     return [parsed(s) for s in text if re.match(r"(from|import) symtele\b", s)]
 
 
-def imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    "(module, name) of what is imported; of symtele itself, the module is ''"
+def imported(*trees: ast.Module) -> Iterator[tuple[str, str]]:
+    "(module, name) of what a page imports; of symtele itself, the module is ''"
     aliases = {}  # name here -> module, as far as it may be one
-    for node in ast.walk(tree):
+    for node in walk(trees):
         if isinstance(node, ast.ImportFrom):
             module = within(node)
             if module is not None:
@@ -352,10 +353,16 @@ def imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
                 if root == "symtele":
                     yield module, ""
                     aliases[alias.asname or root] = module if alias.asname else ""
-    for node in ast.walk(tree):
+    for node in walk(trees):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             if node.value.id in aliases:
                 yield aliases[node.value.id], node.attr
+
+
+def walk(trees: Iterable[ast.Module]) -> Iterator[ast.AST]:
+    "All nodes of several trees"
+    for tree in trees:
+        yield from ast.walk(tree)
 
 
 def within(node: ast.ImportFrom) -> str | None:
@@ -382,10 +389,38 @@ def origin(module: str, name: str, modules: dict[str, Page]) -> tuple[str, str]:
 
 def undocumented(pages: list[Page]) -> Iterator[str]:
     "Public functions, classes and methods that do not say what comes back"
-    for cell in exported_cells(pages):
-        for name, node in with_methods(cell):
-            if not ast.get_docstring(node):
-                yield f"{cell.place}: {name} has no docstring"
+    for page in pages:
+        known = classes(pages) | classes([page])
+        for cell in page.exported:
+            for name, node in with_methods(cell):
+                if not ast.get_docstring(node) and not inherits(name, known):
+                    yield f"{cell.place}: {name} has no docstring"
+
+
+def classes(pages: list[Page]) -> dict[str, ast.ClassDef]:
+    "The exported classes of some pages by name"
+    nodes = [node for cell in exported_cells(pages) for node in cell.tree.body]
+    return {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+
+
+def inherits(name: str, known: dict[str, ast.ClassDef]) -> bool:
+    "Whether a method has its docstring from a base class, as `help` shows it"
+    owner, _, method = name.partition(".")
+    if not method or owner not in known:
+        return False
+    for base in known[owner].bases:
+        if not isinstance(base, ast.Name) or base.id not in known:
+            continue
+        told = [
+            part
+            for part in known[base.id].body
+            if isinstance(part, FUNCTION) and part.name == method
+        ]
+        if any(map(ast.get_docstring, told)):
+            return True
+        if inherits(f"{base.id}.{method}", known):
+            return True
+    return False
 
 
 def with_methods(cell: Cell) -> Iterator[tuple[str, ast.AST]]:
@@ -637,6 +672,22 @@ def test_a_study_in_a_study_is_seen(line):
     assert not list(upward([claims, STUDY]))
 
 
+def test_docstrings_are_inherited():
+    "A method says what comes back where the one that it overrides does"
+    base = made(EXPORT + "class A:\n    'x'\n    def f(self):\n        'x'")
+    silent = made(EXPORT + "class A:\n    'x'\n    def f(self): pass")
+    heir = made(EXPORT + "class B(A):\n    'x'\n    def f(self): pass")
+    second = made(EXPORT + "class C(B):\n    'x'\n    def f(self): pass")
+    assert not list(undocumented([base, heir, second]))
+    # controls: no such base, one that says nothing, another name, a nearer class
+    assert len(list(undocumented([heir, second]))) == 2
+    assert len(list(undocumented([silent, heir]))) == 2
+    other = made(EXPORT + "class B(A):\n    'x'\n    def g(self): pass")
+    assert len(list(undocumented([base, other]))) == 1
+    own = made(silent.code, heir.code)
+    assert len(list(undocumented([base, own]))) == 2
+
+
 def test_names_are_followed():
     "A name is used where it is imported, by whatever way, and nowhere else"
     page = made(HEAD, EXPORT + "f = 1")
@@ -656,6 +707,15 @@ def test_names_are_followed():
     assert not list(unused_names([page, passing]))
     user = made("from symtele.later import f", path="tests/test_x.py")
     assert not list(unused_names([page, passing, user]))
+    for cells in (
+        ("from symtele import made", "made.f()"),
+        ("import symtele.made as m", "def g():\n    m.f()"),
+    ):
+        assert not list(
+            unused_names([page, made(*cells, path="nbs/index.ipynb")])
+        )
+        # controls: the name of a module that is imported under no such name
+        assert list(unused_names([page, made(cells[1], path="nbs/index.ipynb")]))
     for code in (
         "f = 2",
         "import symtele.made as m",
