@@ -384,16 +384,14 @@ def _write(tele: "Teleporter", out: Teleported, end: Orbit) -> None:
 
 def _history_row(k: int, out: Teleported) -> dict[str, Any]:
     "What the history keeps of a move, as plain numbers"
+    kinds = [f"{name}: {r.kind}" for name, r in out.report.items()]
+    loss, objective = out.loss.reshape(2, -1).sum(1), out.objective
     row = dict(k=k, accepted=bool(out.accepted), reason=out.reason)
     row |= dict(drift=out.drift.item(), steps=out.steps.item())
     row |= dict(evals=out.evals.item(), seconds=out.seconds)
-    row["kinds"] = ", ".join(
-        f"{name}: {r.kind}" for name, r in out.report.items()
-    )
-    row["loss_before"], row["loss_after"] = (
-        out.loss.reshape(2, -1).sum(1).tolist()
-    )
-    row["objective_before"], row["objective_after"] = out.objective.tolist()
+    row["kinds"] = ", ".join(kinds)
+    row["loss_before"], row["loss_after"] = loss.tolist()
+    row["objective_before"], row["objective_after"] = objective.tolist()
     return row
 
 # %% ../nbs/09_training.ipynb #f1e7db26
