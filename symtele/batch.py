@@ -184,25 +184,21 @@ class OnBatch:
 
     carries: ClassVar[bool] = False
 
-    def rebuild(self, orbit: NetworkOrbit) -> Named:
-        "Parameters at `orbit`, from where it began"
-        first = partial(_add_through_taps, orbit.blocks, self.read)
-        return orbit.blocks.move(orbit.start, orbit.at, first)
-
-    def act_on(self, orbit: NetworkOrbit, a: Named, w: Named) -> Named:
-        "Parameters `w` after an element `a`, through h(w) and (g⁻¹h)⁺g⁻¹"
-        blocks = orbit.blocks
-        tapped = [s for s, kind in blocks.spaces if kind.tap]
-        seen = orbit.wiring.given(w, orbit.x, _listened(tapped))
-        read = _read_batch(blocks, seen, blocks.moves(orbit.at))
-        return blocks.move(w, a, partial(_add_through_taps, blocks, read))
+    def first(self, orbit: NetworkOrbit, w: Named | None = None) -> Callable:
+        "What adds to the start, or to given parameters by h(w) and (g⁻¹h)⁺g⁻¹"
+        read, blocks = self.read, orbit.blocks
+        if w is not None:
+            tapped = [s for s, kind in blocks.spaces if kind.tap]
+            seen = orbit.wiring.given(w, orbit.x, _listened(tapped))
+            read = _read_batch(blocks, seen, blocks.moves(orbit.at))
+        return partial(_add_through_taps, blocks, read)
 
     def pull(self, orbit: NetworkOrbit, a: Named, c: Named, power: int) -> Named:
         "J⁻ᵀc: a covector after an element (Z22 Prop. 5.1)"
         if not self.keeps_identity:
             raise TypeError("LeastSquares is not invertible, so it has no pull")
-        back = orbit.blocks.inverse(a)
-        return vjp(lambda w: self.act_on(orbit, back, w), orbit.w)[1](c)[0]
+        back = orbit.inverse(orbit.join(a))
+        return vjp(lambda w: orbit.act_on(back, w), orbit.w)[1](c)[0]
 
 # %% ../nbs/03_batch.ipynb #d6662888
 class _TapGroup(NetworkGroup):

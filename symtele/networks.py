@@ -9,6 +9,7 @@ __all__ = ['gl', 'scale', 'perm', 'KINDS', 'Kind', 'matrix_undo', 'Slot', 'Tap',
 # %% ../nbs/02_networks.ipynb #db5aad5a
 import math
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple
@@ -259,19 +260,16 @@ class Wiring:
 
     def given(self, w: Named, x: Tensor, names: set[str]) -> Named:
         "Run the model once: some modules -> their first input on a batch"
-        seen, hooks = {}, []
-        try:
+        seen = {}
+        with ExitStack() as hooks:
             for name in names:
 
                 def keep(module, args, name=name):
                     seen[name] = args[0]
 
                 module = self.model.get_submodule(name)
-                hooks.append(module.register_forward_pre_hook(keep))
+                hooks.enter_context(module.register_forward_pre_hook(keep))
             run_model(self.model, w, x)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return seen
 
     def __getitem__(self, name: str) -> Space:
@@ -357,9 +355,7 @@ class Blocks:
 
     def moves(self, a: Named) -> list[Move]:
         "What `transform` needs"
-        return [
-            Move(s, kind, a[s.name], kind.slots(s)) for s, kind in self.spaces
-        ]
+        return [Move(s, k, a[s.name], k.slots(s)) for s, k in self.spaces]
 
     def move(self, w: Named, a: Named, first: Callable | None = None) -> Named:
         "`w` after `a`, rounded once; `first(wide, a)` may change the wide copy"
@@ -389,7 +385,7 @@ class NetworkOrbit(Orbit):
     @property
     def size(self) -> int:
         "How many numbers an element has"
-        return sum(map(math.prod, self.blocks.shapes.values()))
+        return sum(t.numel() for t in self.at.values())
 
     @cached_property
     def discrete(self) -> bool:
@@ -400,14 +396,15 @@ class NetworkOrbit(Orbit):
     def still(self) -> bool:
         "Whether this is where the orbit began, as far as can be seen from here"
         at = self.at.values()
-        if self.discrete or not (self.law.keeps_identity and plain(*at)):
-            return False
-        return not any(t.any() for t in at)
+        able = self.law.keeps_identity and not self.discrete and plain(*at)
+        return able and not any(t.any() for t in at)
 
     @cached_property
     def w(self) -> Named:
         "Parameters here, in the dtype of the start"
-        return self.start if self.still else self.law.rebuild(self)
+        if self.still:
+            return self.start
+        return self.blocks.move(self.start, self.at, self.law.first(self))
 
     @cached_property
     def x(self) -> Tensor | None:
@@ -449,7 +446,7 @@ class NetworkOrbit(Orbit):
 
     def act_on(self, xi: Tensor, w: Named) -> Named:
         "`w` after `xi`; differentiable in both"
-        return self.law.act_on(self, self.split(xi), w)
+        return self.blocks.move(w, self.split(xi), self.law.first(self, w))
 
     def pull(self, xi: Tensor, c: Named) -> Named:
         "J⁻ᵀc: a covector here, seen from `act(xi)` (Z22 Prop. 5.1)"
@@ -486,13 +483,8 @@ class Linear:
     carries = True  # Whether a gradient moves along the orbit without the loss
     keeps_identity = True  # Whether the zero element leaves parameters alone
 
-    def rebuild(self, orbit: NetworkOrbit) -> Named:
-        "Parameters at `orbit`, from where it began"
-        return orbit.blocks.move(orbit.start, orbit.at)
-
-    def act_on(self, orbit: NetworkOrbit, a: Named, w: Named) -> Named:
-        "Parameters `w` after an element `a`; differentiable in both"
-        return orbit.blocks.move(w, a)
+    def first(self, orbit: NetworkOrbit, w: Named | None = None) -> None:
+        "What changes parameters before their slots move: nothing"
 
     def pull(self, orbit: NetworkOrbit, a: Named, c: Named, power: int) -> Named:
         "A covector after an element (Z22 Prop. 5.1)"
@@ -590,7 +582,7 @@ class NetworkGroup:
     def nothing_to_move(self, report: dict[str, Rule]) -> str:
         "A sentence that says why, and which groups would move something"
         name = type(self).__name__
-        why = [f"{k}: {r.why}" for k, r in report.items()]
+        why = "; ".join(f"{k}: {r.why}" for k, r in report.items())
         others = [g for g in _subclasses(NetworkGroup) if g is not type(self)]
         exact = [g for g in others if g.exact and g.moves(self.wiring)]
         hint = (
@@ -600,8 +592,9 @@ class NetworkGroup:
         what = "no layer for its batch action" if moves else "nothing to move"
         if not exact:
             hint = "No group here moves this model."
-        reasons = "; ".join(why) or "the wiring has no spaces"
-        return f"{name} finds {what} ({reasons}). {hint}"
+        return (
+            f"{name} finds {what} ({why or 'the wiring has no spaces'}). {hint}"
+        )
 
 # %% ../nbs/02_networks.ipynb #6e02786a
 class GL(NetworkGroup):
