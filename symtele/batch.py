@@ -20,7 +20,6 @@ from .groups import Named, readable, wide
 from symtele.networks import (
     Blocks,
     Kind,
-    Linear,
     Move,
     NetworkGroup,
     NetworkOrbit,
@@ -92,6 +91,10 @@ class _Through(NamedTuple):
     change: Callable[..., Tensor]  # (tap, h, gh, w) -> what to add for h → gh
     keeps: bool = True  # Whether that is added to the weights, or to zero
 
+    def law(self, blocks: Blocks, seen: Named) -> "OnBatch":
+        "How the action depends on the parameters, from what layers were given"
+        return OnBatch(self.keeps, _read_batch(blocks, seen, []))
+
 
 def _fits(kind: Kind, space: Space, seen: Named) -> tuple[bool, str]:
     "Whether the batch fits into what the layer is given"
@@ -121,11 +124,6 @@ class _Reading(NamedTuple):
     h: Named  # Space -> its activations, shape (n, size)
     plus: dict[str, LeftInverse]  # Space -> of its layer's input, float64
     seen: Named  # Module -> what it was given
-
-
-def _listened(spaces: list[Space]) -> set[str]:
-    "Whose inputs tell the activations around some taps"
-    return {s.tap.weight.owner for s in spaces} | {s.reader for s in spaces}
 
 
 def _read_batch(blocks: Blocks, seen: Named, moves: list[Move]) -> _Reading:
@@ -189,7 +187,7 @@ class OnBatch:
         read, blocks = self.read, orbit.blocks
         if w is not None:
             tapped = [s for s, kind in blocks.spaces if kind.tap]
-            seen = orbit.wiring.given(w, orbit.x, _listened(tapped))
+            seen = orbit.wiring.around(tapped, w, orbit.x)
             read = _read_batch(blocks, seen, blocks.moves(orbit.at))
         return partial(_add_through_taps, blocks, read)
 
@@ -201,36 +199,14 @@ class OnBatch:
         return vjp(lambda w: orbit.act_on(back, w), orbit.w)[1](c)[0]
 
 # %% ../nbs/03_batch.ipynb #d6662888
-class _TapGroup(NetworkGroup):
-    "A group that acts through activations; abstract"
-
-    def listen(self, w: Named, x: Tensor | None) -> Named:
-        "What the layers around each tap were given on the batch"
-        model, name = self.wiring.model, type(self).__name__
-        tapped = [s for s in self.wiring.spaces if s.tap]
-        if all(gl in self.prefer and gl in s.commutes for s in tapped):
-            return {}
-        if x is None or model is None:
-            needs = "it needs the batch x and a wiring with its model"
-            got = f"x = {x if x is None else tuple(x.shape)} and model = {model}"
-            raise ValueError(f"{name} reads activations: {needs}, got {got}")
-        return self.wiring.given(w, x, _listened(tapped))
-
-    def law(self, blocks: Blocks, seen: Named) -> Linear | OnBatch:
-        "The batch law where something moves through a tap"
-        if all(kind.tap is None for _, kind in blocks.spaces):
-            return Linear()
-        return OnBatch(self.exact, _read_batch(blocks, seen, []))
-
-
-class BatchGL(_TapGroup):
+class BatchGL(NetworkGroup):
     "Matrices on layers that the batch fits into, else diagonals (Z22 Prop. 4.3)"
 
     prefer = (gl, batch, scale)
     main = (batch,)
 
 
-class LeastSquares(_TapGroup):
+class LeastSquares(NetworkGroup):
     "Prop. 4.3 as printed, W → σ⁻¹(g h) h⁺: no symmetry, needs a `tol`"
 
     prefer = (_lsq,)

@@ -272,6 +272,11 @@ class Wiring:
             run_model(self.model, w, x)
         return seen
 
+    def around(self, spaces: list[Space], w: Named, x: Tensor) -> Named:
+        "What the layers around the taps of some spaces are given on a batch"
+        names = {s.tap.weight.owner for s in spaces} | {s.reader for s in spaces}
+        return self.given(w, x, names)
+
     def __getitem__(self, name: str) -> Space:
         "The space called `name`"
         return {s.name: s for s in self.spaces}[name]
@@ -535,17 +540,23 @@ class NetworkGroup:
         if key not in self.plans:
             self.plans[key] = self.decide(seen)
         report, blocks = self.plans[key]
-        law = self.law(blocks, seen)
+        taps = [kind.tap for _, kind in blocks.spaces if kind.tap]
+        law = taps[0].law(blocks, seen) if taps else Linear()
         at = blocks.zero(next(iter(w.values())).device)
         return NetworkOrbit(self.wiring, blocks, dict(report), law, w, x, at)
 
     def listen(self, w: Named, x: Tensor | None) -> Named:
-        "What it must know of the batch: module -> its input; here nothing"
-        return {}
-
-    def law(self, blocks: Blocks, seen: Named) -> Linear:
-        "How the action depends on the parameters; here linearly"
-        return Linear()
+        "What the layers around taps are given on the batch, if that matters"
+        model, name = self.wiring.model, type(self).__name__
+        taps = any(kind.tap for kind in self.prefer)
+        tapped = [s for s in self.wiring.spaces if s.tap and taps]
+        if all(gl in self.prefer and gl in s.commutes for s in tapped):
+            return {}
+        if x is None or model is None:
+            needs = "it needs the batch x and a wiring with its model"
+            got = f"x = {x if x is None else tuple(x.shape)} and model = {model}"
+            raise ValueError(f"{name} reads activations: {needs}, got {got}")
+        return self.wiring.around(tapped, w, x)
 
     def decide(self, seen: Named) -> tuple[dict[str, Rule], Blocks]:
         "Why each space moves or not, and what moves"
@@ -582,19 +593,16 @@ class NetworkGroup:
     def nothing_to_move(self, report: dict[str, Rule]) -> str:
         "A sentence that says why, and which groups would move something"
         name = type(self).__name__
-        why = "; ".join(f"{k}: {r.why}" for k, r in report.items())
+        reasons = "; ".join(f"{k}: {r.why}" for k, r in report.items())
+        why = reasons or "the wiring has no spaces"
         others = [g for g in _subclasses(NetworkGroup) if g is not type(self)]
-        exact = [g for g in others if g.exact and g.moves(self.wiring)]
-        hint = (
-            f"These would move something: {', '.join(g.__name__ for g in exact)}."
-        )
+        works = [g.__name__ for g in others if g.exact and g.moves(self.wiring)]
+        hint = f"These would move something: {', '.join(works)}."
         moves = any(r.moves for r in report.values())
         what = "no layer for its batch action" if moves else "nothing to move"
-        if not exact:
+        if not works:
             hint = "No group here moves this model."
-        return (
-            f"{name} finds {what} ({why or 'the wiring has no spaces'}). {hint}"
-        )
+        return f"{name} finds {what} ({why}). {hint}"
 
 # %% ../nbs/02_networks.ipynb #6e02786a
 class GL(NetworkGroup):
