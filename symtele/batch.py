@@ -203,7 +203,6 @@ class BatchGL(NetworkGroup):
     "Matrices on layers that the batch fits into, else diagonals (Z22 Prop. 4.3)"
 
     prefer = (gl, batch, scale)
-    main = (batch,)
 
 
 class LeastSquares(NetworkGroup):

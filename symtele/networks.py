@@ -509,7 +509,6 @@ class NetworkGroup:
     wiring: Wiring | None = None  # The model's table; `on` binds it
 
     prefer: ClassVar[tuple[Kind, ...]] = ()  # Kinds, the first that fits is taken
-    main: ClassVar[tuple[Kind, ...]] = ()  # Those that are its point, if not all
     exact: ClassVar[bool] = True
 
     def on(self, wiring: Wiring) -> "NetworkGroup":
@@ -565,15 +564,15 @@ class NetworkGroup:
             kind, report[space.name] = self.choose(space, seen)
             if kind:
                 moving.append((space, kind))
-        kinds, main = {kind for _, kind in moving}, self.main or self.prefer
-        if not (kinds and (seen or kinds & {gl, *main})):
+        through = any(kind.tap for kind in self.prefer) and not seen
+        if not moving or (through and gl not in [kind for _, kind in moving]):
             raise ValueError(self.nothing_to_move(report))
         return report, Blocks(tuple(moving))
 
     @classmethod
     def moves(cls, wiring: Wiring) -> bool:
         "Whether it would find something to move"
-        main = cls.main or cls.prefer
+        main = [kind for kind in cls.prefer if kind.tap] or cls.prefer
         return any(kind.suits(s) for kind in main for s in wiring.spaces)
 
     def choose(self, space: Space, seen: Named) -> tuple[Kind | None, Rule]:
