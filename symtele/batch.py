@@ -7,7 +7,9 @@ __all__ = ['batch', 'LeftInverse', 'left_inverse', 'OnBatch', 'BatchGL', 'LeastS
 
 # %% ../nbs/03_batch.ipynb #5fcfede8
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -18,7 +20,6 @@ from .groups import Named, readable, wide
 from symtele.networks import (
     Blocks,
     Kind,
-    Linear,
     Move,
     NetworkGroup,
     NetworkOrbit,
@@ -66,9 +67,8 @@ def left_inverse(
         if readable(d) and d.min() > 1e-4 * d.max():
             return LeftInverse(h.mT, torch.cholesky_inverse(root))
     q, r = torch.linalg.qr(h.mT)
-    return LeftInverse(
-        torch.linalg.solve_triangular(r.mT, q, upper=False, left=False)
-    )
+    p = torch.linalg.solve_triangular(r.mT, q, upper=False, left=False)
+    return LeftInverse(p)
 
 # %% ../nbs/03_batch.ipynb #54d77424
 def _preimage_change(tap: Tap, h: Tensor, gh: Tensor, w: Named) -> Tensor:
@@ -83,46 +83,39 @@ def _preimage_change(tap: Tap, h: Tensor, gh: Tensor, w: Named) -> Tensor:
     return torch.where(ok, dz, torch.where(gh == h, 0.0, torch.nan))
 
 # %% ../nbs/03_batch.ipynb #a27d95c9
-class _Through:
-    "How a matrix acts through an activation, identity kept (Z22 Prop. 4.3)"
+class _Through(NamedTuple):
+    "How a matrix acts through an activation"
 
-    left_inverse = staticmethod(left_inverse)  # Of a layer's input (n, p)
+    rule: Callable[[Kind, Space, Named], tuple[bool, str]]  # As `Kind.rule`
+    left_inverse: Callable[[Tensor], LeftInverse]  # Of a layer's input (n, p)
+    change: Callable[..., Tensor]  # (tap, h, gh, w) -> what to add for h → gh
+    keeps: bool = True  # Whether that is added to the weights, or to zero
 
-    def rule(self, kind: Kind, space: Space, seen: Named) -> tuple[bool, str]:
-        "Whether the batch fits into what the layer is given"
-        x, bias = seen[space.tap.weight.owner], space.tap.bias is not None
-        n, p = x.shape[:-1].numel(), x.shape[-1]
-        features = f"{p} features{' plus bias' if bias else ''}"
-        if n <= p + bias:
-            fits = f"exact on this batch: {n} samples fit into {features}"
-            return True, f"{kind.words}, {fits}"
+    def law(self, blocks: Blocks, seen: Named) -> "OnBatch":
+        "How the action depends on the parameters, from what layers were given"
+        return OnBatch(self.keeps, _read_batch(blocks, seen, []))
+
+
+def _fits(kind: Kind, space: Space, seen: Named) -> tuple[bool, str]:
+    "Whether the batch fits into what the layer is given"
+    x, bias = seen[space.tap.weight.owner], space.tap.bias is not None
+    n, p = x.shape[:-1].numel(), x.shape[-1]
+    features = f"{p} features{' plus bias' if bias else ''}"
+    if n > p + bias:
         return False, f"no batch action, {n} samples are more than {features}"
-
-    def change(
-        self, tap: Tap, h: Tensor, gh: Tensor, w: Named, rows: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        "Weights to add to, and the pre-activations to add, for h → gh"
-        return rows, _preimage_change(tap, h, gh, w)
+    fits = f"exact on this batch: {n} samples fit into {features}"
+    return True, f"{kind.words}, {fits}"
 
 
-class _Fitted(_Through):
-    "The published formula W → σ⁻¹(g h) h⁺, with a pseudo-inverse: no symmetry"
-
-    @staticmethod
-    def left_inverse(h: Tensor) -> LeftInverse:
-        return LeftInverse(torch.linalg.pinv(wide(h)))
-
-    def rule(self, kind: Kind, space: Space, seen: Named) -> tuple[bool, str]:
-        return True, "least squares, not exact: for comparison"
-
-    def change(
-        self, tap: Tap, h: Tensor, gh: Tensor, w: Named, rows: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return 0 * rows, tap.inverse(gh, w)
-
-
-batch = replace(gl, name="batch", tap=_Through())
-_lsq = replace(gl, name="_lsq", near=None, tap=_Fitted())
+_fitted = _Through(
+    lambda *_: (True, "least squares, not exact: for comparison"),
+    lambda h: LeftInverse(torch.linalg.pinv(wide(h))),
+    lambda tap, h, gh, w: tap.inverse(gh, w),
+    keeps=False,
+)
+_kept = _Through(_fits, left_inverse, _preimage_change)
+batch = replace(gl, name="batch", tap=_kept)
+_lsq = replace(gl, name="_lsq", near=None, tap=_fitted)
 
 # %% ../nbs/03_batch.ipynb #7008ba87
 class _Reading(NamedTuple):
@@ -133,36 +126,24 @@ class _Reading(NamedTuple):
     seen: Named  # Module -> what it was given
 
 
-def _listened(spaces: list[Space]) -> set[str]:
-    "Whose inputs tell the activations around some taps"
-    return {s.tap.weight.owner for s in spaces} | {s.reader for s in spaces}
-
-
-def _below(blocks: Blocks, tap: Tap) -> tuple[Space, Kind] | None:
-    "What moves the input of the layer that a tap belongs to"
-    for space, kind in blocks.spaces:
-        if any(t.dual and t.param == tap.weight.param for t in space.slots):
-            return space, kind
-    return None
-
-
-def _read_batch(blocks: Blocks, seen: Named, at: Named | None = None) -> _Reading:
-    "Activations and left inverses for the batch action"
+def _read_batch(blocks: Blocks, seen: Named, moves: list[Move]) -> _Reading:
+    "Activations and left inverses for the batch action, after some moves"
     h, plus = {}, {}
+    below = {t.param: m for m in moves for t in m.space.slots if t.dual}
     for space, kind in blocks.spaces:
         if kind.tap is None:
             continue
-        x = seen[space.tap.weight.owner].flatten(0, -2)
-        below = _below(blocks, space.tap) if at else None
-        if below:
-            s, k = below
-            back = Move(s, k, k.inverse(at[s.name]), [Slot("x", 1)])
+        weight, bias = space.tap.weight, space.tap.bias
+        x, move = seen[weight.owner].flatten(0, -2), below.get(weight.param)
+        if move:
+            undo = move.kind.inverse(move.element)
+            back = move._replace(element=undo, slots=[Slot("x", 1)])
             x = transform({"x": wide(x)}, [back])["x"]
-        if space.tap.bias is not None:
+        if bias is not None:
             x = torch.cat((x, torch.ones_like(x[:, :1])), 1)
         p = kind.tap.left_inverse(x)
-        if below:
-            forth = Move(s, k, at[s.name], [Slot("a", 0, dual=True)])
+        if move:
+            forth = move._replace(slots=[Slot("a", 0, dual=True)])
             p = p._replace(**transform({"a": p.a}, [forth]))
         h[space.name], plus[space.name] = seen[space.reader].flatten(0, -2), p
     return _Reading(h, plus, seen)
@@ -175,10 +156,12 @@ def _add_through_taps(blocks: Blocks, read: _Reading, w: Named, a: Named) -> Non
             continue
         tap, e, h = space.tap, a[space.name], read.h[space.name]
         weight, bias, plus = tap.weight.param, tap.bias, read.plus[space.name]
-        y = wide(h)
-        gy = y + h.to(e.dtype) @ e.mT
-        rows = w[weight] if bias is None else _with_bias(w[weight], w[bias.param])
-        rows, z = kind.tap.change(tap, y, gy, w, rows)
+        y, rows = wide(h), w[weight]
+        z = kind.tap.change(tap, y, y + h.to(e.dtype) @ e.mT, w)
+        if bias is not None:
+            rows = torch.cat((rows, w[bias.param][:, None]), 1)
+        if not kind.tap.keeps:
+            rows = 0 * rows
         new = plus.change(rows, z)
         if not (readable(new) and math.isfinite(new.sum().item())):
             # the identity stays one where h⁺ does not exist
@@ -189,91 +172,41 @@ def _add_through_taps(blocks: Blocks, read: _Reading, w: Named, a: Named) -> Non
         if bias is not None:
             w[bias.param] = new[:, -1]
 
-
-def _with_bias(weight: Tensor, bias: Tensor) -> Tensor:
-    "A layer's matrix with its bias as the last column"
-    return torch.cat((weight, bias[:, None]), 1)
-
 # %% ../nbs/03_batch.ipynb #cb9c20b6
 @dataclass(frozen=True, eq=False)
 class OnBatch:
     "The law of Prop. 4.3: the action looks at the activations on one batch"
 
-    name: str  # "batch" or "_lsq"
     keeps_identity: bool  # Whether the zero element leaves parameters alone
     read: _Reading  # Of the batch, where the orbit began
 
     carries: ClassVar[bool] = False
 
-    def rebuild(self, orbit: NetworkOrbit) -> Named:
-        "Parameters at `orbit`, from where it began"
-        return self._move(orbit, orbit.start, orbit.at, self.read)
+    def first(self, orbit: NetworkOrbit, w: Named | None = None) -> Callable:
+        "What adds to the start, or to given parameters by h(w) and (g⁻¹h)⁺g⁻¹"
+        read, blocks = self.read, orbit.blocks
+        if w is not None:
+            tapped = [s for s, kind in blocks.spaces if kind.tap]
+            seen = orbit.wiring.around(tapped, w, orbit.x)
+            read = _read_batch(blocks, seen, blocks.moves(orbit.at))
+        return partial(_add_through_taps, blocks, read)
 
-    def act_on(self, orbit: NetworkOrbit, a: Named, w: Named) -> Named:
-        "Parameters `w` after an element `a`, through h(w) and (g⁻¹h)⁺g⁻¹"
-        tapped = [s for s, kind in orbit.blocks.spaces if kind.tap]
-        seen = orbit.wiring.given(w, orbit.x, _listened(tapped))
-        return self._move(orbit, w, a, _read_batch(orbit.blocks, seen, orbit.at))
-
-    def pull(
-        self, orbit: NetworkOrbit, a: Named, c: Named, power: int = 1
-    ) -> Named:
+    def pull(self, orbit: NetworkOrbit, a: Named, c: Named, power: int) -> Named:
         "J⁻ᵀc: a covector after an element (Z22 Prop. 5.1)"
         if not self.keeps_identity:
             raise TypeError("LeastSquares is not invertible, so it has no pull")
-        back = orbit.blocks.inverse(a)
-        return vjp(lambda w: self.act_on(orbit, back, w), orbit.w)[1](c)[0]
-
-    def _move(
-        self, orbit: NetworkOrbit, w: Named, a: Named, read: _Reading
-    ) -> Named:
-        def first(new: Named, a: Named) -> None:
-            _add_through_taps(orbit.blocks, read, new, a)
-
-        return orbit.blocks.move(w, a, first)
+        back = orbit.inverse(orbit.join(a))
+        return vjp(lambda w: orbit.act_on(back, w), orbit.w)[1](c)[0]
 
 # %% ../nbs/03_batch.ipynb #d6662888
-class _TapGroup(NetworkGroup):
-    "A group that acts through activations; abstract"
-
-    def listen(self, w: Named, x: Tensor | None) -> Named:
-        "What the layers around each tap were given on the batch"
-        model, tapped = (
-            self.wiring.model,
-            [s for s in self.wiring.spaces if s.tap],
-        )
-        if all(gl in self.prefer and gl in s.commutes for s in tapped):
-            return {}
-        if x is None or model is None:
-            raise ValueError(
-                f"{type(self).__name__} reads activations: it needs the batch x "
-                "and a wiring with its model, got "
-                f"x = {x if x is None else tuple(x.shape)} and model = {model}"
-            )
-        return self.wiring.given(w, x, _listened(tapped))
-
-    def law(self, blocks: Blocks, seen: Named) -> Linear | OnBatch:
-        "The batch law where something moves through a tap"
-        kind = next((k for _, k in blocks.spaces if k.tap), None)
-        if kind is None:
-            return Linear()
-        return OnBatch(kind.name, self.exact, _read_batch(blocks, seen))
-
-    def enough(self, kinds: list[Kind], seen: Named) -> bool:
-        "Whether anything moves by a matrix, or might have"
-        matrices = any(kind in (gl, *self.main) for kind in kinds)
-        return bool(kinds) and (bool(seen) or matrices)
-
-
-class BatchGL(_TapGroup):
+class BatchGL(NetworkGroup):
     "Matrices on layers that the batch fits into, else diagonals (Z22 Prop. 4.3)"
 
     prefer = (gl, batch, scale)
-    main = (batch,)
 
 
-class LeastSquares(_TapGroup):
+class LeastSquares(NetworkGroup):
     "Prop. 4.3 as printed, W → σ⁻¹(g h) h⁺: no symmetry, needs a `tol`"
 
-    prefer = main = (_lsq,)
+    prefer = (_lsq,)
     exact = False

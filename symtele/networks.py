@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['gl', 'scale', 'perm', 'KINDS', 'Kind', 'matrix_undo', 'Slot', 'Tap', 'Space', 'run_model', 'Wiring', 'Move',
-           'transform', 'Blocks', 'Linear', 'NetworkOrbit', 'NetworkGroup', 'GL', 'Scaling', 'Permutation']
+           'transform', 'Blocks', 'NetworkOrbit', 'Linear', 'NetworkGroup', 'GL', 'Scaling', 'Permutation']
 
 # %% ../nbs/02_networks.ipynb #db5aad5a
 import math
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -29,59 +30,47 @@ from symtele.groups import (
 )
 
 # %% ../nbs/02_networks.ipynb #66505bf5
-_Act = Callable[[Tensor, Tensor], Tensor]  # of an element on an array, or of two
+_Act = Callable[..., Tensor]  # of an element on an array, of one or two elements
 
 
 def _zeros(space: "Space") -> Tensor:
     return torch.zeros(space.shape(space.size), dtype=torch.float64)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False)
 class Kind:
     "What a space can be moved by"
 
-    name: str  # For reports; kinds of one name are one kind
+    name: str  # For reports
     words: str  # The same in words
     move: _Act  # (e, t) -> `t` with its second-last axis moved by g
     dual: _Act  # (e, t) -> the same by g⁻ᵀ
     then: _Act = torch.add  # (a, b) -> first a, then b
-    inverse: Callable[[Tensor], Tensor] = torch.neg  # a -> what undoes it
-    zero: Callable[["Space"], Tensor] = _zeros  # space -> the identity
-    power: Callable | None = None  # (e, n) -> entries to the n-th, if that is one
-    draw: Callable | None = (
-        None  # (space, rng) -> uniform, where elements are int64
-    )
-    near: Callable | None = (
-        None  # (e, dtype) -> in the precision of what it moves
-    )
+    inverse: _Act = torch.neg  # a -> what undoes it
+    zero: _Act = _zeros  # space -> the identity
+    power: _Act | None = None  # (e, n) -> entries to the n-th, if that is one
+    draw: _Act | None = None  # (space, rng) -> uniform, where elements are int64
+    near: _Act | None = None  # (e, dtype) -> in the precision of what it moves
     tap: Any = None  # How it acts through an activation, None where it does not
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Kind) and self.name == other.name
-
-    def __hash__(self) -> int:
-        return hash(self.name)
 
     def __repr__(self) -> str:
         return self.name
 
     def slots(self, space: "Space") -> list["Slot"]:
         "Which slots of a space it moves; a tap sees to those that are not dual"
-        if self.tap is not None:
+        if self.tap:
             return [t for t in space.slots if t.dual]
         return [t for t in space.slots if self in t.kinds or self not in KINDS]
 
     def suits(self, space: "Space") -> bool:
         "Whether it may move a space at all"
-        return (
-            self in space.commutes if self.tap is None else space.tap is not None
-        )
+        return bool(space.tap) if self.tap else self in space.commutes
 
     def rule(self, space: "Space", seen: Named) -> tuple[bool, str]:
         "Whether it moves a space, and a reason for people"
         if not self.suits(space):
             return False, space.why if self.tap else ""
-        if self.tap is not None:
+        if self.tap:
             return self.tap.rule(self, space, seen)
         return True, f"{self.words}, exact on every input"
 
@@ -90,11 +79,8 @@ def _plus_one(t: Tensor) -> Tensor:
     return t + torch.eye(t.shape[-1], dtype=t.dtype, device=t.device)
 
 
-def _matrix_solve(
-    e: Tensor,  # T, shape (..., d, d)
-    t: Tensor,  # Shape (..., d, n)
-) -> Tensor:  # Not finite where I+T is singular
-    "(I+T)⁻¹ times `t`"
+def _matrix_solve(e: Tensor, t: Tensor) -> Tensor:
+    "(I+T)⁻¹ times `t`, not finite where I+T is singular"
     g = _plus_one(e)
     if unpack_dual(g).tangent is not None:  # forward mode
         return torch.linalg.inv_ex(g)[0] @ t
@@ -148,10 +134,8 @@ def _permute(e: Tensor, t: Tensor) -> Tensor:
 
 
 def _shuffled(space: "Space", rng: Generator) -> Tensor:
-    drawn = [
-        torch.randperm(space.size, generator=rng) for _ in range(space.copies)
-    ]
-    return torch.stack(drawn)
+    n, copies = space.size, range(space.copies)
+    return torch.stack([torch.randperm(n, generator=rng) for _ in copies])
 
 
 scale = Kind(
@@ -172,9 +156,7 @@ perm = Kind(
     power=lambda e, n: e,
     draw=_shuffled,
 )
-KINDS = frozenset(
-    {gl, scale, perm}
-)  # what moves a slot, unless it says otherwise
+KINDS = frozenset({gl, scale, perm})  # what moves a slot that does not say it
 
 # %% ../nbs/02_networks.ipynb #77c412ed
 @dataclass(frozen=True)
@@ -194,9 +176,7 @@ class Slot:
         "Name of the module that owns the parameter"
         return self.param.rpartition(".")[0]
 
-    def apply(
-        self, t: Tensor, space: "Space", f: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def apply(self, t: Tensor, space: "Space", f: _Act) -> Tensor:
         "`t` with `f` applied along the slot"
         m = t.movedim(self.axis, 0)
         n = space.copies * self.before * space.size * self.after
@@ -227,9 +207,7 @@ class Space:
     name: str  # A name for people, usually that of the module that makes it
     size: int  # Units, at least 1
     slots: Iterable[Slot]  # Becomes a tuple
-    commutes: Iterable[Kind] = (
-        frozenset()
-    )  # What commutes with the path: a frozenset
+    commutes: Iterable[Kind] = ()  # What commutes with the path: a frozenset
     copies: int = 1  # Independent copies (attention heads), at least 1
     tap: Tap | None = None  # For moves that undo an activation
     why: str = ""  # Why `commutes` is not larger, for the report
@@ -237,15 +215,11 @@ class Space:
 
     def __post_init__(self):
         if self.size < 1 or self.copies < 1:
-            raise ValueError(
-                f"Space({self.name!r}) needs size and copies of at least 1, "
-                f"got {self.size} and {self.copies}"
-            )
+            needs = f"Space({self.name!r}) needs size and copies of at least 1"
+            raise ValueError(f"{needs}, got {self.size} and {self.copies}")
         if not all(isinstance(k, Kind) for k in self.commutes):
-            raise ValueError(
-                f"Space({self.name!r}, commutes=...) knows gl, scale and perm, "
-                f"got {set(self.commutes)}"
-            )
+            knows = f"Space({self.name!r}, commutes=...) knows gl, scale and perm"
+            raise ValueError(f"{knows}, got {set(self.commutes)}")
         object.__setattr__(self, "slots", tuple(self.slots))
         object.__setattr__(self, "commutes", frozenset(self.commutes))
 
@@ -256,7 +230,7 @@ class Space:
 
     def shape(self, *dims: int) -> tuple[int, ...]:
         "`dims`, with the copies in front where there is more than one"
-        return (self.copies,) * (self.copies > 1) + dims
+        return dims if self.copies == 1 else (self.copies, *dims)
 
 # %% ../nbs/02_networks.ipynb #eb80f6c3
 def run_model(
@@ -286,20 +260,22 @@ class Wiring:
 
     def given(self, w: Named, x: Tensor, names: set[str]) -> Named:
         "Run the model once: some modules -> their first input on a batch"
-        seen, hooks = {}, []
-        try:
+        seen = {}
+        with ExitStack() as hooks:
             for name in names:
 
                 def keep(module, args, name=name):
                     seen[name] = args[0]
 
                 module = self.model.get_submodule(name)
-                hooks.append(module.register_forward_pre_hook(keep))
+                hooks.enter_context(module.register_forward_pre_hook(keep))
             run_model(self.model, w, x)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return seen
+
+    def around(self, spaces: list[Space], w: Named, x: Tensor) -> Named:
+        "What the layers around the taps of some spaces are given on a batch"
+        names = {s.tap.weight.owner for s in spaces} | {s.reader for s in spaces}
+        return self.given(w, x, names)
 
     def __getitem__(self, name: str) -> Space:
         "The space called `name`"
@@ -309,18 +285,14 @@ class Wiring:
         "Raise unless every slot that can move fits the parameters `w`"
         moving = [s for s in self.spaces if s.commutes or s.tap]
         for space, t in ((s, t) for s in moving for t in s.slots):
-            who = f"space {space.name!r} needs"
-            if t.param not in w:
-                raise ValueError(
-                    f"{who} parameter {t.param!r}; w has {sorted(w)}"
-                )
-            shape = tuple(w[t.param].shape)
+            who, name = f"space {space.name!r} needs", t.param
+            if name not in w:
+                raise ValueError(f"{who} parameter {name!r}; w has {sorted(w)}")
+            shape = tuple(w[name].shape)
             need = t.start + space.copies * t.before * space.size * t.after
             if t.axis >= len(shape) or shape[t.axis] < need:
-                raise ValueError(
-                    f"{who} {need} entries on axis {t.axis} of {t.param!r}, "
-                    f"which has shape {shape}"
-                )
+                where = f"{need} entries on axis {t.axis} of {name!r}"
+                raise ValueError(f"{who} {where}, which has shape {shape}")
 
 # %% ../nbs/02_networks.ipynb #22e82c08
 class Move(NamedTuple):
@@ -350,9 +322,7 @@ def transform(
             if b.is_floating_point() and wider:
                 b = b.to(t.dtype)
             act = kind.dual if slot.dual != dual else kind.move
-            w[slot.param] = slot.apply(
-                t, space, lambda m, act=act, b=b: act(b, m)
-            )
+            w[slot.param] = slot.apply(t, space, partial(act, b))
     return w
 
 # %% ../nbs/02_networks.ipynb #015c3959
@@ -366,11 +336,6 @@ class Blocks:
     def shapes(self) -> dict[str, torch.Size]:
         "Name of a space -> shape of its block"
         return {s.name: kind.zero(s).shape for s, kind in self.spaces}
-
-    @cached_property
-    def size(self) -> int:
-        "How many numbers an element has"
-        return sum(map(math.prod, self.shapes.values()))
 
     def split(self, xi: Tensor) -> Named:
         "A flat element as blocks by name"
@@ -391,15 +356,11 @@ class Blocks:
 
     def then(self, a: Named, b: Named) -> Named:
         "First `a`, then `b`"
-        return {
-            s.name: kind.then(a[s.name], b[s.name]) for s, kind in self.spaces
-        }
+        return {s.name: k.then(a[s.name], b[s.name]) for s, k in self.spaces}
 
     def moves(self, a: Named) -> list[Move]:
         "What `transform` needs"
-        return [
-            Move(s, kind, a[s.name], kind.slots(s)) for s, kind in self.spaces
-        ]
+        return [Move(s, k, a[s.name], k.slots(s)) for s, k in self.spaces]
 
     def move(self, w: Named, a: Named, first: Callable | None = None) -> Named:
         "`w` after `a`, rounded once; `first(wide, a)` may change the wide copy"
@@ -410,42 +371,8 @@ class Blocks:
                 a[s.name] = kind.near(a[s.name], w[s.slots[0].param].dtype)
         if first:
             first(new, a)
-        return {
-            k: t.to(w[k].dtype) for k, t in transform(new, self.moves(a)).items()
-        }
-
-    def move_data(self, a: Named, x: Tensor | None) -> Tensor | None:
-        "X → gX where there is a space of the data, else the same (Z22 Alg. 3)"
-        for s, kind in self.spaces:
-            if s.data:
-                features = [Slot("x", x.ndim - 1)]
-                moved = transform(
-                    {"x": wide(x)}, [Move(s, kind, a[s.name], features)]
-                )
-                x = moved["x"].to(x.dtype)
-        return x
-
-# %% ../nbs/02_networks.ipynb #fdc174dc
-class Linear:
-    "The law of `GL`, `Scaling` and `Permutation`: linear in the parameters"
-
-    name = "linear"
-    carries = True  # Whether a gradient moves along the orbit without the loss
-    keeps_identity = True  # Whether the zero element leaves parameters alone
-
-    def rebuild(self, orbit: "NetworkOrbit") -> Named:
-        "Parameters at `orbit`, from where it began"
-        return orbit.blocks.move(orbit.start, orbit.at)
-
-    def act_on(self, orbit: "NetworkOrbit", a: Named, w: Named) -> Named:
-        "Parameters `w` after an element `a`; differentiable in both"
-        return orbit.blocks.move(w, a)
-
-    def pull(
-        self, orbit: "NetworkOrbit", a: Named, c: Named, power: int = 1
-    ) -> Named:
-        "A covector after an element (Z22 Prop. 5.1)"
-        return transform(c, orbit.blocks.moves(a), dual=True, power=power)
+        moved = transform(new, self.moves(a))
+        return {k: t.to(w[k].dtype) for k, t in moved.items()}
 
 # %% ../nbs/02_networks.ipynb #2d0095e3
 @dataclass(frozen=True, eq=False)
@@ -455,7 +382,7 @@ class NetworkOrbit(Orbit):
     wiring: Wiring  # The table
     blocks: Blocks  # Which spaces move, and how
     report: dict[str, Rule]  # Space -> how it moves, and why
-    law: Linear  # How the action depends on the parameters, or another law
+    law: "Linear"  # How the action depends on the parameters, or another law
     start: Named  # Parameters where the orbit began
     batch: Tensor | None  # The batch there
     at: Named  # Element from there to here, by blocks
@@ -463,7 +390,7 @@ class NetworkOrbit(Orbit):
     @property
     def size(self) -> int:
         "How many numbers an element has"
-        return self.blocks.size
+        return sum(t.numel() for t in self.at.values())
 
     @cached_property
     def discrete(self) -> bool:
@@ -474,14 +401,15 @@ class NetworkOrbit(Orbit):
     def still(self) -> bool:
         "Whether this is where the orbit began, as far as can be seen from here"
         at = self.at.values()
-        if self.discrete or not (self.law.keeps_identity and plain(*at)):
-            return False
-        return not any(t.any() for t in at)
+        able = self.law.keeps_identity and not self.discrete and plain(*at)
+        return able and not any(t.any() for t in at)
 
     @cached_property
     def w(self) -> Named:
         "Parameters here, in the dtype of the start"
-        return self.start if self.still else self.law.rebuild(self)
+        if self.still:
+            return self.start
+        return self.blocks.move(self.start, self.at, self.law.first(self))
 
     @cached_property
     def x(self) -> Tensor | None:
@@ -523,12 +451,12 @@ class NetworkOrbit(Orbit):
 
     def act_on(self, xi: Tensor, w: Named) -> Named:
         "`w` after `xi`; differentiable in both"
-        return self.law.act_on(self, self.split(xi), w)
+        return self.blocks.move(w, self.split(xi), self.law.first(self, w))
 
-    def pull(self, xi: Tensor, c: Named, power: int = 1) -> Named:
+    def pull(self, xi: Tensor, c: Named) -> Named:
         "J⁻ᵀc: a covector here, seen from `act(xi)` (Z22 Prop. 5.1)"
         c = {k: c[k] for k in self.start}
-        return self.law.pull(self.to(xi), self.split(xi), c, power)
+        return self.law.pull(self.to(xi), self.split(xi), c, 1)
 
     def carry(self, c: Named, power: int = 1) -> Named:
         "A covector at the start of the orbit, seen from here; 2: a second moment"
@@ -536,7 +464,11 @@ class NetworkOrbit(Orbit):
 
     def carry_data(self, x: Tensor | None) -> Tensor | None:
         "Data as they were at the start of the orbit, seen from here (Z22 Alg. 3)"
-        return self.blocks.move_data(self.at, x)
+        for s, kind in self.blocks.spaces:
+            if s.data:
+                move = Move(s, kind, self.at[s.name], [Slot("x", x.ndim - 1)])
+                x = transform({"x": wide(x)}, [move])["x"].to(x.dtype)
+        return x
 
     @property
     def hidden(self) -> Named:
@@ -544,12 +476,24 @@ class NetworkOrbit(Orbit):
         model = self.wiring.model
         spaces = [s for s in self.wiring.spaces if s.reader]
         if self.x is None or model is None:
-            raise ValueError(
-                "hidden needs a batch and a wiring with its model, "
-                f"got x = {self.x} and model = {model}"
-            )
+            needs = "hidden needs a batch and a wiring with its model"
+            raise ValueError(f"{needs}, got x = {self.x} and model = {model}")
         seen = self.wiring.given(self.w, self.x, {s.reader for s in spaces})
         return {s.name: seen[s.reader] for s in spaces}
+
+# %% ../nbs/02_networks.ipynb #fdc174dc
+class Linear:
+    "The law of `GL`, `Scaling` and `Permutation`: linear in the parameters"
+
+    carries = True  # Whether a gradient moves along the orbit without the loss
+    keeps_identity = True  # Whether the zero element leaves parameters alone
+
+    def first(self, orbit: NetworkOrbit, w: Named | None = None) -> None:
+        "What changes parameters before their slots move: nothing"
+
+    def pull(self, orbit: NetworkOrbit, a: Named, c: Named, power: int) -> Named:
+        "A covector after an element (Z22 Prop. 5.1)"
+        return transform(c, orbit.blocks.moves(a), dual=True, power=power)
 
 # %% ../nbs/02_networks.ipynb #d1f59c0f
 def _subclasses(cls: type) -> Iterable[type]:
@@ -565,7 +509,6 @@ class NetworkGroup:
     wiring: Wiring | None = None  # The model's table; `on` binds it
 
     prefer: ClassVar[tuple[Kind, ...]] = ()  # Kinds, the first that fits is taken
-    main: ClassVar[tuple[Kind, ...]] = ()  # Those without which it has no point
     exact: ClassVar[bool] = True
 
     def on(self, wiring: Wiring) -> "NetworkGroup":
@@ -585,33 +528,34 @@ class NetworkGroup:
         "The orbit of `w`; raises where there is nothing to move"
         name = type(self).__name__
         if self.wiring is None:
-            raise ValueError(
-                f"{name}() has no wiring yet: use {name}(wire(model, x)), "
-                f"or {name}().on(wiring)"
-            )
+            use = f"use {name}(wire(model, x)), or {name}().on(wiring)"
+            raise ValueError(f"{name}() has no wiring yet: {use}")
         if not isinstance(w, dict):
-            kind = type(w).__name__
-            raise TypeError(
-                f"{name} moves a dict of parameters by name, got {kind}"
-            )
+            moves = f"{name} moves a dict of parameters by name"
+            raise TypeError(f"{moves}, got {type(w).__name__}")
         self.wiring.check(w)
         seen = self.listen(w, x)
-        shapes = [(k, t.shape) for d in (w, seen) for k, t in d.items()]
-        key = (*shapes, bool(seen))
+        key = tuple((k, t.shape) for d in (w, seen) for k, t in d.items())
         if key not in self.plans:
             self.plans[key] = self.decide(seen)
         report, blocks = self.plans[key]
-        law = self.law(blocks, seen)
+        taps = [kind.tap for _, kind in blocks.spaces if kind.tap]
+        law = taps[0].law(blocks, seen) if taps else Linear()
         at = blocks.zero(next(iter(w.values())).device)
         return NetworkOrbit(self.wiring, blocks, dict(report), law, w, x, at)
 
     def listen(self, w: Named, x: Tensor | None) -> Named:
-        "What it must know of the batch: module -> its input; here nothing"
-        return {}
-
-    def law(self, blocks: Blocks, seen: Named) -> Linear:
-        "How the action depends on the parameters; here linearly"
-        return Linear()
+        "What the layers around taps are given on the batch, if that matters"
+        model, name = self.wiring.model, type(self).__name__
+        taps = any(kind.tap for kind in self.prefer)
+        tapped = [s for s in self.wiring.spaces if s.tap and taps]
+        if all(gl in self.prefer and gl in s.commutes for s in tapped):
+            return {}
+        if x is None or model is None:
+            needs = "it needs the batch x and a wiring with its model"
+            got = f"x = {x if x is None else tuple(x.shape)} and model = {model}"
+            raise ValueError(f"{name} reads activations: {needs}, got {got}")
+        return self.wiring.around(tapped, w, x)
 
     def decide(self, seen: Named) -> tuple[dict[str, Rule], Blocks]:
         "Why each space moves or not, and what moves"
@@ -620,18 +564,16 @@ class NetworkGroup:
             kind, report[space.name] = self.choose(space, seen)
             if kind:
                 moving.append((space, kind))
-        if not self.enough([kind for _, kind in moving], seen):
+        through = any(kind.tap for kind in self.prefer) and not seen
+        if not moving or (through and gl not in [kind for _, kind in moving]):
             raise ValueError(self.nothing_to_move(report))
         return report, Blocks(tuple(moving))
 
     @classmethod
     def moves(cls, wiring: Wiring) -> bool:
         "Whether it would find something to move"
-        return any(kind.suits(s) for kind in cls.main for s in wiring.spaces)
-
-    def enough(self, kinds: list[Kind], seen: Named) -> bool:
-        "Whether what moves is worth the name of the group"
-        return bool(kinds)
+        main = [kind for kind in cls.prefer if kind.tap] or cls.prefer
+        return any(kind.suits(s) for kind in main for s in wiring.spaces)
 
     def choose(self, space: Space, seen: Named) -> tuple[Kind | None, Rule]:
         "The first preferred kind that a space allows, None where none does"
@@ -650,36 +592,31 @@ class NetworkGroup:
     def nothing_to_move(self, report: dict[str, Rule]) -> str:
         "A sentence that says why, and which groups would move something"
         name = type(self).__name__
-        why = [f"{k}: {r.why}" for k, r in report.items()]
-        works = [
-            group.__name__
-            for group in _subclasses(NetworkGroup)
-            if group.exact
-            and group is not type(self)
-            and group.moves(self.wiring)
-        ]
+        reasons = "; ".join(f"{k}: {r.why}" for k, r in report.items())
+        why = reasons or "the wiring has no spaces"
+        others = [g for g in _subclasses(NetworkGroup) if g is not type(self)]
+        works = [g.__name__ for g in others if g.exact and g.moves(self.wiring)]
+        hint = f"These would move something: {', '.join(works)}."
         moves = any(r.moves for r in report.values())
         what = "no layer for its batch action" if moves else "nothing to move"
-        hint = f"These would move something: {', '.join(works)}."
         if not works:
             hint = "No group here moves this model."
-        reasons = "; ".join(why) or "the wiring has no spaces"
-        return f"{name} finds {what} ({reasons}). {hint}"
+        return f"{name} finds {what} ({why}). {hint}"
 
 # %% ../nbs/02_networks.ipynb #6e02786a
 class GL(NetworkGroup):
     "Matrices on linear paths, positive diagonals elsewhere (Z22 Prop. 4.2)"
 
-    prefer = main = (gl, scale)
+    prefer = (gl, scale)
 
 
 class Scaling(NetworkGroup):
     "Positive diagonals, for positively homogeneous activations"
 
-    prefer = main = (scale,)
+    prefer = (scale,)
 
 
 class Permutation(NetworkGroup):
     "Permutations of hidden units: the gradient's norm never changes"
 
-    prefer = main = (perm,)
+    prefer = (perm,)
