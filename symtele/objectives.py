@@ -17,18 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vjp, vmap
 from torch.utils import _pytree as pytree
-from torch.utils._pytree import tree_map
 
-from symtele.groups import (
-    Loss,
-    Named,
-    Orbit,
-    Params,
-    dot,
-    plain,
-    readable,
-    require,
-)
+from .groups import Loss, Named, Orbit, Params, dot, need, plain, readable
 
 # %% ../nbs/06_objectives.ipynb #a37e4a88
 _MAX_TASKS = 100  # values of one loss beyond which they are samples, not tasks
@@ -75,7 +65,7 @@ def measure(
         )
     each = torch.eye(len(value), dtype=value.dtype, device=value.device)
     (rows,) = vmap(back)(each)
-    total = tree_map(lambda t: t.sum(0), rows)
+    total = pytree.tree_map(lambda t: t.sum(0), rows)
     return Measured(value, total, vmap(rounding)(rows), rows)
 
 # %% ../nbs/06_objectives.ipynb #06526a00
@@ -122,7 +112,7 @@ def descent_step(
     lr: float,  # Learning rate, positive
 ) -> Params:  # Parameters after the step
     "One step of gradient descent, w - lr·c"
-    return tree_map(lambda p, c: p - lr * c, w, c)
+    return pytree.tree_map(lambda p, c: p - lr * c, w, c)
 
 # %% ../nbs/06_objectives.ipynb #9fb11c35
 @dataclass(frozen=True)
@@ -155,7 +145,7 @@ class Lookahead:
 
     def __post_init__(self):
         fits = 0 < self.lr < math.inf
-        require(fits, "lookahead(lr=...) must be positive and finite", self.lr)
+        need(fits, "lookahead(lr=...) must be positive and finite", self.lr)
 
     def __repr__(self) -> str:
         return f"lookahead(lr={self.lr})"  # as it is written
@@ -318,8 +308,8 @@ class Landscape:
 
         a, b = self.known, other.known
         both = [k for k in self.keeps if k in a and k in b]
-        known = {k: tree_map(pick, a[k], b[k]) for k in both}
-        at = tree_map(pick, self.orbit.at, other.orbit.at)
+        known = {k: pytree.tree_map(pick, a[k], b[k]) for k in both}
+        at = pytree.tree_map(pick, self.orbit.at, other.orbit.at)
         known["orbit"] = replace(self.orbit, at=at)
         steps = torch.where(ok, other.steps, self.steps)
         return replace(self, known=known, steps=steps)
@@ -344,7 +334,7 @@ def landscape(
     if not form.applies(orbit):
         form = Landscape
     if start is None:
-        began = orbit if hasattr(orbit, "start") else None
-        w, x = (began.start, began.batch) if began else (orbit.w, orbit.x)
+        w = orbit.start if hasattr(orbit, "start") else orbit.w
+        x = orbit.batch if hasattr(orbit, "batch") else orbit.x
         start = measure(loss if x is None else lambda w: loss(w, x), w)
     return form(loss, objective, start, {"orbit": orbit})

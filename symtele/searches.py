@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from .groups import require
+from .groups import need
 from .objectives import Landscape
 
 # %% ../nbs/07_searches.ipynb #217a553d
@@ -38,7 +38,7 @@ class Random:
 
     def __post_init__(self):
         fits = 0 <= self.norm < math.inf
-        require(fits, "Random(norm=...) must be finite and at least 0", self.norm)
+        need(fits, "Random(norm=...) must be finite and at least 0", self.norm)
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         "The landscape seen from one random element"
@@ -61,7 +61,7 @@ class Sample:
     norm: float = 1.0  # Norm of each; of a permutation, 0 or not
 
     def __post_init__(self):
-        require(self.n >= 1, "Sample(n=...) must be at least 1", self.n)
+        need(self.n >= 1, "Sample(n=...) must be at least 1", self.n)
         Random(self.norm)
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
@@ -80,7 +80,7 @@ class Grid:
     def __post_init__(self):
         fits, got = self.n >= 4 and self.zoom >= 0, f"{self.n} and {self.zoom}"
         must = "Grid(n, zoom) needs n of at least 4 and zoom of at least 0"
-        require(fits, must, got)
+        need(fits, must, got)
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         "The landscape seen from the best angle; counted as one move"
@@ -134,7 +134,7 @@ class GreatCircle:
             f"{self.n} and {self.rounds}",
         )
         must = "n of at least 3 and rounds of at least 1"
-        require(fits, f"GreatCircle(n, rounds) needs {must}", got)
+        need(fits, f"GreatCircle(n, rounds) needs {must}", got)
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         "The landscape seen from the top; each circle is one move"
@@ -170,13 +170,12 @@ class Ascent:
     growth: float | None = 2.0  # Largest growth of ‖∇L‖², at least 1; None: any
 
     def __post_init__(self):
-        steps, growth = self.steps, self.growth
-        require(steps >= 1, "Ascent(steps=...) must be at least 1", steps)
+        need(self.steps >= 1, "Ascent(steps=...) must be at least 1", self.steps)
         for name, value in (("lr", self.lr), ("max_norm", self.max_norm)):
             ok = value is None or 0 < value < math.inf
-            require(ok, f"Ascent({name}=...) must be positive and finite", value)
-        fits = growth is None or growth >= 1
-        require(fits, "Ascent(growth=...) must be at least 1", growth)
+            need(ok, f"Ascent({name}=...) must be positive and finite", value)
+        fits = self.growth is None or self.growth >= 1
+        need(fits, "Ascent(growth=...) must be at least 1", self.growth)
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         "The landscape further up"
