@@ -21,9 +21,6 @@ from torch.utils import _pytree as pytree
 from .groups import Loss, Named, Orbit, Params, dot, need, plain, readable
 
 # %% ../nbs/06_objectives.ipynb #a37e4a88
-_MAX_TASKS = 100  # values of one loss beyond which they are samples, not tasks
-
-
 @dataclass(frozen=True)
 class Measured:
     "A loss at one point"
@@ -57,10 +54,11 @@ def measure(
     if not value.ndim:
         (c,) = back(torch.ones_like(value))
         return Measured(value, c, rounding(c))
-    if len(value) > _MAX_TASKS:
+    most = 100  # values beyond which they are samples, not tasks
+    if len(value) > most:
         raise ValueError(
             f"loss returned {len(value)} values, and each would be a task that "
-            f"has to hold by itself; at most {_MAX_TASKS} make sense. For a loss "
+            f"has to hold by itself; at most {most} make sense. For a loss "
             "of every sample take the mean: reduction='mean'"
         )
     each = torch.eye(len(value), dtype=value.dtype, device=value.device)

@@ -129,12 +129,10 @@ class GreatCircle:
     rounds: int = 1  # Circles, at least 1; in two dimensions one is all there is
 
     def __post_init__(self):
-        fits, got = (
-            self.n >= 3 and self.rounds >= 1,
-            f"{self.n} and {self.rounds}",
-        )
-        must = "n of at least 3 and rounds of at least 1"
-        need(fits, f"GreatCircle(n, rounds) needs {must}", got)
+        fits = self.n >= 3 and self.rounds >= 1
+        got = f"{self.n} and {self.rounds}"
+        must = "needs n of at least 3 and rounds of at least 1"
+        need(fits, f"GreatCircle(n, rounds) {must}", got)
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         "The landscape seen from the top; each circle is one move"
@@ -147,8 +145,7 @@ class GreatCircle:
         for _ in range(self.rounds):
             s = land.slope() if land.orbit.size > 1 else land.orbit.zero() + 1
             d = s / s.norm().clamp_min(1e-300)
-            t = torch.arange(self.n, dtype=d.dtype, device=d.device)
-            t = t * (land.orbit.period / self.n)
+            t = torch.arange(self.n).to(d) * (land.orbit.period / self.n)
             heights, slopes = land.along(d, t)
             best = heights.nan_to_num(-math.inf, -math.inf).argmax()
             seen = land.move(d * t[best]).knowing(height=heights[best])
