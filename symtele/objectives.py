@@ -181,7 +181,9 @@ class _Plain:
 _Objective = GradNorm | Lookahead | _Plain
 
 # %% ../nbs/06_objectives.ipynb #6cf355bc
-def found(f: Callable[[Any], Any]) -> property:
+def found(
+    f: Callable[[Any], Any],  # A method of a landscape without arguments
+) -> property:
     "A property of a landscape that is worked out once, or known already"
     name = f.__name__
 
