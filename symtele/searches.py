@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from .groups import need
 from .objectives import Landscape
 
 # %% ../nbs/07_searches.ipynb #217a553d
@@ -36,10 +37,8 @@ class Random:
     norm: float  # Norm of the element, at least 0; of a permutation, 0 or not
 
     def __post_init__(self):
-        if not 0 <= self.norm < math.inf:
-            raise ValueError(
-                f"Random(norm=...) must be finite and at least 0, got {self.norm}"
-            )
+        fits = 0 <= self.norm < math.inf
+        need(fits, "Random(norm=...) must be finite and at least 0", self.norm)
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         "The landscape seen from one random element"
@@ -62,8 +61,7 @@ class Sample:
     norm: float = 1.0  # Norm of each; of a permutation, 0 or not
 
     def __post_init__(self):
-        if self.n < 1:
-            raise ValueError(f"Sample(n=...) must be at least 1, got {self.n}")
+        need(self.n >= 1, "Sample(n=...) must be at least 1", self.n)
         Random(self.norm)
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
@@ -80,29 +78,23 @@ class Grid:
     zoom: int = 2  # Rounds of refinement, at least 0
 
     def __post_init__(self):
-        if self.n < 4 or self.zoom < 0:
-            raise ValueError(
-                "Grid(n, zoom) needs n of at least 4 and zoom of at least 0, "
-                f"got {self.n} and {self.zoom}"
-            )
+        fits, got = self.n >= 4 and self.zoom >= 0, f"{self.n} and {self.zoom}"
+        must = "Grid(n, zoom) needs n of at least 4 and zoom of at least 0"
+        need(fits, must, got)
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         "The landscape seen from the best angle; counted as one move"
-        if land.orbit.size != 1 or land.orbit.period is None:
-            raise TypeError(
-                "Grid searches a circle of angles; "
-                f"this orbit has {land.orbit.size} coordinates"
-            )
-        begin, one = land, land.orbit.zero() + 1
-        width, half = land.orbit.period / self.n, self.n // 4
-        land = _best_of(
-            land, [land.move(one * width * i) for i in range(1, self.n)]
-        )
-        for _ in range(self.zoom):
-            width = width / (half + 1)
-            around = [i for i in range(-half, half + 1) if i]
+        orbit, steps = land.orbit, land.steps + 1
+        if orbit.size != 1 or orbit.period is None:
+            found = f"this orbit has {orbit.size} coordinates"
+            raise TypeError(f"Grid searches a circle of angles; {found}")
+        width, half, one = orbit.period / self.n, self.n // 4, orbit.zero() + 1
+        around = range(1, self.n)
+        for _ in range(1 + self.zoom):
             land = _best_of(land, [land.move(one * width * i) for i in around])
-        return replace(land, steps=begin.steps + 1)
+            around = [i for i in range(-half, half + 1) if i]
+            width = width / (half + 1)
+        return replace(land, steps=steps)
 
 # %% ../nbs/07_searches.ipynb #192a0ba0
 def _harmonics(t: Tensor, degree: int, order: int = 0) -> Tensor:
@@ -115,17 +107,13 @@ def _harmonics(t: Tensor, degree: int, order: int = 0) -> Tensor:
 
 def _highest(values: Tensor, slopes: Tensor | None = None) -> Tensor:
     "The top of the trigonometric polynomial through values, and slopes if known"
-    n, orders = len(values), range(1 if slopes is None else 2)
-    degree = (n - 1) // 2 if slopes is None else n - 1
-
-    def turns(m: int) -> Tensor:
-        i = torch.arange(m, dtype=values.dtype, device=values.device)
-        return 2 * math.pi * i / m
-
-    rows = torch.cat([_harmonics(turns(n), degree, order) for order in orders])
-    told = values if slopes is None else torch.cat((values, slopes))
-    c = torch.linalg.pinv(rows) @ told
-    fine = turns(64 * n)
+    told = [values] if slopes is None else [values, slopes]
+    n, degree = len(values), (len(values) * len(told) - 1) // 2
+    i = torch.arange(64 * n, dtype=values.dtype, device=values.device)
+    fine = 2 * math.pi * i / (64 * n)
+    coarse = fine[::64]  # the angles of the values
+    rows = [_harmonics(coarse, degree, order) for order in range(len(told))]
+    c = torch.linalg.pinv(torch.cat(rows)) @ torch.cat(told)
     t = fine[(_harmonics(fine, degree) @ c).nan_to_num(-math.inf).argmax()]
     for _ in range(4):  # Newton's method, from 1/64 of the distance of two angles
         d1, d2 = (_harmonics(t, degree, order) @ c for order in (1, 2))
@@ -141,11 +129,10 @@ class GreatCircle:
     rounds: int = 1  # Circles, at least 1; in two dimensions one is all there is
 
     def __post_init__(self):
-        if self.n < 3 or self.rounds < 1:
-            raise ValueError(
-                "GreatCircle(n, rounds) needs n of at least 3 and rounds of at "
-                f"least 1, got {self.n} and {self.rounds}"
-            )
+        fits = self.n >= 3 and self.rounds >= 1
+        got = f"{self.n} and {self.rounds}"
+        must = "needs n of at least 3 and rounds of at least 1"
+        need(fits, f"GreatCircle(n, rounds) {must}", got)
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         "The landscape seen from the top; each circle is one move"
@@ -156,23 +143,18 @@ class GreatCircle:
                 f"here the kinds are {sorted(kinds)}"
             )
         for _ in range(self.rounds):
-            land = self._turn(land)
+            s = land.slope() if land.orbit.size > 1 else land.orbit.zero() + 1
+            d = s / s.norm().clamp_min(1e-300)
+            t = torch.arange(self.n).to(d) * (land.orbit.period / self.n)
+            heights, slopes = land.along(d, t)
+            best = heights.nan_to_num(-math.inf, -math.inf).argmax()
+            seen = land.move(d * t[best]).knowing(height=heights[best])
+            top = land.move(d * _highest(heights.to(d), slopes))
+            # near a maximum, rounding hides which of two points is higher
+            level = heights[best] - 1e-13 * heights[best].abs()
+            seen = seen.choose(top.height >= level, top)
+            land = replace(seen, steps=land.steps + 1)
         return land
-
-    def _turn(self, land: Landscape) -> Landscape:
-        s = land.slope() if land.orbit.size > 1 else land.orbit.zero() + 1
-        d = s / s.norm().clamp_min(1e-300)
-        t = torch.arange(self.n, dtype=d.dtype, device=d.device)
-        t = t * (land.orbit.period / self.n)
-        heights, slopes = land.along(d, t)
-        best = heights.nan_to_num(-math.inf, -math.inf).argmax()
-        seen = land.move(d * t[best]).knowing(height=heights[best])
-        top = land.move(d * _highest(heights.to(d), slopes))
-        # near a maximum, rounding hides which of two points is higher
-        level = heights[best] - 1e-13 * heights[best].abs()
-        return replace(
-            seen.choose(top.height >= level, top), steps=land.steps + 1
-        )
 
 # %% ../nbs/07_searches.ipynb #be5e2fa3
 @dataclass(frozen=True)
@@ -185,43 +167,32 @@ class Ascent:
     growth: float | None = 2.0  # Largest growth of ‖∇L‖², at least 1; None: any
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(
-                f"Ascent(steps=...) must be at least 1, got {self.steps}"
-            )
+        need(self.steps >= 1, "Ascent(steps=...) must be at least 1", self.steps)
         for name, value in (("lr", self.lr), ("max_norm", self.max_norm)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(
-                    f"Ascent({name}=...) must be positive and finite, got {value}"
-                )
-        if self.growth is not None and not self.growth >= 1:
-            raise ValueError(
-                f"Ascent(growth=...) must be at least 1, got {self.growth}"
-            )
+            ok = value is None or 0 < value < math.inf
+            need(ok, f"Ascent({name}=...) must be positive and finite", value)
+        fits = self.growth is None or self.growth >= 1
+        need(fits, "Ascent(growth=...) must be at least 1", self.growth)
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         "The landscape further up"
         if land.orbit.discrete:
-            raise TypeError(
-                "Ascent needs a group with a slope; "
-                "use Sample(n) for permutations"
-            )
+            other = "use Sample(n) for permutations"
+            raise TypeError(f"Ascent needs a group with a slope; {other}")
         if self.lr is not None:
             for _ in range(self.steps):
                 land = land.climb(self.lr)
             return land
-        capped = self.growth is not None and self.growth < math.inf
-        cap = self.growth * land.gsq if capped else None
+        lifted = self.growth is None or self.growth == math.inf
+        cap = None if lifted else self.growth * land.gsq
         radius = land.orbit.zero().new_tensor(self.max_norm)
         for _ in range(self.steps):
             there = land.climb(norm=radius)
             ok = there.height > land.height  # False for nan
-            if capped:
+            if cap is not None:
                 ok = ok & (there.gsq <= cap)
-            land, radius = (
-                land.choose(ok, there),
-                torch.where(ok, radius, radius / 2),
-            )
+            land = land.choose(ok, there)
+            radius = torch.where(ok, radius, radius / 2)
         return land
 
 # %% ../nbs/07_searches.ipynb #bd9303d2
@@ -238,8 +209,6 @@ def run_search(
     else:
         land = search(land, rng)
     if not isinstance(land, Landscape):
-        raise TypeError(
-            "search must return a landscape, as land.move(xi) does; "
-            f"got {type(land).__name__}"
-        )
+        must = "search must return a landscape, as land.move(xi) does"
+        raise TypeError(f"{must}; got {type(land).__name__}")
     return land, state
