@@ -269,7 +269,8 @@ class _Chain(NamedTuple):
 
     links: tuple[_Link, ...]  # From the data up
     above: Named  # Gradient of the parameters above
-    rest: Named  # Space -> element so far, where no link has it
+    others: Blocks  # The spaces whose way no link knows
+    rest: Named  # Space -> element so far, of these
     x: Tensor  # Input of the first layer, shape (n, p)
     gram: Tensor  # Products of samples in it, plus 1 with a bias, shape (n, n)
     readers: list[str]  # Names of the weights that read the highest space
@@ -279,31 +280,21 @@ class _Chain(NamedTuple):
     def to(self, a: dict[str, _Step]) -> "_Chain":
         "The chain after a step, by blocks"
         steps = [a.get(link.space.name) for link in self.links]
-        ups = [*steps[1:], None]
         # a reader that moves on the batch has a left inverse instead of weights
-        for i, reader in enumerate(self.links[1:]):
-            if reader.kind == batch:
-                ups[i] = None
-        triples, w = zip(self.links, steps, ups), self.begin.start
+        ups = [None if m.kind == batch else t for m, t in zip(self.links, steps)]
+        triples, w = zip(self.links, steps, [*ups[1:], None]), self.begin.start
         links = tuple([link.to(t, up, w) for link, t, up in triples])
         above = dict(self.above)
         for k in self.readers:
             above[k] = _step_rows(steps[-1], above[k])
         moves = [m._replace(element=a[m.space.name]) for m in self.moves]
         above = transform(above, moves, dual=True)
-        return self._replace(links=links, above=above, rest=self.others(a))
-
-    def others(self, a: dict[str, _Step]) -> Named:
-        "`rest` after a step"
-        return {
-            s.name: kind.then(self.rest[s.name], a[s.name])
-            for s, kind in self.begin.blocks.spaces
-            if s.name in self.rest
-        }
+        rest = self.others.then(self.rest, a)
+        return self._replace(links=links, above=above, rest=rest)
 
     def orbit(self, a: dict[str, _Step]) -> NetworkOrbit:
         "Seen from a step beyond here, {} for none"
-        rest = self.others(a) if a else self.rest
+        rest = self.others.then(self.rest, a) if a else self.rest
         at = {k: wide(t) for k, t in rest.items()}
         for link in self.links:
             if link.kind in (batch, gl):
@@ -364,9 +355,10 @@ def _read_links(
     return links
 
 
-def _read_chain(orbit: NetworkOrbit, path: _Path, c: Named) -> _Chain:
+def _read_chain(orbit: NetworkOrbit, c: Named) -> _Chain:
     "A chain where its orbit began, from its gradient"
-    read, first, top = orbit.law.read, path[0][0].tap, path[-1][0]
+    path, read = _chain_path(orbit), orbit.law.read
+    first, top = path[0][0].tap, path[-1][0]
     x = read.seen[first.weight.owner].flatten(0, -2)
     *links, last = _read_links(orbit, path, x, c)
     rows = c[top.tap.weight.param]
@@ -380,16 +372,18 @@ def _read_chain(orbit: NetworkOrbit, path: _Path, c: Named) -> _Chain:
         slots = [slot for slot in move.slots if slot.param in above]
         if slots and move.space is not top:
             moves.append(move._replace(slots=slots))
-    rest = {k: t.to(x) for k, t in orbit.blocks.zero().items()}
-    for link in links:
-        if link.kind in (batch, gl):
-            del rest[link.space.name]
+    own = {link.space for link in links if link.kind in (batch, gl)}
+    spaces = orbit.blocks.spaces
+    others = Blocks(tuple((s, kind) for s, kind in spaces if s not in own))
+    rest = {k: t.to(x) for k, t in others.zero().items()}
     gram = x @ x.mT + (first.bias is not None)
-    return _Chain(links, above, rest, x, gram, _readers(top), moves, orbit)
+    ways = (others, rest, x, gram, _readers(top), moves, orbit)
+    return _Chain(links, above, *ways)
 
 # %% ../nbs/10_closed.ipynb #8d463df1
 _Rows = list[Tensor]  # of each link
-_Read = list[list[Tensor] | None]  # G of what reads each link
+_Read = list[Tensor] | None  # G of what reads a link, None where it is not needed
+_Maybe = Tensor | None
 
 
 def _backward(links: tuple[_Link, ...]) -> tuple[_Rows, _Rows]:
@@ -406,7 +400,7 @@ def _backward(links: tuple[_Link, ...]) -> tuple[_Rows, _Rows]:
     return b, delta
 
 
-def _own_gradients(chain: _Chain, delta: _Rows) -> tuple[_Read, _Rows]:
+def _own_gradients(chain: _Chain, delta: _Rows) -> tuple[list[_Read], _Rows]:
     "G_(k+1) of each link, and G_k h_(k-1), what its own layer adds to ż"
     G, dots = [], [chain.gram @ delta[0]]
     for link, up, d in zip(chain.links, chain.links[1:], delta[1:]):
@@ -424,12 +418,7 @@ def _own_gradients(chain: _Chain, delta: _Rows) -> tuple[_Read, _Rows]:
 
 
 def _block(
-    link: _Link,
-    b: Tensor,
-    up: Tensor | None,
-    G: list[Tensor] | None,
-    h_dot: Tensor,
-    bend: Tensor | None,
+    link: _Link, b: Tensor, up: _Maybe, G: _Read, h_dot: Tensor, bend: _Maybe
 ) -> _Step:
     "The slope of one space, of low rank where the samples are few"
     if link.trail is None:
@@ -446,7 +435,7 @@ def _block(
 
 
 def _chain_slope(
-    chain: _Chain, b: _Rows, delta: _Rows, G: _Read, dots: _Rows
+    chain: _Chain, b: _Rows, delta: _Rows, G: list[_Read], dots: _Rows
 ) -> dict[str, _Step]:
     "∂‖∇L‖²/∂T, from the data up"
     slopes, below, h_dot = {}, None, None
@@ -471,6 +460,9 @@ def _chain_slope(
     return slopes
 
 # %% ../nbs/10_closed.ipynb #0355000b
+_Size = float | Tensor | None
+
+
 @dataclass(frozen=True, eq=False)
 class NormOnBatch(Landscape):
     "‖∇L‖² under the batch law, for a chain, with no call of the loss"
@@ -490,11 +482,10 @@ class NormOnBatch(Landscape):
             # so that the last point can be forgotten
             last, a = self.known.pop("step")
             return last.to(a)
-        orbit = self.orbit
-        new = _read_chain(orbit, _chain_path(orbit), self.start.gradient)
-        if orbit.still:
+        new = _read_chain(self.orbit, self.start.gradient)
+        if self.orbit.still:
             return new
-        return new.to({k: t.to(new.x.dtype) for k, t in orbit.at.items()})
+        return new.to({k: t.to(new.x.dtype) for k, t in self.orbit.at.items()})
 
     @found
     def orbit(self) -> NetworkOrbit:
@@ -503,21 +494,18 @@ class NormOnBatch(Landscape):
         return chain.orbit(a)
 
     @found
-    def passed(self) -> tuple[_Rows, _Rows]:
-        "b and δ of each link"
-        return _backward(self.chain.links)
-
-    @found
-    def own(self) -> tuple[_Read, _Rows]:
-        "G of what reads each link, and the first half of its ż"
-        return _own_gradients(self.chain, self.passed[1])
+    def passed(self) -> tuple[_Rows, _Rows, list[_Read], _Rows]:
+        "b and δ of each link, G of what reads it, and the first half of its ż"
+        b, delta = _backward(self.chain.links)
+        return b, delta, *_own_gradients(self.chain, delta)
 
     @found
     def gsq(self) -> Tensor:
         "‖∇L‖² here, shape ()"
         if "gradient" in self.known:
             return dot(self.gradient, self.gradient)
-        layers = sum((d * z).sum() for d, z in zip(self.passed[1], self.own[1]))
+        _, delta, _, dots = self.passed
+        layers = sum((d * z).sum() for d, z in zip(delta, dots))
         return layers + dot(self.chain.above, self.chain.above)
 
     @found
@@ -536,7 +524,7 @@ class NormOnBatch(Landscape):
     def blocks(self) -> dict[str, _Step]:
         "The slope by blocks, of low rank where the samples are few"
         chain = self.chain
-        slopes = _chain_slope(chain, *self.passed, *self.own)
+        slopes = _chain_slope(chain, *self.passed)
         moving = chain.begin.blocks.spaces
         if len(slopes) == len(moving):
             return slopes
@@ -557,11 +545,7 @@ class NormOnBatch(Landscape):
         a = chain.begin.blocks.split(xi.to(chain.x.dtype))
         return self.elsewhere(step=(chain, a))
 
-    def climb(
-        self,
-        rate: float | Tensor | None = None,
-        norm: float | Tensor | None = None,
-    ) -> Landscape:
+    def climb(self, rate: _Size = None, norm: _Size = None) -> Landscape:
         "Moved along the slope, without multiplying it out where samples are few"
         chain, a = self.chain, {}
         if all(link.trail is None for link in chain.links):
