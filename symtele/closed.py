@@ -103,11 +103,9 @@ class _DecreaseOnOrbit(Landscape):
     @found
     def ahead(self) -> tuple[Params, Tensor]:
         "Gradient and loss after the step"
-        return grad_and_value(lambda w: self.loss_here(w).sum())(
-            self.after_step()
-        )
+        return grad_and_value(lambda w: self.loss_here(w).sum())(self.stepped())
 
-    def after_step(self) -> Params:
+    def stepped(self) -> Params:
         "Parameters after the step"
         return descent_step(self.orbit.w, self.gradient, self.objective.lr)
 
@@ -116,7 +114,7 @@ class _DecreaseOnOrbit(Landscape):
         "The decrease, shape ()"
         if "ahead" in self.known:
             return self.start.loss.sum() - self.ahead[1]
-        return self.start.loss.sum() - self.loss_here(self.after_step()).sum()
+        return self.start.loss.sum() - self.loss_here(self.stepped()).sum()
 
     def find_slope(self) -> Tensor:
         "From the gradients here and after the step"
@@ -252,14 +250,13 @@ class _Link(NamedTuple):
         primal, dual = _step_rows(t, self.primal), _undo_rows(t, self.dual)
         if above is not None:
             dual = _step_rows(above, dual.mT).mT
-        h, slopes, trail = primal[: len(self.z)], self.slopes, self.trail
+        h, slopes = primal[: len(self.z)], self.slopes
         if self.kind == batch:
             z = self.space.tap.inverse(h, w)
             slopes = _activation_slopes(self.space.tap, z, w)
         else:
             z = _step_rows(t, self.z)
-        if trail is not None:
-            trail = (*trail, t)
+        trail = None if self.trail is None else (*self.trail, t)
         there = dict(primal=primal, dual=dual, z=z, slopes=slopes, h=h)
         return self._replace(**there, trail=trail)
 
@@ -291,15 +288,6 @@ class _Chain(NamedTuple):
         above = transform(above, moves, dual=True)
         rest = self.others.then(self.rest, a)
         return self._replace(links=links, above=above, rest=rest)
-
-    def orbit(self, a: dict[str, _Step]) -> NetworkOrbit:
-        "Seen from a step beyond here, {} for none"
-        rest = self.others.then(self.rest, a) if a else self.rest
-        at = {k: wide(t) for k, t in rest.items()}
-        for link in self.links:
-            if link.kind in (batch, gl):
-                at[link.space.name] = link.element(a.get(link.space.name))
-        return replace(self.begin, at=at)
 
 # %% ../nbs/10_closed.ipynb #287e277a
 def _tied(h: Tensor, rows: list[Tensor]) -> Tensor | None:
@@ -372,9 +360,9 @@ def _read_chain(orbit: NetworkOrbit, c: Named) -> _Chain:
         slots = [slot for slot in move.slots if slot.param in above]
         if slots and move.space is not top:
             moves.append(move._replace(slots=slots))
-    own = {link.space for link in links if link.kind in (batch, gl)}
+    own = {link.space.name for link in links if link.kind in (batch, gl)}
     spaces = orbit.blocks.spaces
-    others = Blocks(tuple((s, kind) for s, kind in spaces if s not in own))
+    others = Blocks(tuple((s, kind) for s, kind in spaces if s.name not in own))
     rest = {k: t.to(x) for k, t in others.zero().items()}
     gram = x @ x.mT + (first.bias is not None)
     ways = (others, rest, x, gram, _readers(top), moves, orbit)
@@ -404,16 +392,10 @@ def _own_gradients(chain: _Chain, delta: _Rows) -> tuple[list[_Read], _Rows]:
     "G_(k+1) of each link, and G_k h_(k-1), what its own layer adds to ż"
     G, dots = [], [chain.gram @ delta[0]]
     for link, up, d in zip(chain.links, chain.links[1:], delta[1:]):
-        if link.trail is None:
-            G.append([d.mT @ link.h])
-            left, right = link.h, G[-1][0].mT
-        else:
-            G.append(None)
-            left, right = link.h @ link.h.mT, d
-        if up.space.tap.bias is None:
-            dots.append(left @ right)
-        else:
-            dots.append(torch.addmm(d.sum(0), left, right))
+        h, plain = link.h, up.space.tap.bias is None
+        G.append([d.mT @ h] if link.trail is None else None)
+        left, right = (h, G[-1][0].mT) if G[-1] else (h @ h.mT, d)
+        dots.append(left @ right if plain else torch.addmm(d.sum(0), left, right))
     return [*G, [chain.above[k] for k in chain.readers]], dots
 
 
@@ -489,9 +471,14 @@ class NormOnBatch(Landscape):
 
     @found
     def orbit(self) -> NetworkOrbit:
-        "Found when it is asked for"
+        "From the last point, without a step of the chain"
         chain, a = self.known.get("step") or (self.chain, {})
-        return chain.orbit(a)
+        rest = chain.others.then(chain.rest, a) if a else chain.rest
+        at = {k: wide(t) for k, t in rest.items()}
+        for link in chain.links:
+            if link.kind in (batch, gl):
+                at[link.space.name] = link.element(a.get(link.space.name))
+        return replace(chain.begin, at=at)
 
     @found
     def passed(self) -> tuple[_Rows, _Rows, list[_Read], _Rows]:

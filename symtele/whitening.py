@@ -110,11 +110,10 @@ class Whiten:
         return land.choose(better, there)
 
     def _loss_ahead(self, land: Landscape) -> Tensor:
-        loss, w, c = land.loss_here, land.orbit.w, land.here.gradient
-        for i in range(self.ahead):
-            if i:
-                c = measure(loss, w).gradient
-            w = descent_step(w, c, self.lr)
+        loss = land.loss_here
+        w = descent_step(land.orbit.w, land.here.gradient, self.lr)
+        for _ in range(self.ahead - 1):
+            w = descent_step(w, measure(loss, w).gradient, self.lr)
         return loss(w).sum()
 
     def element(self, land: Landscape) -> Tensor:
