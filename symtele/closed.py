@@ -8,6 +8,7 @@ __all__ = ['Factors', 'NormOnBatch']
 # %% ../nbs/10_closed.ipynb #8d13b871
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +136,7 @@ CLOSED[Lookahead, Linear] = CLOSED[Lookahead, Chart] = _DecreaseOnOrbit
 
 # %% ../nbs/10_closed.ipynb #019e87d6
 _Path = tuple[tuple[Space, Kind | None], ...]  # from the data up; None: it stays
+_PATHS: WeakKeyDictionary[Blocks, _Path | None] = WeakKeyDictionary()
 
 
 def _readers(space: Space) -> list[str]:
@@ -144,6 +146,12 @@ def _readers(space: Space) -> list[str]:
 
 def _chain_path(orbit: NetworkOrbit) -> _Path | None:
     "The chain whose gradient the batch law bends, None where there is none"
+    if orbit.blocks not in _PATHS:
+        _PATHS[orbit.blocks] = _find_path(orbit)
+    return _PATHS[orbit.blocks]
+
+
+def _find_path(orbit: NetworkOrbit) -> _Path | None:
     kinds = {s.name: kind for s, kind in orbit.blocks.spaces}
     tapped = [s for s, kind in orbit.blocks.spaces if kind == batch]
     silent = any(s.tap.below is None for s in tapped)
