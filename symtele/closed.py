@@ -7,7 +7,7 @@ __all__ = ['Factors', 'NormOnBatch']
 
 # %% ../nbs/10_closed.ipynb #8d13b871
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -40,24 +40,25 @@ from symtele.objectives import (
 )
 
 # %% ../nbs/10_closed.ipynb #405537d6
+def _gram(slot: Slot, space: Space, kind: Kind, c: Tensor) -> Tensor:
+    "Products of units in a covector, over all else; minus where g moves it"
+    grams = []
+
+    def look(m: Tensor) -> Tensor:
+        square = m @ m.mT if kind == gl else m.square().sum(-1, keepdim=True)
+        grams.append(square.sum(1))
+        return m
+
+    slot.apply(c, space, look)
+    return grams[0] if slot.dual else -grams[0]
+
+
 def _gram_slope(blocks: Blocks, c: Named) -> Tensor:
     "d‖J⁻ᵀc‖²/dξ at the identity, for linear laws, shape (size,)"
     slopes = {}
     for space, kind, _, slots in blocks.moves(blocks.zero()):
-        total = 0
-        for slot in slots:
-            grams = []
-
-            def look(m: Tensor, kind: Kind = kind, grams: list = grams) -> Tensor:
-                square = (
-                    m @ m.mT if kind == gl else m.square().sum(-1, keepdim=True)
-                )
-                grams.append(square.sum(1))
-                return m
-
-            slot.apply(c[slot.param], space, look)
-            total = total + (1 if slot.dual else -1) * grams[0]
-        slopes[space.name] = 2 * total
+        grams = [_gram(slot, space, kind, c[slot.param]) for slot in slots]
+        slopes[space.name] = 2 * sum(grams)
     return wide(blocks.join(slopes))
 
 
@@ -65,7 +66,7 @@ def _gram_slope(blocks: Blocks, c: Named) -> Tensor:
 class _NormOnLinear(Landscape):
     "‖J⁻ᵀ∇L‖² under a linear law: no call of the loss, no second derivative of it"
 
-    closed: ClassVar[bool] = True
+    closed = True
 
     @staticmethod
     def applies(orbit: NetworkOrbit) -> bool:
@@ -81,7 +82,7 @@ class _NormOnLinear(Landscape):
 class _NormOnChart(Landscape):
     "‖J⁻ᵀ∇L‖² of rotations in a chart, with no call of the loss"
 
-    closed: ClassVar[bool] = True
+    closed = True
 
     def find_slope(self) -> Tensor:
         "From the gradient alone, to first order in the angle"
@@ -98,21 +99,23 @@ class _NormOnChart(Landscape):
 class _DecreaseOnOrbit(Landscape):
     "The decrease over the next step, with no second derivative of the loss"
 
-    closed: ClassVar[bool] = True
+    closed = True
 
     @found
     def ahead(self) -> tuple[Params, Tensor]:
         "Gradient and loss after the step"
-        step = descent_step(self.orbit.w, self.gradient, self.objective.lr)
-        return grad_and_value(lambda w: self.loss_here(w).sum())(step)
+        return grad_and_value(lambda w: self.loss_here(w).sum())(self.stepped())
+
+    def stepped(self) -> Params:
+        "Parameters after the step"
+        return descent_step(self.orbit.w, self.gradient, self.objective.lr)
 
     @found
     def height(self) -> Tensor:
         "The decrease, shape ()"
         if "ahead" in self.known:
             return self.start.loss.sum() - self.ahead[1]
-        step = descent_step(self.orbit.w, self.gradient, self.objective.lr)
-        return self.start.loss.sum() - self.loss_here(step).sum()
+        return self.start.loss.sum() - self.loss_here(self.stepped()).sum()
 
     def find_slope(self) -> Tensor:
         "From the gradients here and after the step"
@@ -136,14 +139,9 @@ _Path = tuple[tuple[Space, Kind | None], ...]  # from the data up; None: it stay
 _PATHS: WeakKeyDictionary[Blocks, _Path | None] = WeakKeyDictionary()
 
 
-def _own(tap: Tap) -> list[Slot]:
-    "The slots of the layer that a tap belongs to"
-    return [tap.weight] if tap.bias is None else [tap.weight, tap.bias]
-
-
-def _read_by(space: Space) -> set[str]:
+def _readers(space: Space) -> list[str]:
     "Names of the parameters that read a space"
-    return {t.param for t in space.slots if t.dual}
+    return [t.param for t in space.slots if t.dual]
 
 
 def _chain_path(orbit: NetworkOrbit) -> _Path | None:
@@ -154,32 +152,29 @@ def _chain_path(orbit: NetworkOrbit) -> _Path | None:
 
 
 def _find_path(orbit: NetworkOrbit) -> _Path | None:
-    moving = {s.name: kind for s, kind in orbit.blocks.spaces}
+    kinds = {s.name: kind for s, kind in orbit.blocks.spaces}
     tapped = [s for s, kind in orbit.blocks.spaces if kind == batch]
-    if any(s.tap.below is None for s in tapped):
+    silent = any(s.tap.below is None for s in tapped)
+    if silent or any(s.data for s, _ in orbit.blocks.spaces):
         return None
-    if any(s.data for s, _ in orbit.blocks.spaces):
-        return None
-    path, above = [max(tapped, key=lambda s: len(s.tap.below))], None
-    while True:
-        s = path[0]
-        reads = [Slot(name, 1, dual=True) for name in _read_by(s)]
-        whole = s.copies == 1 and set(s.slots) == {*_own(s.tap), *reads}
-        if not whole or above not in (None, _read_by(s)):
+    path, names, above = [], set(), None
+    below = [max(tapped, key=lambda s: len(s.tap.below))]
+    while below:
+        s, reads = below[0], set(_readers(below[0]))
+        if len(below) > 1 or s.tap is None or above not in (None, reads):
             return None
-        above, spaces = {s.tap.weight.param}, orbit.wiring.spaces
-        below = [t for t in spaces if _read_by(t) & above]
-        if not below:
-            break
-        if len(below) > 1 or below[0].tap is None:
+        own = {s.tap.weight, s.tap.bias} - {None}
+        slots = own | {Slot(name, 1, dual=True) for name in reads}
+        if s.copies > 1 or set(s.slots) != slots:
             return None
-        path.insert(0, below[0])
-    names = {t.param for s in path for t in _own(s.tap)}
-    if not names <= orbit.start.keys() or names != path[-1].tap.below:
+        path.insert(0, (s, kinds.get(s.name)))
+        names |= {t.param for t in own}
+        above = {s.tap.weight.param}
+        below = [t for t in orbit.wiring.spaces if above & set(_readers(t))]
+    if not names <= orbit.start.keys() or names != path[-1][0].tap.below:
         return None
-    if any(s not in path for s in tapped):
-        return None
-    return tuple((s, moving.get(s.name)) for s in path)
+    met = {s.name for s, _ in path}
+    return tuple(path) if all(s.name in met for s in tapped) else None
 
 # %% ../nbs/10_closed.ipynb #0bc90508
 class Factors(NamedTuple):
@@ -192,16 +187,16 @@ class Factors(NamedTuple):
         "T, shape (d, d)"
         return self.u.mT @ self.v
 
-    def scaled(self, rate: float | Tensor) -> "Factors":
-        "The step times a number"
-        return Factors(self.u * rate, self.v)
-
     def square(self) -> Tensor:
         "Numbers whose sum is ‖T‖², shape (r, r), without T"
         return (self.u @ self.u.mT) * (self.v @ self.v.mT)
 
 
 _Step = Tensor | Factors | None  # T (d, d), its factors, log of a diagonal (d,)
+
+
+def _one(n: int, like: Tensor) -> Tensor:
+    return torch.eye(n, dtype=like.dtype, device=like.device)
 
 
 def _step_rows(t: _Step, rows: Tensor) -> Tensor:
@@ -218,12 +213,23 @@ def _undo_rows(t: _Step, rows: Tensor) -> Tensor:
     if t is None:
         return rows
     if isinstance(t, Factors):
-        one = torch.eye(len(t.u), dtype=rows.dtype, device=rows.device)
-        small = torch.linalg.solve_ex(one + t.v @ t.u.mT, t.v)[0]
+        core = _one(len(t.u), rows) + t.v @ t.u.mT
+        small = torch.linalg.solve_ex(core, t.v)[0]
         return torch.addmm(rows, rows @ t.u.mT, small, alpha=-1)
     return rows / t.exp() if t.ndim < 2 else matrix_undo(t, rows)
 
 # %% ../nbs/10_closed.ipynb #464ffcd7
+_Slopes = tuple[Tensor, Tensor | None]  # σ'(z) and σ''(z), None for 0 everywhere
+
+
+def _activation_slopes(tap: Tap, z: Tensor, w: Named) -> _Slopes:
+    "σ'(z) and σ''(z), from the table or by autograd"
+    if tap.slopes:
+        return tap.slopes(z)
+    first, back = vjp(grad(lambda z: tap.sigma(z, w).sum()), z)
+    return first, back(torch.ones_like(z))[0]
+
+
 class _Link(NamedTuple):
     "One layer of a chain, with the rows that move with its space"
 
@@ -232,63 +238,35 @@ class _Link(NamedTuple):
     primal: Tensor  # Activations h and, without a trail, the rows of gᵀ
     dual: Tensor | None  # Of the reader: weights, or h⁺ and W - zh⁺; at the top b
     z: Tensor  # Pre-activations, shape (n, size)
-    slopes: tuple[
-        Tensor, Tensor | None
-    ]  # σ'(z) and σ''(z), None for 0 everywhere
+    slopes: _Slopes
     h: Tensor  # Activations, the first rows of `primal`
     trail: tuple[_Step, ...] | None = None  # With few samples: the steps so far
     tie: Tensor | None = None  # D of what reads the top, shape (n, n)
-
-    @property
-    def has_bias(self) -> bool:
-        "Whether the layer that makes the space has a bias"
-        return self.space.tap.bias is not None
 
     def element(self, t: _Step) -> Tensor:
         "The way from the start to a step beyond here, shape (size, size)"
         rows = self.primal[len(self.z) :]
         if self.trail is not None:
-            rows = torch.eye(
-                self.space.size, dtype=self.z.dtype, device=self.z.device
-            )
-        for step in self.trail or ():
+            rows = _one(self.space.size, self.z)
+        for step in (*(self.trail or ()), t):
             rows = _step_rows(step, rows)
-        g = wide(_step_rows(t, rows).mT)
-        return g - torch.eye(len(g), dtype=g.dtype, device=g.device)
+        g = wide(rows.mT)
+        return g - _one(len(g), g)
 
     def to(self, t: _Step, above: _Step, w: Named) -> "_Link":
         "The link after a step of its space, and one of what its reader makes"
         primal, dual = _step_rows(t, self.primal), _undo_rows(t, self.dual)
         if above is not None:
             dual = _step_rows(above, dual.mT).mT
-        z, slopes, tap = self.z, self.slopes, self.space.tap
-        h = primal[: len(z)]
+        h, slopes = primal[: len(self.z)], self.slopes
         if self.kind == batch:
-            z = tap.inverse(h, w)
-            slopes = _activation_slopes(tap, z, w)
+            z = self.space.tap.inverse(h, w)
+            slopes = _activation_slopes(self.space.tap, z, w)
         else:
-            z = _step_rows(t, z)
-        trail = self.trail
-        if t is not None and trail is not None:
-            trail = (*trail, t)
-        return _Link(
-            self.space, self.kind, primal, dual, z, slopes, h, trail, self.tie
-        )
-
-
-def _activation_slopes(
-    tap: Tap, z: Tensor, w: Named
-) -> tuple[Tensor, Tensor | None]:
-    "σ'(z) and σ''(z), from the table or by autograd"
-    if tap.slopes:
-        return tap.slopes(z)
-    one = torch.ones_like(z)
-
-    def first(z: Tensor) -> Tensor:
-        return vjp(lambda z: tap.sigma(z, w), z)[1](one)[0]
-
-    slopes, back = vjp(first, z)
-    return slopes, back(one)[0]
+            z = _step_rows(t, self.z)
+        trail = None if self.trail is None else (*self.trail, t)
+        there = dict(primal=primal, dual=dual, z=z, slopes=slopes, h=h)
+        return self._replace(**there, trail=trail)
 
 # %% ../nbs/10_closed.ipynb #5eb12bba
 class _Chain(NamedTuple):
@@ -296,55 +274,30 @@ class _Chain(NamedTuple):
 
     links: tuple[_Link, ...]  # From the data up
     above: Named  # Gradient of the parameters above
-    rest: Named  # Space -> element so far, where no link has it
+    others: Blocks  # The spaces whose way no link knows
+    rest: Named  # Space -> element so far, of these
     x: Tensor  # Input of the first layer, shape (n, p)
     gram: Tensor  # Products of samples in it, plus 1 with a bias, shape (n, n)
-    readers: tuple[str, ...]  # Names of the weights that read the _highest space
-    moves: tuple[tuple[Space, Kind, list[Slot]], ...]  # What else moves above
+    readers: list[str]  # Names of the weights that read the highest space
+    moves: list[Move]  # What else moves above
     begin: NetworkOrbit  # Where the links began
 
     def to(self, a: dict[str, _Step]) -> "_Chain":
         "The chain after a step, by blocks"
-        steps, w = (
-            [a.get(link.space.name) for link in self.links],
-            self.begin.start,
-        )
+        steps = [a.get(link.space.name) for link in self.links]
         # a reader that moves on the batch has a left inverse instead of weights
-        of_reader = [
-            None if link.kind == batch else t
-            for link, t in zip(self.links[1:], steps[1:])
-        ]
-        triples = zip(self.links, steps, [*of_reader, None])
-        links = tuple([link.to(t, above, w) for link, t, above in triples])
-        above = {
-            k: _step_rows(steps[-1], c) if k in self.readers else c
-            for k, c in self.above.items()
-        }
-        if self.moves:
-            moves = [
-                Move(s, kind, a[s.name], slots) for s, kind, slots in self.moves
-            ]
-            above = transform(above, moves, dual=True)
-        return self._replace(links=links, above=above, rest=self.others(a))
+        ups = [None if m.kind == batch else t for m, t in zip(self.links, steps)]
+        triples, w = zip(self.links, steps, [*ups[1:], None]), self.begin.start
+        links = tuple([link.to(t, up, w) for link, t, up in triples])
+        above = dict(self.above)
+        for k in self.readers:
+            above[k] = _step_rows(steps[-1], above[k])
+        moves = [m._replace(element=a[m.space.name]) for m in self.moves]
+        above = transform(above, moves, dual=True)
+        rest = self.others.then(self.rest, a)
+        return self._replace(links=links, above=above, rest=rest)
 
-    def others(self, a: dict[str, _Step]) -> Named:
-        "`rest` after a step"
-        return {
-            s.name: kind.then(self.rest[s.name], a[s.name])
-            for s, kind in self.begin.blocks.spaces
-            if s.name in self.rest
-        }
-
-    def orbit(self, a: dict[str, _Step]) -> NetworkOrbit:
-        "Seen from a step beyond here, {} for none"
-        rest = self.others(a) if a else self.rest
-        at = {k: wide(t) for k, t in rest.items()}
-        for link in self.links:
-            if link.kind in (batch, gl):
-                at[link.space.name] = link.element(a.get(link.space.name))
-        return replace(self.begin, at=at)
-
-
+# %% ../nbs/10_closed.ipynb #287e277a
 def _tied(h: Tensor, rows: list[Tensor]) -> Tensor | None:
     "What the gradients above a space have in common with its few samples"
     plus, D = left_inverse(h), 0
@@ -356,97 +309,80 @@ def _tied(h: Tensor, rows: list[Tensor]) -> Tensor | None:
         D = D + p.mT @ p
     return D
 
-# %% ../nbs/10_closed.ipynb #287e277a
-def _reader_rows(
-    plus: LeftInverse, weight: Tensor, z: Tensor, spare: bool
-) -> Tensor:
+
+def _batch_dual(plus: LeftInverse, weight: Tensor, z: Tensor) -> Tensor:
     "Dual rows below a layer that moves on the batch: h⁺ and, if spare, W - zh⁺"
     rows = [plus.full[: weight.shape[1]].mT.to(z.dtype)]
-    if spare:
+    if len(z) < len(plus.a):
         rows.append(torch.addmm(weight, z.mT, rows[0], alpha=-1))
     return torch.cat(rows)
 
 
-def _few(
-    x: Tensor, space: Space, readers: list[Tensor] | None
-) -> tuple[bool, Any]:
-    "Whether samples are few for a space, and D at the top"
-    if not (len(x) < space.size / 4 and readable(x)):
-        return False, None
-    if readers is None:
-        return True, None
-    tie = _tied(x, readers)
-    rank = 2 * len(x) + sum(map(len, readers))
-    return tie is not None or rank < space.size / 2, tie
-
-
-def _read_links(orbit: NetworkOrbit, path: _Path, c: Named) -> list[_Link]:
+def _read_links(
+    orbit: NetworkOrbit, path: _Path, x: Tensor, c: Named
+) -> list[_Link]:
     "The links where an orbit began, but for b at the top"
-    (h, plus, seen), w, links = orbit.law.read, orbit.start, []
-    x = seen[path[0][0].tap.weight.owner].flatten(0, -2)
+    read, w, links = orbit.law.read, orbit.start, []
     for s, kind in path:
-        tap, on_batch = s.tap, kind == batch
-        weight = w[tap.weight.param]
-        bias = None if tap.bias is None else w[tap.bias.param]
-        if on_batch:
-            z = tap.inverse(h[s.name], w)
+        tap, few, tie = s.tap, False, None
+        weight = dual = w[tap.weight.param]
+        if kind == batch:
+            h = read.h[s.name]
+            z = tap.inverse(h, w)
+            few = len(h) < s.size / 4 and readable(h)
+            if links:
+                dual = _batch_dual(read.plus[s.name], weight, z)
         else:
+            bias = None if tap.bias is None else w[tap.bias.param]
             z = nn.functional.linear(x, weight, bias)
+            h = tap.sigma(z, w)
         if links:
-            spare = len(x) < weight.shape[1] + (bias is not None)
-            dual = weight
-            if on_batch:
-                dual = _reader_rows(plus[s.name], weight, z, spare)
             links[-1] = links[-1]._replace(dual=dual)
-        x = h[s.name] if on_batch else tap.sigma(z, w)
-        few, tie = False, None
-        if on_batch:
-            at_top = s is path[-1][0]
-            readers = [c[t.param] for t in s.slots if t.dual] if at_top else None
-            few, tie = _few(x, s, readers)
-        primal = x
+        if few and s is path[-1][0]:
+            readers = [c[name] for name in _readers(s)]
+            tie = _tied(h, readers)
+            rank = 2 * len(h) + sum(map(len, readers))
+            few = tie is not None or rank < s.size / 2
+        primal = x = h
         if kind in (batch, gl) and not few:
-            primal = torch.cat(
-                (x, torch.eye(s.size, dtype=z.dtype, device=z.device))
-            )
+            primal = torch.cat((h, _one(s.size, z)))
         slopes, trail = _activation_slopes(tap, z, w), () if few else None
-        links.append(_Link(s, kind, primal, None, z, slopes, x, trail, tie))
+        links.append(_Link(s, kind, primal, None, z, slopes, h, trail, tie))
     return links
 
 
-def _read_chain(orbit: NetworkOrbit, path: _Path, c: Named) -> _Chain:
+def _read_chain(orbit: NetworkOrbit, c: Named) -> _Chain:
     "A chain where its orbit began, from its gradient"
-    links, (top, _), seen = (
-        _read_links(orbit, path, c),
-        path[-1],
-        orbit.law.read.seen,
-    )
+    path, read = _chain_path(orbit), orbit.law.read
+    first, top = path[0][0].tap, path[-1][0]
+    x = read.seen[first.weight.owner].flatten(0, -2)
+    *links, last = _read_links(orbit, path, x, c)
     rows = c[top.tap.weight.param]
     if top.tap.bias is not None:
         rows = torch.cat((rows, c[top.tap.bias.param][:, None]), 1)
-    delta = orbit.law.read.plus[top.name].times(rows).mT
-    links[-1] = links[-1]._replace(dual=delta / links[-1].slopes[0])
+    delta = read.plus[top.name].times(rows).mT
+    links = (*links, last._replace(dual=delta / last.slopes[0]))
     above = {k: t for k, t in c.items() if k not in top.tap.below}
     moves = []
-    for s, kind, _, slots in orbit.blocks.moves(orbit.at):
-        mine = [slot for slot in slots if slot.param in above]
-        if s is not top and mine:
-            moves.append((s, kind, mine))
-    x = seen[path[0][0].tap.weight.owner].flatten(0, -2)
+    for move in orbit.blocks.moves(orbit.at):
+        slots = [slot for slot in move.slots if slot.param in above]
+        if slots and move.space is not top:
+            moves.append(move._replace(slots=slots))
     own = {link.space.name for link in links if link.kind in (batch, gl)}
-    rest = {
-        s.name: kind.zero(s).to(x)
-        for s, kind in orbit.blocks.spaces
-        if s.name not in own
-    }
-    gram = x @ x.mT + links[0].has_bias
-    readers = tuple(t.param for t in top.slots if t.dual)
-    return _Chain(
-        tuple(links), above, rest, x, gram, readers, tuple(moves), orbit
-    )
+    spaces = orbit.blocks.spaces
+    others = Blocks(tuple((s, kind) for s, kind in spaces if s.name not in own))
+    rest = {k: t.to(x) for k, t in others.zero().items()}
+    gram = x @ x.mT + (first.bias is not None)
+    ways = (others, rest, x, gram, _readers(top), moves, orbit)
+    return _Chain(links, above, *ways)
 
 # %% ../nbs/10_closed.ipynb #8d463df1
-def _backward(links: tuple[_Link, ...]) -> tuple[list[Tensor], list[Tensor]]:
+_Rows = list[Tensor]  # of each link
+_Read = list[Tensor] | None  # G of what reads a link, None where it is not needed
+_Maybe = Tensor | None
+
+
+def _backward(links: tuple[_Link, ...]) -> tuple[_Rows, _Rows]:
     "b = ∂L/∂h and δ = ∂L/∂z, from the top down"
     b, delta = [links[-1].dual], [links[-1].slopes[0] * links[-1].dual]
     for link, below in zip(links[:0:-1], links[-2::-1]):
@@ -460,83 +396,47 @@ def _backward(links: tuple[_Link, ...]) -> tuple[list[Tensor], list[Tensor]]:
     return b, delta
 
 
-def _read_gradients(
-    chain: _Chain, delta: list[Tensor]
-) -> list[list[Tensor] | None]:
-    "G of the weights that read each link"
-    inner = [
-        None if link.trail is not None else [d.mT @ link.h]
-        for link, d in zip(chain.links, delta[1:])
-    ]
-    return [*inner, [chain.above[k] for k in chain.readers]]
-
-
-def _own_dots(
-    chain: _Chain, delta: list[Tensor], G: list[list[Tensor] | None]
-) -> list[Tensor]:
-    "G_k h_(k-1), the change of z along the gradient of its own layer"
-    dots = [chain.gram @ delta[0]]
-    for link, up, d, read in zip(chain.links, chain.links[1:], delta[1:], G):
-        h = link.h
-        if read is None:
-            left, right = h @ h.mT, d
-        else:
-            left, right = h, read[0].mT
-        dots.append(
-            torch.addmm(d.sum(0), left, right) if up.has_bias else left @ right
-        )
-    return dots
+def _own_gradients(chain: _Chain, delta: _Rows) -> tuple[list[_Read], _Rows]:
+    "G_(k+1) of each link, and G_k h_(k-1), what its own layer adds to ż"
+    G, dots = [], [chain.gram @ delta[0]]
+    for link, up, d in zip(chain.links, chain.links[1:], delta[1:]):
+        h, plain = link.h, up.space.tap.bias is None
+        G.append([d.mT @ h] if link.trail is None else None)
+        left, right = (h, G[-1][0].mT) if G[-1] else (h @ h.mT, d)
+        dots.append(left @ right if plain else torch.addmm(d.sum(0), left, right))
+    return [*G, [chain.above[k] for k in chain.readers]], dots
 
 
 def _block(
-    link: _Link,
-    up: Tensor | None,
-    b: Tensor,
-    bend: Tensor | None,
-    h_dot: Tensor,
-    G: list[Tensor] | None,
+    link: _Link, b: Tensor, up: _Maybe, G: _Read, h_dot: Tensor, bend: _Maybe
 ) -> _Step:
     "The slope of one space, of low rank where the samples are few"
     if link.trail is None:
         t = sum(r.mT @ r for r in G)
         t = torch.addmm(t, b.mT, h_dot, beta=2, alpha=-2)
         return t if bend is None else torch.addmm(t, bend.mT, link.h, alpha=2)
-    bends, reads = [] if bend is None else [bend], G
-    if G is None or link.tie is not None:
-        D = up @ up.mT if link.tie is None else link.tie
-        bends, reads = [*bends, D @ link.h], []
+    D = up @ up.mT if G is None else link.tie
+    if D is not None:
+        G, bend = [], D @ link.h if bend is None else bend + D @ link.h
     u, v = [-b], [h_dot]
-    if bends:
-        u.append(sum(bends))
-        v.append(link.h)
-    return Factors(torch.cat([*u, *reads]), torch.cat([*v, *reads])).scaled(2)
+    if bend is not None:
+        u, v = [-b, bend], [h_dot, link.h]
+    return Factors(torch.cat([*u, *G]) * 2, torch.cat([*v, *G]))
 
 
 def _chain_slope(
-    chain: _Chain,
-    b: list[Tensor],
-    delta: list[Tensor],
-    dots: list[Tensor],
-    G: list[list[Tensor] | None],
+    chain: _Chain, b: _Rows, delta: _Rows, G: list[_Read], dots: _Rows
 ) -> dict[str, _Step]:
     "∂‖∇L‖²/∂T, from the data up"
     slopes, below, h_dot = {}, None, None
-    ups = [*delta[1:], None]
     for i, link in enumerate(chain.links):
-        z_dot, bend = dots[i], None
-        (first, second), n = link.slopes, len(link.z)
+        (first, second), z, bend, z_dot = link.slopes, link.z, None, dots[i]
         if below is not None:
-            c = h_dot @ below.dual.mT
+            through = h_dot @ below.dual.mT
             if link.kind == batch:
-                c, spare = c[:, :n], c[:, n:]
+                c, spare = through[:, : len(z)], through[:, len(z) :]
                 bend = c.mT @ delta[i]
-                through = (
-                    torch.addmm(spare, c, link.z)
-                    if spare.shape[1]
-                    else c @ link.z
-                )
-            else:
-                through = c
+                through = torch.addmm(spare, c, z) if spare.shape[1] else c @ z
             z_dot = through + z_dot
         below, h_dot = link, first * z_dot
         if link.kind != batch:
@@ -545,16 +445,20 @@ def _chain_slope(
             curved = second * z_dot * b[i]
             bend = curved if bend is None else bend + curved
         bend = None if bend is None else bend / first
-        slopes[link.space.name] = _block(link, ups[i], b[i], bend, h_dot, G[i])
+        up = delta[i + 1] if i + 1 < len(delta) else None
+        slopes[link.space.name] = _block(link, b[i], up, G[i], h_dot, bend)
     return slopes
 
 # %% ../nbs/10_closed.ipynb #0355000b
+_Size = float | Tensor | None
+
+
 @dataclass(frozen=True, eq=False)
 class NormOnBatch(Landscape):
     "‖∇L‖² under the batch law, for a chain, with no call of the loss"
 
-    closed: ClassVar[bool] = True
-    keeps: ClassVar[tuple[str, ...]] = ("height", "gradient", "chain")
+    closed = True
+    keeps = ("height", "gradient", "chain")
 
     @staticmethod
     def applies(orbit: NetworkOrbit) -> bool:
@@ -565,43 +469,38 @@ class NormOnBatch(Landscape):
     def chain(self) -> _Chain:
         "A step from the last point, or read where the orbit began"
         if "step" in self.known:
-            last, a = self.known.pop(
-                "step"
-            )  # so that the last point can be forgotten
+            # so that the last point can be forgotten
+            last, a = self.known.pop("step")
             return last.to(a)
-        orbit = self.orbit
-        new = _read_chain(orbit, _chain_path(orbit), self.start.gradient)
-        if orbit.still:
+        new = _read_chain(self.orbit, self.start.gradient)
+        if self.orbit.still:
             return new
-        return new.to({k: t.to(new.x.dtype) for k, t in orbit.at.items()})
+        return new.to({k: t.to(new.x.dtype) for k, t in self.orbit.at.items()})
 
     @found
     def orbit(self) -> NetworkOrbit:
-        "Found when it is asked for"
+        "From the last point, without a step of the chain"
         chain, a = self.known.get("step") or (self.chain, {})
-        return chain.orbit(a)
+        rest = chain.others.then(chain.rest, a) if a else chain.rest
+        at = {k: wide(t) for k, t in rest.items()}
+        for link in chain.links:
+            if link.kind in (batch, gl):
+                at[link.space.name] = link.element(a.get(link.space.name))
+        return replace(chain.begin, at=at)
 
     @found
-    def passed(self) -> tuple[list[Tensor], list[Tensor]]:
-        "b and δ of each link"
-        return _backward(self.chain.links)
-
-    @found
-    def read(self) -> list[list[Tensor] | None]:
-        "G of what reads each link"
-        return _read_gradients(self.chain, self.passed[1])
-
-    @found
-    def dots(self) -> list[Tensor]:
-        "The first half of ż of each link"
-        return _own_dots(self.chain, self.passed[1], self.read)
+    def passed(self) -> tuple[_Rows, _Rows, list[_Read], _Rows]:
+        "b and δ of each link, G of what reads it, and the first half of its ż"
+        b, delta = _backward(self.chain.links)
+        return b, delta, *_own_gradients(self.chain, delta)
 
     @found
     def gsq(self) -> Tensor:
         "‖∇L‖² here, shape ()"
         if "gradient" in self.known:
             return dot(self.gradient, self.gradient)
-        layers = sum((d * own).sum() for d, own in zip(self.passed[1], self.dots))
+        _, delta, _, dots = self.passed
+        layers = sum((d * z).sum() for d, z in zip(delta, dots))
         return layers + dot(self.chain.above, self.chain.above)
 
     @found
@@ -609,8 +508,8 @@ class NormOnBatch(Landscape):
         "∇L here, from the chain"
         c, x = dict(self.chain.above), self.chain.x
         for link, d in zip(self.chain.links, self.passed[1]):
-            tap, x_below = link.space.tap, x
-            c[tap.weight.param] = d.mT @ x_below
+            tap = link.space.tap
+            c[tap.weight.param] = d.mT @ x
             if tap.bias is not None:
                 c[tap.bias.param] = d.sum(0)
             x = link.h
@@ -619,15 +518,14 @@ class NormOnBatch(Landscape):
     @found
     def blocks(self) -> dict[str, _Step]:
         "The slope by blocks, of low rank where the samples are few"
-        (b, delta), chain = self.passed, self.chain
-        slopes = _chain_slope(chain, b, delta, self.dots, self.read)
+        chain = self.chain
+        slopes = _chain_slope(chain, *self.passed)
         moving = chain.begin.blocks.spaces
         if len(slopes) == len(moving):
             return slopes
         rest = Blocks(tuple((s, kind) for s, kind in moving if kind != batch))
-        owned = [t.param for s, _ in rest.spaces for t in s.slots]
-        known = all(name in chain.above for name in owned)
-        c = chain.above if known else self.gradient
+        owned = {t.param for s, _ in rest.spaces for t in s.slots}
+        c = chain.above if owned <= chain.above.keys() else self.gradient
         return slopes | rest.split(_gram_slope(rest, c))
 
     def find_slope(self) -> Tensor:
@@ -637,34 +535,25 @@ class NormOnBatch(Landscape):
         return self.chain.begin.blocks.join(dense)
 
     def move(self, xi: Tensor) -> Landscape:
-        "The landscape seen from `act(xi)`"
+        "The landscape seen from `act(xi)`; nothing is computed yet"
         chain = self.chain
-        return self.by(chain.begin.blocks.split(xi.to(chain.x.dtype)))
+        a = chain.begin.blocks.split(xi.to(chain.x.dtype))
+        return self.elsewhere(step=(chain, a))
 
-    def by(self, a: dict[str, _Step]) -> "NormOnBatch":
-        "Moved by an element in blocks; nothing is computed yet"
-        return self.elsewhere(step=(self.chain, a))
-
-    def climb(
-        self,
-        rate: float | Tensor | None = None,
-        norm: float | Tensor | None = None,
-    ) -> Landscape:
+    def climb(self, rate: _Size = None, norm: _Size = None) -> Landscape:
         "Moved along the slope, without multiplying it out where samples are few"
-        if all(link.trail is None for link in self.chain.links):
+        chain, a = self.chain, {}
+        if all(link.trail is None for link in chain.links):
             return super().climb(rate, norm)
         if norm is not None:
             squares = [t.square().sum() for t in self.blocks.values()]
             rate = norm / sum(squares).sqrt().clamp_min(1e-300)
-        dtype = self.chain.x.dtype
-        return self.by(
-            {
-                k: t.scaled(rate)
-                if isinstance(t, Factors)
-                else (t * rate).to(dtype)
-                for k, t in self.blocks.items()
-            }
-        )
+        for k, t in self.blocks.items():
+            if isinstance(t, Factors):
+                a[k] = Factors(t.u * rate, t.v)
+            else:
+                a[k] = (t * rate).to(chain.x.dtype)
+        return self.elsewhere(step=(chain, a))
 
 
 CLOSED[GradNorm, OnBatch] = NormOnBatch

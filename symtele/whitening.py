@@ -14,18 +14,17 @@ from torch import Generator, Tensor
 from torch.utils import _pytree as pytree
 
 from .batch import batch
-from .groups import Loss, Orbit, Params, dot, wide
+from .groups import Orbit, dot, wide
 from .networks import Kind, Move, NetworkOrbit, Slot, Space, gl, transform
-from .objectives import Landscape, Measured, descent_step, measure
+from .objectives import Landscape, descent_step, measure
 from .teleporting import finite
 
 # %% ../nbs/11_whitening.ipynb #a9a59197
 def _whitener(h: Tensor, kind: Kind) -> Tensor:
     "The element that makes samples orthonormal, or features where they are fewer"
     n, d = h.shape
-    rest = min(n, d) ** 0.5 / torch.linalg.matrix_norm(
-        h
-    )  # where no sample points
+    # where no sample points
+    rest = min(n, d) ** 0.5 / torch.linalg.matrix_norm(h)
     if kind == batch:
         q, r = torch.linalg.qr(h.mT, mode="complete")
         seen = torch.linalg.solve_triangular(r[:n], q[:, :n].mT, upper=True)
@@ -36,63 +35,47 @@ def _whitener(h: Tensor, kind: Kind) -> Tensor:
     return v.mT @ (torch.where(s > smallest, 1 / s, rest)[:, None] * v)
 
 
-def _whitened(orbit: Orbit) -> list[tuple[Space, Tensor]]:
+def _whiteners(orbit: Orbit) -> list[tuple[Space, Tensor]]:
     "The whitener of every space that moves by matrices, or an error"
     spaces = orbit.blocks.spaces if isinstance(orbit, NetworkOrbit) else ()
-    moving = [
-        (s, kind)
-        for s, kind in spaces
-        if kind in (gl, batch) and s.copies == 1 and not s.data
-    ]
+    moving = [(s, kind) for s, kind in spaces if kind in (gl, batch)]
+    moving = [(s, kind) for s, kind in moving if s.copies == 1 and not s.data]
     if not moving or orbit.x is None:
         kinds = sorted({r.kind for r in orbit.report.values()})
         raise TypeError(
             "Whiten needs a batch, and hidden spaces that move by matrices: use "
             f"BatchGL, or GL on a linear network; here the kinds are {kinds}"
         )
-    h = {} if all(kind == batch for _, kind in moving) else orbit.hidden
+    hidden = orbit.hidden if any(kind == gl for _, kind in moving) else {}
+    found = []
     for s, kind in moving:
         if kind == batch:
-            h[s.name] = _on_batch(orbit, s)
-    return [
-        (s, _whitener(wide(h[s.name]).flatten(0, -2), kind)) for s, kind in moving
-    ]
-
-
-def _on_batch(orbit: NetworkOrbit, space: Space) -> Tensor:
-    "Activations that the batch law has read, seen from here"
-    h = orbit.law.read.h[space.name]
-    if orbit.still:
-        return h
-    here = Move(space, batch, orbit.at[space.name], [Slot("h", 1)])
-    return transform({"h": h}, [here])["h"]
+            here = Move(s, kind, orbit.at[s.name], [Slot("h", 1)])
+            h = transform({"h": orbit.law.read.h[s.name]}, [here])["h"]
+        else:
+            h = hidden[s.name]
+        found.append((s, _whitener(wide(h).flatten(0, -2), kind)))
+    return found
 
 # %% ../nbs/11_whitening.ipynb #96d76bf8
 def _output_curvature(land: Landscape, space: Space, g: Tensor) -> Tensor:
     "The second derivative of the loss in the outputs, from one call of the loss"
-    w, c, loss = land.orbit.w, land.gradient, land.loss_here
+    w, c = land.orbit.w, land.gradient
     slots = [replace(s, dual=False) for s in space.slots if s.dual]
     metric = g.mT @ g - torch.eye(len(g), dtype=g.dtype, device=g.device)
     reads = {s.param: c[s.param] for s in slots}
     d = transform(reads, [Move(space, gl, metric, slots)])
     slope, before = dot({k: c[k] for k in d}, d), land.here.loss.sum()
     t = before.abs() / slope
-    after = loss({**w, **{k: w[k] - t * d[k] for k in d}}).sum()
-    # the step along d is best at slope/bend, and is 1/c in the _whitened space
+    after = land.loss_here({**w, **{k: w[k] - t * d[k] for k in d}}).sum()
+    # the step along d is best at slope/bend, and is 1/c in the whitened space
     bend = 2 * (after - before + t * slope) / t**2
     return bend / slope
 
 # %% ../nbs/11_whitening.ipynb #db9815c3
-def _loss_after(
-    loss: Loss, w: Params, m: Measured, lr: float, steps: int
-) -> Tensor:
-    "The loss after several steps of gradient descent"
-    c = m.gradient
-    for i in range(steps):
-        if i:
-            c = measure(loss, w).gradient
-        w = descent_step(w, c, lr)
-    return loss(w).sum()
+def _check_positive(what: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{what} must be positive and finite, got {value}")
 
 
 @dataclass(frozen=True)
@@ -105,15 +88,12 @@ class Whiten:
     curvature: float | None = None  # Of the loss in the outputs; None: measured
 
     def __post_init__(self):
-        for name, value in (("lr", self.lr), ("curvature", self.curvature)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(
-                    f"Whiten({name}=...) must be positive and finite, got {value}"
-                )
+        _check_positive("Whiten(lr=...)", self.lr)
+        if self.curvature is not None:
+            _check_positive("Whiten(curvature=...)", self.curvature)
         if self.ahead < 1:
-            raise ValueError(
-                f"Whiten(ahead=...) must be at least 1, got {self.ahead}"
-            )
+            what = "Whiten(ahead=...) must be at least 1"
+            raise ValueError(f"{what}, got {self.ahead}")
         if self.full_batch is not True:
             raise ValueError(
                 "Whiten fits the network to the batch it sees, and to nothing "
@@ -122,25 +102,26 @@ class Whiten:
             )
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
-        "The landscape seen from the _whitened place, if a lookahead says go"
+        "The landscape seen from the whitened place, if a lookahead says go"
         there = land.move(self.element(land))
         if finite(*pytree.tree_leaves(there.orbit.w)) is False:
             return land
-        m = measure(there.loss_here, there.orbit.w)
-        lr, steps = self.lr, self.ahead
-        far = _loss_after(there.loss_here, there.orbit.w, m, lr, steps)
-        near = _loss_after(land.loss_here, land.orbit.w, land.here, lr, steps)
-        return land.choose(far < near, there.knowing(here=m))  # False for nan
+        better = self._loss_ahead(there) < self._loss_ahead(land)  # False for nan
+        return land.choose(better, there)
+
+    def _loss_ahead(self, land: Landscape) -> Tensor:
+        loss = land.loss_here
+        w = descent_step(land.orbit.w, land.here.gradient, self.lr)
+        for _ in range(self.ahead - 1):
+            w = descent_step(w, measure(loss, w).gradient, self.lr)
+        return loss(w).sum()
 
     def element(self, land: Landscape) -> Tensor:
         "The element itself, shape (size,), without asking whether it helps"
-        orbit, white = land.orbit, _whitened(land.orbit)
+        orbit, white, c = land.orbit, _whiteners(land.orbit), self.curvature
+        top, g = white[-1]
+        c = _output_curvature(land, top, g) if c is None else g.new_tensor(c)
         first = torch.linalg.matrix_norm(wide(orbit.x).flatten(1))
-        *_, (top, g) = white
-        if self.curvature is None:
-            c = _output_curvature(land, top, g)
-        else:
-            c = wide(g.new_tensor(self.curvature))
         last = (self.lr * c) ** -0.5
         a = orbit.blocks.zero()
         for k, (s, g) in enumerate(white, 1):
@@ -162,17 +143,14 @@ class MoveData:
         spaces = orbit.blocks.spaces if isinstance(orbit, NetworkOrbit) else ()
         names = [s.name for s, _ in spaces if s.data]
         if not names:
-            raise TypeError(
-                "MoveData needs a space of the data: "
-                "Teleporter(..., inputs=...), or wire(..., inputs=True)"
-            )
+            how = "Teleporter(..., inputs=...), or wire(..., inputs=True)"
+            raise TypeError(f"MoveData needs a space of the data: {how}")
         a = orbit.blocks.zero()
         t = a[names[0]]
-        if self.matrix.shape != t.shape:
-            raise ValueError(
-                f"MoveData(matrix=...) must have shape {tuple(t.shape)}, "
-                f"got {tuple(self.matrix.shape)}"
-            )
+        wanted, shape = tuple(t.shape), tuple(self.matrix.shape)
+        if shape != wanted:
+            what = f"MoveData(matrix=...) must have shape {wanted}"
+            raise ValueError(f"{what}, got {shape}")
         one = torch.eye(len(t), dtype=t.dtype, device=t.device)
         a[names[0]] = self.matrix.to(t) - one
         return land.move(orbit.join(a))
@@ -183,10 +161,8 @@ def second_moment(
 ) -> Tensor:  # XᵀX/n, shape (features, features), float64
     "The second moment of data about zero"
     if x.ndim != 2 or not len(x):
-        raise ValueError(
-            "x must have shape (n, features) with n of at least 1, "
-            f"got {tuple(x.shape)}"
-        )
+        what = "(n, features) with n of at least 1"
+        raise ValueError(f"x must have shape {what}, got {tuple(x.shape)}")
     return wide(x.mT @ x) / len(x)
 
 
@@ -195,21 +171,17 @@ def ridge_whitener(
     ridge: float = 30 / 785,  # λ as a share of the trace of C, positive
 ) -> Tensor:  # M, same shape and type
     "M ∝ (C + λI)^(-1/2), scaled so that tr(MCMᵀ) = tr C"
-    if not 0 < ridge < math.inf:
-        raise ValueError(f"ridge must be positive and finite, got {ridge}")
+    _check_positive("ridge", ridge)
     square = moment.ndim == 2 and moment.shape[0] == moment.shape[1]
     size = 1e-6 * moment.abs().max().item()
     if not square or not torch.allclose(moment, moment.mT, rtol=1e-5, atol=size):
         what = "one that is not symmetric" if moment.ndim == 2 else "a tensor"
-        raise ValueError(
-            f"moment must be a symmetric matrix, got {what} of shape "
-            f"{tuple(moment.shape)}"
-        )
-    if not 0 < moment.trace() < math.inf:
-        trace = moment.trace().item()
-        raise ValueError(
-            f"moment must have a positive, finite trace, got {trace:.3g}"
-        )
+        got = f"{what} of shape {tuple(moment.shape)}"
+        raise ValueError(f"moment must be a symmetric matrix, got {got}")
+    trace = moment.trace().item()
+    if not 0 < trace < math.inf:
+        what = "a positive, finite trace"
+        raise ValueError(f"moment must have {what}, got {trace:.3g}")
     e, v = torch.linalg.eigh(moment)
     root = (e.clamp_min(0) + ridge * e.sum()) ** -0.5
     return (v * root) @ v.mT * (e.sum() / (e * root**2).sum()) ** 0.5
