@@ -115,7 +115,7 @@ _fitted = _Through(
 )
 _kept = _Through(_fits, left_inverse, _preimage_change)
 batch = replace(gl, name="batch", tap=_kept)
-_lsq = replace(gl, name="_lsq", near=None, tap=_fitted)
+_lsq = replace(gl, name="lsq", near=None, tap=_fitted)
 
 # %% ../nbs/03_batch.ipynb #7008ba87
 class _Reading(NamedTuple):
@@ -195,8 +195,12 @@ class OnBatch:
         "J⁻ᵀc: a covector after an element (Z22 Prop. 5.1)"
         if not self.keeps_identity:
             raise TypeError("LeastSquares is not invertible, so it has no pull")
-        back = orbit.inverse(orbit.join(a))
-        return vjp(lambda w: orbit.act_on(back, w), orbit.w)[1](c)[0]
+        back = orbit.blocks.inverse(a)
+
+        def undo(w: Named) -> Named:
+            return orbit.blocks.move(w, back, self.first(orbit, w))
+
+        return vjp(undo, orbit.w)[1](c)[0]
 
 # %% ../nbs/03_batch.ipynb #d6662888
 class BatchGL(NetworkGroup):

@@ -315,7 +315,7 @@ class Landscape:
         return replace(self, known=known, steps=steps)
 
 # %% ../nbs/06_objectives.ipynb #e89ff943
-CLOSED: dict[tuple[type, type], type[Landscape]] = {}  # filled by closed forms
+CLOSED = {}  # (type of objective, type of law) -> Landscape; closed forms fill it
 
 
 def landscape(
