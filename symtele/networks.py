@@ -19,15 +19,8 @@ from torch import Generator, Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.func import functional_call
 
-from symtele.groups import (
-    Named,
-    Orbit,
-    Rule,
-    differentiated,
-    plain,
-    readable,
-    wide,
-)
+from . import groups
+from .groups import Named, Orbit, Rule, readable, wide
 
 # %% ../nbs/02_networks.ipynb #66505bf5
 _Act = Callable[..., Tensor]  # of an element on an array, of one or two elements
@@ -92,7 +85,7 @@ def matrix_undo(
     rows: Tensor,  # Shape (n, d)
 ) -> Tensor:  # Shape (n, d)
     "Each row times (I+T)⁻¹"
-    if differentiated(t):
+    if groups.differentiated(t):
         return rows @ torch.linalg.inv_ex(_plus_one(t))[0]
     # the norm is that of all singular values together
     size = t.norm().item() if readable(t) else math.inf
@@ -129,15 +122,6 @@ gl = Kind(
 )
 
 # %% ../nbs/02_networks.ipynb #e5d818cc
-def _permute(e: Tensor, t: Tensor) -> Tensor:
-    return torch.take_along_dim(t, e, -2)
-
-
-def _shuffled(space: "Space", rng: Generator) -> Tensor:
-    n, copies = space.size, range(space.copies)
-    return torch.stack([torch.randperm(n, generator=rng) for _ in copies])
-
-
 scale = Kind(
     "scale",
     "positive diagonal",
@@ -148,13 +132,15 @@ scale = Kind(
 perm = Kind(
     "perm",
     "permutation",
-    move=_permute,
-    dual=_permute,
+    move=lambda e, t: torch.take_along_dim(t, e, -2),
+    dual=lambda e, t: torch.take_along_dim(t, e, -2),
     then=lambda a, b: torch.take_along_dim(a, b, -1),
     inverse=lambda a: a.argsort(-1),
     zero=lambda s: torch.arange(s.size).expand(s.shape(s.size)),
     power=lambda e, n: e,
-    draw=_shuffled,
+    draw=lambda s, rng: torch.stack(
+        [torch.randperm(s.size, generator=rng) for _ in range(s.copies)]
+    ),
 )
 KINDS = frozenset({gl, scale, perm})  # what moves a slot that does not say it
 
@@ -258,9 +244,10 @@ class Wiring:
         if twice := {n for n in names if names.count(n) > 1}:
             raise ValueError(f"Wiring has two spaces named {sorted(twice)}")
 
-    def given(self, w: Named, x: Tensor, names: set[str]) -> Named:
-        "Run the model once: some modules -> their first input on a batch"
-        seen = {}
+    def given(self, spaces: list[Space], w: Named, x: Tensor) -> Named:
+        "Run the model once: what layers around some spaces are given on a batch"
+        names, seen = {s.reader for s in spaces}, {}
+        names |= {s.tap.weight.owner for s in spaces if s.tap}
         with ExitStack() as hooks:
             for name in names:
 
@@ -271,11 +258,6 @@ class Wiring:
                 hooks.enter_context(module.register_forward_pre_hook(keep))
             run_model(self.model, w, x)
         return seen
-
-    def around(self, spaces: list[Space], w: Named, x: Tensor) -> Named:
-        "What the layers around the taps of some spaces are given on a batch"
-        names = {s.tap.weight.owner for s in spaces} | {s.reader for s in spaces}
-        return self.given(w, x, names)
 
     def __getitem__(self, name: str) -> Space:
         "The space called `name`"
@@ -401,7 +383,7 @@ class NetworkOrbit(Orbit):
     def still(self) -> bool:
         "Whether this is where the orbit began, as far as can be seen from here"
         at = self.at.values()
-        able = self.law.keeps_identity and not self.discrete and plain(*at)
+        able = self.law.keeps_identity and not self.discrete and groups.plain(*at)
         return able and not any(t.any() for t in at)
 
     @cached_property
@@ -431,11 +413,9 @@ class NetworkOrbit(Orbit):
         return self.blocks.join(blocks)
 
     def zero(self) -> Tensor:
-        "The identity, shape (size,)"
         return self.join(self.blocks.zero(next(iter(self.at.values())).device))
 
     def draw(self, rng: Generator) -> Tensor:
-        "Standard normal coordinates, or uniform permutations"
         if not self.discrete:
             return super().draw(rng)
         return self.join({s.name: k.draw(s, rng) for s, k in self.blocks.spaces})
@@ -445,7 +425,6 @@ class NetworkOrbit(Orbit):
         return self.join(self.blocks.inverse(self.split(xi)))
 
     def to(self, xi: Tensor) -> "NetworkOrbit":
-        "The same orbit after one more element; nothing is computed yet"
         a = self.split(xi)
         return replace(self, at=a if self.still else self.blocks.then(self.at, a))
 
@@ -478,7 +457,7 @@ class NetworkOrbit(Orbit):
         if self.x is None or model is None:
             needs = "hidden needs a batch and a wiring with its model"
             raise ValueError(f"{needs}, got x = {self.x} and model = {model}")
-        seen = self.wiring.given(self.w, self.x, {s.reader for s in spaces})
+        seen = self.wiring.given(spaces, self.w, self.x)
         return {s.name: seen[s.reader] for s in spaces}
 
 # %% ../nbs/02_networks.ipynb #fdc174dc
@@ -507,7 +486,6 @@ class NetworkGroup:
     "A symmetry group of a wired model; unbound until it has a wiring"
 
     wiring: Wiring | None = None  # The model's table; `on` binds it
-
     prefer: ClassVar[tuple[Kind, ...]] = ()  # Kinds, the first that fits is taken
     exact: ClassVar[bool] = True
 
@@ -520,12 +498,8 @@ class NetworkGroup:
         "What was decided about some shapes, so that it need not be decided again"
         return {}
 
-    def orbit(
-        self,
-        w: Named,  # Parameters by name; not modified
-        x: Tensor | None = None,  # One batch, samples first, where it is needed
-    ) -> NetworkOrbit:
-        "The orbit of `w`; raises where there is nothing to move"
+    def orbit(self, w: Named, x: Tensor | None = None) -> NetworkOrbit:
+        "The orbit of `w` for a batch, samples first; raises if nothing moves"
         name = type(self).__name__
         if self.wiring is None:
             use = f"use {name}(wire(model, x)), or {name}().on(wiring)"
@@ -555,7 +529,7 @@ class NetworkGroup:
             needs = "it needs the batch x and a wiring with its model"
             got = f"x = {x if x is None else tuple(x.shape)} and model = {model}"
             raise ValueError(f"{name} reads activations: {needs}, got {got}")
-        return self.wiring.around(tapped, w, x)
+        return self.wiring.given(tapped, w, x)
 
     def decide(self, seen: Named) -> tuple[dict[str, Rule], Blocks]:
         "Why each space moves or not, and what moves"
