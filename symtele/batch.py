@@ -67,7 +67,6 @@ def _preimage_change(tap: Tap, h: Tensor, gh: Tensor, w: Named) -> Tensor:
     if readable(dz) and math.isfinite(dz.sum().item()):
         return dz
     ok = z.isfinite()
-    # infinite values never meet the slope of gh
     dz = tap.inverse(torch.where(ok, gh, h), w) - z
     return torch.where(ok, dz, torch.where(gh == h, 0.0, torch.nan))
 
@@ -81,7 +80,6 @@ class _Through(NamedTuple):
     keeps: bool = True  # Whether that is added to the weights, or to zero
 
     def law(self, blocks: Blocks, seen: Named) -> "OnBatch":
-        "How the action depends on the parameters, from what layers were given"
         return OnBatch(self.keeps, _read_batch(blocks, seen, []))
 
 
@@ -149,11 +147,9 @@ def _add_through_taps(blocks: Blocks, read: _Reading, w: Named, a: Named) -> Non
         z = kind.tap.change(tap, y, y + h.to(e.dtype) @ e.mT, w)
         if bias is not None:
             rows = torch.cat((rows, w[bias.param][:, None]), 1)
-        if not kind.tap.keeps:
-            rows = 0 * rows
+        rows = rows if kind.tap.keeps else 0 * rows
         new = plus.change(rows, z)
         if not (readable(new) and math.isfinite(new.sum().item())):
-            # the identity stays one where h⁺ does not exist
             p = plus.full
             p = torch.where(p.isfinite().all() | (z != 0).any(), p, 0)
             new = LeftInverse(p).change(rows, z)
@@ -168,7 +164,6 @@ class OnBatch:
 
     keeps_identity: bool  # Whether the zero element leaves parameters alone
     read: _Reading  # Of the batch, where the orbit began
-
     carries: ClassVar[bool] = False
 
     def first(self, orbit: NetworkOrbit, w: Named | None = None) -> Callable:

@@ -16,8 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
-from torch.func import functional_call
+from torch.autograd import forward_ad
 
 from . import groups
 from .groups import Named, Orbit, Rule, readable, wide
@@ -75,7 +74,7 @@ def _plus_one(t: Tensor) -> Tensor:
 def _matrix_solve(e: Tensor, t: Tensor) -> Tensor:
     "(I+T)⁻¹ times `t`, not finite where I+T is singular"
     g = _plus_one(e)
-    if unpack_dual(g).tangent is not None:  # forward mode
+    if forward_ad.unpack_dual(g).tangent is not None:  # forward mode
         return torch.linalg.inv_ex(g)[0] @ t
     return torch.linalg.solve_ex(g, t)[0]
 
@@ -87,7 +86,6 @@ def matrix_undo(
     "Each row times (I+T)⁻¹"
     if groups.differentiated(t):
         return rows @ torch.linalg.inv_ex(_plus_one(t))[0]
-    # the norm is that of all singular values together
     size = t.norm().item() if readable(t) else math.inf
     if not size < 0.5:
         return torch.linalg.solve_ex(_plus_one(t), rows, left=False)[0]
@@ -102,7 +100,6 @@ def matrix_undo(
 
 
 def _matrix_dual(e: Tensor, t: Tensor) -> Tensor:
-    # a small T is known in the parameters' precision; only the sum needs more
     if e.dtype == t.dtype or len(e) > 1:
         return _matrix_solve(e.mT.to(t.dtype), t)
     e, rows = e[0, 0], t.mT
@@ -228,7 +225,7 @@ def run_model(
     buffers = {k: b.clone() for k, b in model.named_buffers()}
     devices = {p.device.index for p in w.values() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices):
-        return functional_call(model, {**buffers, **w}, (x,))
+        return torch.func.functional_call(model, {**buffers, **w}, (x,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -476,7 +473,6 @@ class Linear:
 
 # %% ../nbs/02_networks.ipynb #d1f59c0f
 def _subclasses(cls: type) -> Iterable[type]:
-    "All classes below a class, in the order of their definition"
     for sub in cls.__subclasses__():
         yield from (sub, *_subclasses(sub))
 
@@ -508,17 +504,17 @@ class NetworkGroup:
             moves = f"{name} moves a dict of parameters by name"
             raise TypeError(f"{moves}, got {type(w).__name__}")
         self.wiring.check(w)
-        seen = self.listen(w, x)
+        seen = self._listen(w, x)
         key = tuple((k, t.shape) for d in (w, seen) for k, t in d.items())
         if key not in self.plans:
-            self.plans[key] = self.decide(seen)
+            self.plans[key] = self._decide(seen)
         report, blocks = self.plans[key]
         taps = [kind.tap for _, kind in blocks.spaces if kind.tap]
         law = taps[0].law(blocks, seen) if taps else Linear()
         at = blocks.zero(next(iter(w.values())).device)
         return NetworkOrbit(self.wiring, blocks, dict(report), law, w, x, at)
 
-    def listen(self, w: Named, x: Tensor | None) -> Named:
+    def _listen(self, w: Named, x: Tensor | None) -> Named:
         "What the layers around taps are given on the batch, if that matters"
         model, name = self.wiring.model, type(self).__name__
         taps = any(kind.tap for kind in self.prefer)
@@ -531,16 +527,15 @@ class NetworkGroup:
             raise ValueError(f"{name} reads activations: {needs}, got {got}")
         return self.wiring.given(tapped, w, x)
 
-    def decide(self, seen: Named) -> tuple[dict[str, Rule], Blocks]:
-        "Why each space moves or not, and what moves"
+    def _decide(self, seen: Named) -> tuple[dict[str, Rule], Blocks]:
         report, moving = {}, []
         for space in self.wiring.spaces:
-            kind, report[space.name] = self.choose(space, seen)
+            kind, report[space.name] = self._choose(space, seen)
             if kind:
                 moving.append((space, kind))
         through = any(kind.tap for kind in self.prefer) and not seen
         if not moving or (through and gl not in [kind for _, kind in moving]):
-            raise ValueError(self.nothing_to_move(report))
+            raise ValueError(self._nothing_to_move(report))
         return report, Blocks(tuple(moving))
 
     @classmethod
@@ -549,22 +544,22 @@ class NetworkGroup:
         main = [kind for kind in cls.prefer if kind.tap] or cls.prefer
         return any(kind.suits(s) for kind in main for s in wiring.spaces)
 
-    def choose(self, space: Space, seen: Named) -> tuple[Kind | None, Rule]:
+    def _choose(self, space: Space, seen: Named) -> tuple[Kind | None, Rule]:
         "The first preferred kind that a space allows, None where none does"
         why = []
         for kind in self.prefer:
             fits, reason = kind.rule(space, seen)
+            why.append(reason)
             if fits:
-                return kind, Rule(kind.name, "; ".join([*why, reason]))
-            if reason:
-                why.append(reason)
+                return kind, Rule(kind.name, "; ".join(filter(None, why)))
         names = sorted(k.name for k in space.commutes)
         asked = [k.name for k in self.prefer]
         nothing = f"commutes with {names or 'nothing'}, asked for {asked}"
-        return None, Rule("fixed", "; ".join(why) or space.why or nothing)
+        return None, Rule(
+            "fixed", "; ".join(filter(None, why)) or space.why or nothing
+        )
 
-    def nothing_to_move(self, report: dict[str, Rule]) -> str:
-        "A sentence that says why, and which groups would move something"
+    def _nothing_to_move(self, report: dict[str, Rule]) -> str:
         name = type(self).__name__
         reasons = "; ".join(f"{k}: {r.why}" for k, r in report.items())
         why = reasons or "the wiring has no spaces"
