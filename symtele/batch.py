@@ -16,20 +16,9 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
+from . import networks
 from .groups import Named, readable, wide
-from symtele.networks import (
-    Blocks,
-    Kind,
-    Move,
-    NetworkGroup,
-    NetworkOrbit,
-    Slot,
-    Space,
-    Tap,
-    gl,
-    scale,
-    transform,
-)
+from .networks import Blocks, Kind, Move, NetworkOrbit, Slot, Space, Tap
 
 # %% ../nbs/03_batch.ipynb #0a763fa6
 class LeftInverse(NamedTuple):
@@ -78,7 +67,6 @@ def _preimage_change(tap: Tap, h: Tensor, gh: Tensor, w: Named) -> Tensor:
     if readable(dz) and math.isfinite(dz.sum().item()):
         return dz
     ok = z.isfinite()
-    # infinite values never meet the slope of gh
     dz = tap.inverse(torch.where(ok, gh, h), w) - z
     return torch.where(ok, dz, torch.where(gh == h, 0.0, torch.nan))
 
@@ -92,7 +80,6 @@ class _Through(NamedTuple):
     keeps: bool = True  # Whether that is added to the weights, or to zero
 
     def law(self, blocks: Blocks, seen: Named) -> "OnBatch":
-        "How the action depends on the parameters, from what layers were given"
         return OnBatch(self.keeps, _read_batch(blocks, seen, []))
 
 
@@ -114,8 +101,8 @@ _fitted = _Through(
     keeps=False,
 )
 _kept = _Through(_fits, left_inverse, _preimage_change)
-batch = replace(gl, name="batch", tap=_kept)
-_lsq = replace(gl, name="lsq", near=None, tap=_fitted)
+batch = replace(networks.gl, name="batch", tap=_kept)
+_lsq = replace(networks.gl, name="lsq", near=None, tap=_fitted)
 
 # %% ../nbs/03_batch.ipynb #7008ba87
 class _Reading(NamedTuple):
@@ -138,13 +125,13 @@ def _read_batch(blocks: Blocks, seen: Named, moves: list[Move]) -> _Reading:
         if move:
             undo = move.kind.inverse(move.element)
             back = move._replace(element=undo, slots=[Slot("x", 1)])
-            x = transform({"x": wide(x)}, [back])["x"]
+            x = networks.transform({"x": wide(x)}, [back])["x"]
         if bias is not None:
             x = torch.cat((x, torch.ones_like(x[:, :1])), 1)
         p = kind.tap.left_inverse(x)
         if move:
             forth = move._replace(slots=[Slot("a", 0, dual=True)])
-            p = p._replace(**transform({"a": p.a}, [forth]))
+            p = p._replace(**networks.transform({"a": p.a}, [forth]))
         h[space.name], plus[space.name] = seen[space.reader].flatten(0, -2), p
     return _Reading(h, plus, seen)
 
@@ -160,11 +147,9 @@ def _add_through_taps(blocks: Blocks, read: _Reading, w: Named, a: Named) -> Non
         z = kind.tap.change(tap, y, y + h.to(e.dtype) @ e.mT, w)
         if bias is not None:
             rows = torch.cat((rows, w[bias.param][:, None]), 1)
-        if not kind.tap.keeps:
-            rows = 0 * rows
+        rows = rows if kind.tap.keeps else 0 * rows
         new = plus.change(rows, z)
         if not (readable(new) and math.isfinite(new.sum().item())):
-            # the identity stays one where h⁺ does not exist
             p = plus.full
             p = torch.where(p.isfinite().all() | (z != 0).any(), p, 0)
             new = LeftInverse(p).change(rows, z)
@@ -179,7 +164,6 @@ class OnBatch:
 
     keeps_identity: bool  # Whether the zero element leaves parameters alone
     read: _Reading  # Of the batch, where the orbit began
-
     carries: ClassVar[bool] = False
 
     def first(self, orbit: NetworkOrbit, w: Named | None = None) -> Callable:
@@ -187,7 +171,7 @@ class OnBatch:
         read, blocks = self.read, orbit.blocks
         if w is not None:
             tapped = [s for s, kind in blocks.spaces if kind.tap]
-            seen = orbit.wiring.around(tapped, w, orbit.x)
+            seen = orbit.wiring.given(tapped, w, orbit.x)
             read = _read_batch(blocks, seen, blocks.moves(orbit.at))
         return partial(_add_through_taps, blocks, read)
 
@@ -195,21 +179,18 @@ class OnBatch:
         "J⁻ᵀc: a covector after an element (Z22 Prop. 5.1)"
         if not self.keeps_identity:
             raise TypeError("LeastSquares is not invertible, so it has no pull")
-        back = orbit.blocks.inverse(a)
-
-        def undo(w: Named) -> Named:
-            return orbit.blocks.move(w, back, self.first(orbit, w))
-
-        return vjp(undo, orbit.w)[1](c)[0]
+        move, back = orbit.blocks.move, orbit.blocks.inverse(a)
+        carry = vjp(lambda w: move(w, back, self.first(orbit, w)), orbit.w)[1]
+        return carry(c)[0]
 
 # %% ../nbs/03_batch.ipynb #d6662888
-class BatchGL(NetworkGroup):
+class BatchGL(networks.NetworkGroup):
     "Matrices on layers that the batch fits into, else diagonals (Z22 Prop. 4.3)"
 
-    prefer = (gl, batch, scale)
+    prefer = (networks.gl, batch, networks.scale)
 
 
-class LeastSquares(NetworkGroup):
+class LeastSquares(networks.NetworkGroup):
     "Prop. 4.3 as printed, W → σ⁻¹(g h) h⁺: no symmetry, needs a `tol`"
 
     prefer = (_lsq,)

@@ -16,18 +16,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
-from torch.func import functional_call
+from torch.autograd import forward_ad
 
-from symtele.groups import (
-    Named,
-    Orbit,
-    Rule,
-    differentiated,
-    plain,
-    readable,
-    wide,
-)
+from . import groups
+from .groups import Named, Orbit, Rule, readable, wide
 
 # %% ../nbs/02_networks.ipynb #66505bf5
 _Act = Callable[..., Tensor]  # of an element on an array, of one or two elements
@@ -82,7 +74,7 @@ def _plus_one(t: Tensor) -> Tensor:
 def _matrix_solve(e: Tensor, t: Tensor) -> Tensor:
     "(I+T)⁻¹ times `t`, not finite where I+T is singular"
     g = _plus_one(e)
-    if unpack_dual(g).tangent is not None:  # forward mode
+    if forward_ad.unpack_dual(g).tangent is not None:  # forward mode
         return torch.linalg.inv_ex(g)[0] @ t
     return torch.linalg.solve_ex(g, t)[0]
 
@@ -92,9 +84,8 @@ def matrix_undo(
     rows: Tensor,  # Shape (n, d)
 ) -> Tensor:  # Shape (n, d)
     "Each row times (I+T)⁻¹"
-    if differentiated(t):
+    if groups.differentiated(t):
         return rows @ torch.linalg.inv_ex(_plus_one(t))[0]
-    # the norm is that of all singular values together
     size = t.norm().item() if readable(t) else math.inf
     if not size < 0.5:
         return torch.linalg.solve_ex(_plus_one(t), rows, left=False)[0]
@@ -109,7 +100,6 @@ def matrix_undo(
 
 
 def _matrix_dual(e: Tensor, t: Tensor) -> Tensor:
-    # a small T is known in the parameters' precision; only the sum needs more
     if e.dtype == t.dtype or len(e) > 1:
         return _matrix_solve(e.mT.to(t.dtype), t)
     e, rows = e[0, 0], t.mT
@@ -129,15 +119,6 @@ gl = Kind(
 )
 
 # %% ../nbs/02_networks.ipynb #e5d818cc
-def _permute(e: Tensor, t: Tensor) -> Tensor:
-    return torch.take_along_dim(t, e, -2)
-
-
-def _shuffled(space: "Space", rng: Generator) -> Tensor:
-    n, copies = space.size, range(space.copies)
-    return torch.stack([torch.randperm(n, generator=rng) for _ in copies])
-
-
 scale = Kind(
     "scale",
     "positive diagonal",
@@ -148,13 +129,15 @@ scale = Kind(
 perm = Kind(
     "perm",
     "permutation",
-    move=_permute,
-    dual=_permute,
+    move=lambda e, t: torch.take_along_dim(t, e, -2),
+    dual=lambda e, t: torch.take_along_dim(t, e, -2),
     then=lambda a, b: torch.take_along_dim(a, b, -1),
     inverse=lambda a: a.argsort(-1),
     zero=lambda s: torch.arange(s.size).expand(s.shape(s.size)),
     power=lambda e, n: e,
-    draw=_shuffled,
+    draw=lambda s, rng: torch.stack(
+        [torch.randperm(s.size, generator=rng) for _ in range(s.copies)]
+    ),
 )
 KINDS = frozenset({gl, scale, perm})  # what moves a slot that does not say it
 
@@ -242,7 +225,7 @@ def run_model(
     buffers = {k: b.clone() for k, b in model.named_buffers()}
     devices = {p.device.index for p in w.values() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices):
-        return functional_call(model, {**buffers, **w}, (x,))
+        return torch.func.functional_call(model, {**buffers, **w}, (x,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,9 +241,10 @@ class Wiring:
         if twice := {n for n in names if names.count(n) > 1}:
             raise ValueError(f"Wiring has two spaces named {sorted(twice)}")
 
-    def given(self, w: Named, x: Tensor, names: set[str]) -> Named:
-        "Run the model once: some modules -> their first input on a batch"
-        seen = {}
+    def given(self, spaces: list[Space], w: Named, x: Tensor) -> Named:
+        "Run the model once: what layers around some spaces are given on a batch"
+        names, seen = {s.reader for s in spaces}, {}
+        names |= {s.tap.weight.owner for s in spaces if s.tap}
         with ExitStack() as hooks:
             for name in names:
 
@@ -271,11 +255,6 @@ class Wiring:
                 hooks.enter_context(module.register_forward_pre_hook(keep))
             run_model(self.model, w, x)
         return seen
-
-    def around(self, spaces: list[Space], w: Named, x: Tensor) -> Named:
-        "What the layers around the taps of some spaces are given on a batch"
-        names = {s.tap.weight.owner for s in spaces} | {s.reader for s in spaces}
-        return self.given(w, x, names)
 
     def __getitem__(self, name: str) -> Space:
         "The space called `name`"
@@ -401,7 +380,7 @@ class NetworkOrbit(Orbit):
     def still(self) -> bool:
         "Whether this is where the orbit began, as far as can be seen from here"
         at = self.at.values()
-        able = self.law.keeps_identity and not self.discrete and plain(*at)
+        able = self.law.keeps_identity and not self.discrete and groups.plain(*at)
         return able and not any(t.any() for t in at)
 
     @cached_property
@@ -431,11 +410,9 @@ class NetworkOrbit(Orbit):
         return self.blocks.join(blocks)
 
     def zero(self) -> Tensor:
-        "The identity, shape (size,)"
         return self.join(self.blocks.zero(next(iter(self.at.values())).device))
 
     def draw(self, rng: Generator) -> Tensor:
-        "Standard normal coordinates, or uniform permutations"
         if not self.discrete:
             return super().draw(rng)
         return self.join({s.name: k.draw(s, rng) for s, k in self.blocks.spaces})
@@ -445,7 +422,6 @@ class NetworkOrbit(Orbit):
         return self.join(self.blocks.inverse(self.split(xi)))
 
     def to(self, xi: Tensor) -> "NetworkOrbit":
-        "The same orbit after one more element; nothing is computed yet"
         a = self.split(xi)
         return replace(self, at=a if self.still else self.blocks.then(self.at, a))
 
@@ -478,7 +454,7 @@ class NetworkOrbit(Orbit):
         if self.x is None or model is None:
             needs = "hidden needs a batch and a wiring with its model"
             raise ValueError(f"{needs}, got x = {self.x} and model = {model}")
-        seen = self.wiring.given(self.w, self.x, {s.reader for s in spaces})
+        seen = self.wiring.given(spaces, self.w, self.x)
         return {s.name: seen[s.reader] for s in spaces}
 
 # %% ../nbs/02_networks.ipynb #fdc174dc
@@ -497,7 +473,6 @@ class Linear:
 
 # %% ../nbs/02_networks.ipynb #d1f59c0f
 def _subclasses(cls: type) -> Iterable[type]:
-    "All classes below a class, in the order of their definition"
     for sub in cls.__subclasses__():
         yield from (sub, *_subclasses(sub))
 
@@ -507,7 +482,6 @@ class NetworkGroup:
     "A symmetry group of a wired model; unbound until it has a wiring"
 
     wiring: Wiring | None = None  # The model's table; `on` binds it
-
     prefer: ClassVar[tuple[Kind, ...]] = ()  # Kinds, the first that fits is taken
     exact: ClassVar[bool] = True
 
@@ -520,12 +494,8 @@ class NetworkGroup:
         "What was decided about some shapes, so that it need not be decided again"
         return {}
 
-    def orbit(
-        self,
-        w: Named,  # Parameters by name; not modified
-        x: Tensor | None = None,  # One batch, samples first, where it is needed
-    ) -> NetworkOrbit:
-        "The orbit of `w`; raises where there is nothing to move"
+    def orbit(self, w: Named, x: Tensor | None = None) -> NetworkOrbit:
+        "The orbit of `w` for a batch, samples first; raises if nothing moves"
         name = type(self).__name__
         if self.wiring is None:
             use = f"use {name}(wire(model, x)), or {name}().on(wiring)"
@@ -534,17 +504,17 @@ class NetworkGroup:
             moves = f"{name} moves a dict of parameters by name"
             raise TypeError(f"{moves}, got {type(w).__name__}")
         self.wiring.check(w)
-        seen = self.listen(w, x)
+        seen = self._listen(w, x)
         key = tuple((k, t.shape) for d in (w, seen) for k, t in d.items())
         if key not in self.plans:
-            self.plans[key] = self.decide(seen)
+            self.plans[key] = self._decide(seen)
         report, blocks = self.plans[key]
         taps = [kind.tap for _, kind in blocks.spaces if kind.tap]
         law = taps[0].law(blocks, seen) if taps else Linear()
         at = blocks.zero(next(iter(w.values())).device)
         return NetworkOrbit(self.wiring, blocks, dict(report), law, w, x, at)
 
-    def listen(self, w: Named, x: Tensor | None) -> Named:
+    def _listen(self, w: Named, x: Tensor | None) -> Named:
         "What the layers around taps are given on the batch, if that matters"
         model, name = self.wiring.model, type(self).__name__
         taps = any(kind.tap for kind in self.prefer)
@@ -555,18 +525,17 @@ class NetworkGroup:
             needs = "it needs the batch x and a wiring with its model"
             got = f"x = {x if x is None else tuple(x.shape)} and model = {model}"
             raise ValueError(f"{name} reads activations: {needs}, got {got}")
-        return self.wiring.around(tapped, w, x)
+        return self.wiring.given(tapped, w, x)
 
-    def decide(self, seen: Named) -> tuple[dict[str, Rule], Blocks]:
-        "Why each space moves or not, and what moves"
+    def _decide(self, seen: Named) -> tuple[dict[str, Rule], Blocks]:
         report, moving = {}, []
         for space in self.wiring.spaces:
-            kind, report[space.name] = self.choose(space, seen)
+            kind, report[space.name] = self._choose(space, seen)
             if kind:
                 moving.append((space, kind))
         through = any(kind.tap for kind in self.prefer) and not seen
         if not moving or (through and gl not in [kind for _, kind in moving]):
-            raise ValueError(self.nothing_to_move(report))
+            raise ValueError(self._nothing_to_move(report))
         return report, Blocks(tuple(moving))
 
     @classmethod
@@ -575,22 +544,22 @@ class NetworkGroup:
         main = [kind for kind in cls.prefer if kind.tap] or cls.prefer
         return any(kind.suits(s) for kind in main for s in wiring.spaces)
 
-    def choose(self, space: Space, seen: Named) -> tuple[Kind | None, Rule]:
+    def _choose(self, space: Space, seen: Named) -> tuple[Kind | None, Rule]:
         "The first preferred kind that a space allows, None where none does"
         why = []
         for kind in self.prefer:
             fits, reason = kind.rule(space, seen)
+            why.append(reason)
             if fits:
-                return kind, Rule(kind.name, "; ".join([*why, reason]))
-            if reason:
-                why.append(reason)
+                return kind, Rule(kind.name, "; ".join(filter(None, why)))
         names = sorted(k.name for k in space.commutes)
         asked = [k.name for k in self.prefer]
         nothing = f"commutes with {names or 'nothing'}, asked for {asked}"
-        return None, Rule("fixed", "; ".join(why) or space.why or nothing)
+        return None, Rule(
+            "fixed", "; ".join(filter(None, why)) or space.why or nothing
+        )
 
-    def nothing_to_move(self, report: dict[str, Rule]) -> str:
-        "A sentence that says why, and which groups would move something"
+    def _nothing_to_move(self, report: dict[str, Rule]) -> str:
         name = type(self).__name__
         reasons = "; ".join(f"{k}: {r.why}" for k, r in report.items())
         why = reasons or "the wiring has no spaces"
