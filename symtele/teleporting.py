@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Generator, Tensor, nn
 from torch._C import _functorch
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
-from .groups import Loss, Orbit, Params, Rule, readable
+from .groups import Loss, Orbit, Params, Rule, need, readable
 from .objectives import Landscape, Measured, grad_norm, landscape, measure
 from .searches import Ascent, Search, run_search
 
@@ -28,12 +29,8 @@ _LEVERAGE = 100.0  # how much larger that term may be at the new parameters
 _HELD = 1e-2  # share of the loss beyond which no rounding is an excuse
 
 
-def drift_bound(
-    before: Measured,  # At the old parameters
-    after: Measured,  # At the new ones
-    tol: float | None = None,  # Relative tolerance ρ, None for eps^(2/3)
-) -> Tensor:  # Largest |ΔL| that counts as rounding, shape of the loss
-    "How much the loss may change before a move is refused"
+def drift_bound(before: Measured, after: Measured, tol: float | None) -> Tensor:
+    "Largest |ΔL| that is rounding, shape of the loss; ρ is `tol` or eps^(2/3)"
     held = (before.loss, *tree_leaves(before.gradient))
     eps = max(torch.finfo(t.dtype).eps for t in held)
     capped = after.rounding.clamp(max=_LEVERAGE * before.rounding)
@@ -64,7 +61,7 @@ class Teleported:
     element: Tensor | None  # The move that was tried; None where w is one Tensor
     report: dict[str, Rule]  # Space -> how it moves, and why
     slope: str  # "closed" or "autograd"
-    seconds: float | None  # Wall-clock, None under vmap
+    seconds: float | None = None  # Wall-clock, None under vmap
 
     @property
     def reason(self) -> str:
@@ -110,36 +107,25 @@ def _unflatten(values: list[Any], context: tuple[list[str], dict]) -> Teleported
 register_pytree_node(Teleported, _flatten, _unflatten)
 
 # %% ../nbs/08_teleporting.ipynb #efa87841
-def check_group(
-    group: Any,  # Candidate group
-    tol: float | None,  # Candidate tolerance
-    example: str,  # A group as the caller wants it, for people
-    caller: str,  # Whose argument `tol` is, for people
-) -> None:
-    "Raise unless `group` is a group and `tol` a tolerance that is enough for it"
+def check_group(group: Any, tol: float | None, example: str, caller: str) -> None:
+    "Raise, with an example, unless `group` is one and `tol` is enough for it"
     if isinstance(group, type) or not hasattr(group, "exact"):
         raise TypeError(f"group must be a group such as {example}, got {group!r}")
     good = tol is None or isinstance(tol, int | float) and 0 < tol < math.inf
-    if not good:
-        raise ValueError(f"tol must be positive and finite, got {tol!r}")
+    need(good, "tol must be positive and finite", repr(tol))
     if tol is None and not group.exact:
-        raise ValueError(
-            f"{type(group).__name__} is not an exact symmetry: say how much "
-            f"drift you allow, {caller}(..., tol=...)"
-        )
+        inexact = f"{type(group).__name__} is not an exact symmetry"
+        ask = f"say how much drift you allow, {caller}(..., tol=...)"
+        raise ValueError(f"{inexact}: {ask}")
 
 
-def finite(
-    *tensors: Tensor,  # Any tensors
-) -> bool | None:  # None where they cannot be looked at
-    "Whether no value is nan or infinite"
+def finite(*tensors: Tensor) -> bool | None:
+    "Whether no value is nan or infinite, None where nobody can look"
     if not all(readable(t) and not t.is_meta for t in tensors):
         return None
     # a sum costs less, but may overflow
-    return all(
-        math.isfinite(t.sum().item()) or t.isfinite().all().item()
-        for t in tensors
-    )
+    sums = ((t, t.sum().item()) for t in tensors)
+    return all(math.isfinite(s) or t.isfinite().all().item() for t, s in sums)
 
 
 def _check_finite(name: str, t: Tensor) -> None:
@@ -148,10 +134,7 @@ def _check_finite(name: str, t: Tensor) -> None:
         raise ValueError(f"{name} holds {bad} values that are nan or infinite")
 
 
-def check_input(
-    w: Params,  # Candidate parameters
-    x: Tensor | None,  # Candidate batch
-) -> None:
+def check_input(w: Params, x: Tensor | None) -> None:
     "Raise unless `w` and `x` are finite tensors that fit together"
     if not isinstance(w, Tensor | dict):
         wanted = "a Tensor or a dict of Tensors by name"
@@ -170,9 +153,7 @@ def check_input(
         return
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor or None, got {type(x).__name__}")
-    shape = tuple(x.shape)
-    if not x.numel():
-        raise ValueError(f"x must hold at least one sample, got shape {shape}")
+    need(x.numel(), "x must hold at least one sample", f"shape {tuple(x.shape)}")
     _check_finite("x", x)
     for k, t in named.items():
         if t.device != x.device:
@@ -209,11 +190,9 @@ class _Counted:
         if not isinstance(value, Tensor):
             kind = type(value).__name__
             raise TypeError(f"loss must return a Tensor, got {kind}")
-        if value.ndim > 1 or not value.numel() or not value.is_floating_point():
-            raise ValueError(
-                "loss must return a floating Tensor of shape () or (T,), "
-                f"got {value.dtype} of shape {tuple(value.shape)}"
-            )
+        good = value.ndim < 2 and value.numel() and value.is_floating_point()
+        must = "loss must return a floating Tensor of shape () or (T,)"
+        need(good, must, f"{value.dtype} of shape {tuple(value.shape)}")
         return value
 
 
@@ -232,7 +211,6 @@ def _check_loss(loss: Loss, w: Params, m: Measured) -> None:
 
 # %% ../nbs/08_teleporting.ipynb #db642075
 def _all_finite(*tensors: Tensor) -> Tensor:
-    "One answer for several tensors, bool, shape ()"
     known = finite(*tensors)
     if known is not None:
         return torch.tensor(known, device=tensors[0].device)
@@ -246,48 +224,32 @@ def _either(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return new if ok else old
 
 
-def _reached(
-    start: Landscape, end: Landscape, w: Params, x: Tensor | None
-) -> tuple[Tensor, Params, Measured, Tensor]:
-    "Whether the end of a search is finite; its parameters, loss and objective"
-    moved = tree_leaves((end.orbit.w, end.orbit.x))
-    fine = _all_finite(*(t for t in moved if t is not None))
-    w = tree_map(lambda new, old: _either(fine, new, old), end.orbit.w, w)
-    loss = start.loss_on(None if x is None else _either(fine, end.orbit.x, x))
-    # a search that measured the place where it stopped has done this
-    after = end.known.get("here") or measure(loss, w)
-    after = replace(after, loss=torch.where(fine, after.loss, math.nan))
-    objective = start.objective.known(after, loss, w)
-    return fine, w, after, torch.where(fine, objective, math.nan)
-
-
 def _check_pure(start: Landscape, loss: Loss, w: Params, accepted: bool) -> None:
     "Raise where loss or objective gives two values for the same parameters"
+    must = "gave two values for the same parameters: it must be pure"
     if not accepted and not torch.equal(loss(w), start.here.loss):
-        raise ValueError(
-            "loss gave two values for the same parameters: it must be pure. Use "
-            "loss_of(model, ...), or model.eval(), or fix its random numbers"
-        )
+        ways = "loss_of(model, ...), or model.eval(), or fix its random numbers"
+        raise ValueError(f"loss {must}. Use {ways}")
     if start.objective.pure or not start.height.isfinite():
         return
     again = start.objective(loss, w)
-    if not torch.isclose(again, start.height, rtol=1e-3):
-        raise ValueError(
-            "objective gave two values for the same parameters: it must be pure, "
-            f"got {start.height.item():.6g} and {again.item():.6g}"
-        )
+    got = f"{start.height.item():.6g} and {again.item():.6g}"
+    need(torch.isclose(again, start.height, rtol=1e-3), f"objective {must}", got)
 
 
 def _judge(
-    start: Landscape,
-    end: Landscape,
-    given: Params,
-    x: Tensor | None,
-    tol: float | None,
+    start: Landscape, end: Landscape, given: tuple[Params, Any], tol: float | None
 ) -> Teleported:
     "The end of a search held against the bound: the record but for its seconds"
-    fine, w, after, objective = _reached(start, end, given, x)
-    before = start.here
+    (old, x), moved = given, tree_leaves((end.orbit.w, end.orbit.x))
+    fine = _all_finite(*(t for t in moved if t is not None))
+    w = tree_map(partial(_either, fine), end.orbit.w, old)
+    loss = start.loss_on(None if x is None else _either(fine, end.orbit.x, x))
+    # a search that measured the place where it stopped has done this
+    before, after = start.here, end.known.get("here") or measure(loss, w)
+    after = replace(after, loss=torch.where(fine, after.loss, math.nan))
+    objective = start.objective.known(after, loss, w)
+    objective = torch.where(fine, objective, math.nan)
     change = (after.loss - before.loss).abs()
     held = (change <= drift_bound(before, after, tol)).all()
     fine = fine & _all_finite(after.loss)
@@ -295,7 +257,7 @@ def _judge(
     smallest = torch.finfo(before.loss.dtype).tiny
     drift = (change / before.loss.abs().clamp_min(smallest)).max()
     if readable(ok):
-        _check_pure(start, start.loss_on(x), given, bool(ok))
+        _check_pure(start, start.loss_on(x), old, bool(ok))
 
     def kept(new: Tensor, old: Tensor) -> Tensor:
         t = _either(ok, new, old)
@@ -303,7 +265,7 @@ def _judge(
         return t.clone() if t is old else t
 
     return Teleported(
-        w=tree_map(kept, w, given),
+        w=tree_map(kept, w, old),
         x=None if x is None else kept(end.orbit.x, x),
         loss=torch.stack((before.loss, after.loss)),
         objective=torch.stack((start.height, objective)),
@@ -315,7 +277,6 @@ def _judge(
         element=getattr(end.orbit, "element", None),
         report=end.orbit.report,
         slope="closed" if start.closed else "autograd",
-        seconds=None,
     )
 
 # %% ../nbs/08_teleporting.ipynb #1eaf8b6f
@@ -344,7 +305,7 @@ def travel(
         start = start.knowing(gradient=before.gradient, here=before)
         rng = rng or Generator().manual_seed(0)
         end, state = run_search(search, start, rng, state)
-        out = _judge(start, end, w, x, tol)
+        out = _judge(start, end, (w, x), tol)
     if readable(out.accepted):
         out = replace(out, seconds=time.perf_counter() - began)
     return out, end.orbit, state

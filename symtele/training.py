@@ -19,7 +19,7 @@ import torch
 from torch import Generator, Tensor, nn, optim
 from torch.utils._pytree import tree_map_only
 
-from .groups import Loss, Named, Orbit
+from .groups import Loss, Named, Orbit, need
 from .networks import GL, NetworkGroup
 from .objectives import Measured, grad_norm, loss_of, measure, unwrap
 from .searches import Ascent, Search
@@ -27,19 +27,14 @@ from .teleporting import Teleported, check_group, check_input, travel
 from .wiring import wire
 
 # %% ../nbs/09_training.ipynb #1674be79
-def whole(
-    name: str,  # What to call it in an error
-    value: Any,  # Candidate; NumPy's integers and the like are fine
-    least: int = 0,  # The smallest that is good
-) -> int:
-    "A whole number, or an error that names it"
+def whole(name: str, value: Any, least: int = 0) -> int:
+    "A whole number, NumPy's too, at least `least`, or an error that names it"
     n = None
     with suppress(TypeError):
         n = None if isinstance(value, bool) else operator.index(value)
     if n is None:
         raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if n < least:
-        raise ValueError(f"{name} must be at least {least}, got {n}")
+    need(n >= least, f"{name} must be at least {least}", n)
     return n
 
 
@@ -56,10 +51,10 @@ class Schedule:
         return bool(self.due(k, measured) if self.sees else self.due(k))
 
     def __or__(self, other: Any) -> "Schedule":
-        return _both(self, "|", as_schedule(other))
+        return _both(any, "|", self, as_schedule(other))
 
     def __and__(self, other: Any) -> "Schedule":
-        return _both(self, "&", as_schedule(other))
+        return _both(all, "&", self, as_schedule(other))
 
     __ror__, __rand__ = __or__, __and__
 
@@ -67,16 +62,13 @@ class Schedule:
         return self.text
 
 
-def _both(a: Schedule, sign: str, b: Schedule) -> Schedule:
-    due, text = partial(_due_by_two, a, sign, b), f"({a.text} {sign} {b.text})"
-    return Schedule(due, text, a.sees or b.sees)
+def _both(test: Callable[..., bool], sign: str, *two: Schedule) -> Schedule:
+    text = f"({two[0].text} {sign} {two[1].text})"
+    return Schedule(partial(_due, test, two), text, any(s.sees for s in two))
 
 
-def _due_by_two(
-    a: Schedule, sign: str, b: Schedule, k: int, measured: Measured | None = None
-) -> bool:
-    test = any if sign == "|" else all
-    return test(s(k, measured) for s in (a, b))
+def _due(test: Callable[..., bool], two: tuple[Schedule, ...], *now: Any) -> bool:
+    return test(s(*now) for s in two)
 
 
 def _due_every(n: int, start: int, k: int) -> bool:
@@ -123,20 +115,16 @@ def when(
     return Schedule(f, f"when({getattr(f, '__name__', type(f).__name__)})", True)
 
 
-def as_schedule(
-    s: Any,  # A `Schedule`, a set of steps, or a function of k
-) -> Schedule:
-    "Read a set or a function as a schedule"
+def as_schedule(s: Any) -> Schedule:
+    "Read a set of steps or a function of k as a schedule"
     if isinstance(s, Schedule):
         return s
     if isinstance(s, set | frozenset):
         return at(*sorted(whole("at(k)", k) for k in s))
     if callable(s) and s not in (at, every, first, when):
         return Schedule(s, getattr(s, "__name__", repr(s)))
-    raise TypeError(
-        "schedule must be at(...), every(...), first(...), a set of steps, or a "
-        f"function of k; got {s!r}"
-    )
+    known = "at(...), every(...), first(...), a set of steps, or a function of k"
+    raise TypeError(f"schedule must be {known}; got {s!r}")
 
 # %% ../nbs/09_training.ipynb #d9734806
 @dataclass(frozen=True)
@@ -193,23 +181,17 @@ def _check_transport(optimizer: optim.Optimizer, group: Any) -> None:
     moments, instead = _MOMENTS.get(type(optimizer)), "use keep or reset"
     if moments is None:
         known = ", ".join(o.__name__ for o in _MOMENTS)
-        raise ValueError(
-            f"transport knows the moments of {known}, not of {name}; {instead}"
-        )
+        other = f"not of {name}; {instead}"
+        raise ValueError(f"transport knows the moments of {known}, {other}")
     rms = isinstance(optimizer, optim.RMSprop)
     if rms and any(g["momentum"] for g in optimizer.param_groups):
-        raise ValueError(
-            "transport cannot carry RMSprop's momentum, which is a sum "
-            "of steps and not of gradients; use reset"
-        )
-    if not group.exact:
-        undone = "transport needs moves that can be undone"
-        raise ValueError(f"{undone}, got {theirs}(); {instead}")
-    if 2 in moments.values() and not all(kind.power for kind in group.prefer):
-        raise ValueError(
-            f"transport carries the second moments of {name} only under "
-            f"Scaling() or Permutation(), got {theirs}(); {instead}"
-        )
+        why = "which is a sum of steps and not of gradients; use reset"
+        raise ValueError(f"transport cannot carry RMSprop's momentum, {why}")
+    got = f"{theirs}(); {instead}"
+    need(group.exact, "transport needs moves that can be undone", got)
+    second = f"transport carries the second moments of {name}"
+    fit = 2 not in moments.values() or all(kind.power for kind in group.prefer)
+    need(fit, f"{second} only under Scaling() or Permutation()", got)
 
 
 def transport(
@@ -230,11 +212,7 @@ def transport(
 class Firing:
     "Which calls teleport: a schedule, and how many calls in a row it covers"
 
-    def __init__(
-        self,
-        schedule: Any,  # A schedule, a set of steps, or a function of k
-        batches: int = 1,  # Calls in a row that a firing covers, at least 1
-    ):
+    def __init__(self, schedule: Any, batches: int = 1):
         self.schedule = as_schedule(schedule)
         self.batches = whole("batches", batches, 1)
         self.left, self.fired = 0, set()
@@ -268,20 +246,17 @@ def _check_optimizer(tele: "Teleporter") -> None:
     own = {id(p) for p in tele.model.parameters()}
     held = [id(p) in own for g in optimizer.param_groups for p in g["params"]]
     if not all(held):
-        raise ValueError(
-            f"optimizer holds {held.count(False)} of {len(held)} parameters that "
-            "are not the model's"
-        )
+        share = f"{held.count(False)} of {len(held)} parameters"
+        raise ValueError(f"optimizer holds {share} that are not the model's")
     if state is transport:
         _check_transport(optimizer, tele.group)
         return
     try:
         _new_state(optimizer)
     except Exception as e:
-        raise ValueError(
-            f"state=reset cannot make a new {type(optimizer).__name__} from its "
-            f"groups and defaults ({e}); use keep, or a policy of your own"
-        ) from e
+        new = f"a new {type(optimizer).__name__} from its groups and defaults"
+        instead = f"({e}); use keep, or a policy of your own"
+        raise ValueError(f"state=reset cannot make {new} {instead}") from e
 
 
 def _check_parts(tele: "Teleporter") -> None:
@@ -303,9 +278,8 @@ def _check_parts(tele: "Teleporter") -> None:
     _check_optimizer(tele)
     linear = isinstance(inputs, nn.Linear) and inputs.bias is None
     square = linear and inputs.in_features == inputs.out_features
-    if inputs is not None and not square:
-        wanted = "a square nn.Linear without bias"
-        raise ValueError(f"inputs must be {wanted}, got {inputs}")
+    fits = inputs is None or square
+    need(fits, "inputs must be a square nn.Linear without bias", inputs)
 
 # %% ../nbs/09_training.ipynb #238ec25d
 def _mapped(tele: "Teleporter", x: Tensor) -> Tensor:
@@ -384,14 +358,13 @@ def _write(tele: "Teleporter", out: Teleported, end: Orbit) -> None:
 
 def _history_row(k: int, out: Teleported) -> dict[str, Any]:
     "What the history keeps of a move, as plain numbers"
-    kinds = [f"{name}: {r.kind}" for name, r in out.report.items()]
-    loss, objective = out.loss.reshape(2, -1).sum(1), out.objective
     row = dict(k=k, accepted=bool(out.accepted), reason=out.reason)
     row |= dict(drift=out.drift.item(), steps=out.steps.item())
     row |= dict(evals=out.evals.item(), seconds=out.seconds)
-    row["kinds"] = ", ".join(kinds)
+    loss = out.loss.reshape(2, -1).sum(1)
+    row["kinds"] = ", ".join(f"{k}: {r.kind}" for k, r in out.report.items())
     row["loss_before"], row["loss_after"] = loss.tolist()
-    row["objective_before"], row["objective_after"] = objective.tolist()
+    row["objective_before"], row["objective_after"] = out.objective.tolist()
     return row
 
 # %% ../nbs/09_training.ipynb #f1e7db26
@@ -454,8 +427,8 @@ class Teleporter:
         "Everything that decides what the next calls do; no parameters"
         fired, rng = sorted(self.firing.fired), self.rng.get_state()
         history = [dict(row) for row in self.history]
-        state = dict(k=self.k, left=self.firing.left, fired=fired, rng=rng)
-        return state | dict(history=history, search=self.search_state)
+        now = dict(k=self.k, left=self.firing.left, search=self.search_state)
+        return now | dict(fired=fired, rng=rng, history=history)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on as the saved one would have"
