@@ -106,10 +106,9 @@ def _highest(values: Tensor, slopes: Tensor | None = None) -> Tensor:
     "The top of the trigonometric polynomial through values, and slopes if known"
     told = [values] if slopes is None else [values, slopes]
     n, degree = len(values), (len(values) * len(told) - 1) // 2
-    i = torch.arange(64 * n, dtype=values.dtype, device=values.device)
-    fine = 2 * math.pi * i / (64 * n)
-    coarse = fine[::64]  # the angles of the values
-    rows = [_harmonics(coarse, degree, order) for order in range(len(told))]
+    # every 64th is the angle of a value
+    fine = 2 * math.pi * torch.arange(64 * n).to(values) / (64 * n)
+    rows = [_harmonics(fine[::64], degree, order) for order in range(len(told))]
     c = torch.linalg.pinv(torch.cat(rows)) @ torch.cat(told)
     t = fine[(_harmonics(fine, degree) @ c).nan_to_num(-math.inf).argmax()]
     for _ in range(4):  # Newton's method, from 1/64 of the distance of two angles
