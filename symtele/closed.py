@@ -243,7 +243,6 @@ class _Chain(NamedTuple):
     rest: Named  # Space -> element so far, of these
     x: Tensor  # Input of the first layer, shape (n, p)
     gram: Tensor  # Products of samples in it, plus 1 with a bias, shape (n, n)
-    readers: list[str]  # Names of the weights that read the highest space
     moves: list[networks.Move]  # What else moves above
     begin: NetworkOrbit  # Where the links began
 
@@ -254,7 +253,7 @@ class _Chain(NamedTuple):
         triples, w = zip(self.links, steps, [*ups[1:], None]), self.begin.start
         links = tuple([link.to(t, up, w) for link, t, up in triples])
         above = dict(self.above)
-        for k in self.readers:
+        for k in _readers(self.links[-1].space):
             above[k] = _step_rows(steps[-1], above[k])
         moves = [m._replace(element=a[m.space.name]) for m in self.moves]
         above = networks.transform(above, moves, dual=True)
@@ -335,8 +334,7 @@ def _read_chain(orbit: NetworkOrbit, c: Named) -> _Chain:
     others = Blocks(tuple((s, kind) for s, kind in spaces if s.name not in own))
     rest = {k: t.to(x) for k, t in others.zero().items()}
     gram = x @ x.mT + (first.bias is not None)
-    ways = (others, rest, x, gram, _readers(top), moves, orbit)
-    return _Chain(tuple(links), above, *ways)
+    return _Chain(tuple(links), above, others, rest, x, gram, moves, orbit)
 
 # %% ../nbs/10_closed.ipynb #8d463df1
 _Rows = list[Tensor]  # of each link
@@ -368,7 +366,7 @@ def _own_gradients(chain: _Chain, delta: _Rows) -> tuple[list[_Read], _Rows]:
         G.append([d.mT @ h] if link.trail is None else None)
         left, right = (h, G[-1][0].mT) if G[-1] else (h @ h.mT, d)
         dots.append(left @ right if plain else torch.addmm(d.sum(0), left, right))
-    return [*G, [chain.above[k] for k in chain.readers]], dots
+    return [*G, [chain.above[k] for k in _readers(chain.links[-1].space)]], dots
 
 
 def _block(

@@ -42,10 +42,9 @@ def _whiteners(orbit: Orbit) -> list[tuple[Space, Tensor]]:
     moving = [(s, kind) for s, kind in plain if kind in (gl, batch)]
     if not moving or orbit.x is None:
         kinds = sorted({r.kind for r in orbit.report.values()})
-        raise TypeError(
-            "Whiten needs a batch, and hidden spaces that move by matrices: use "
-            f"BatchGL, or GL on a linear network; here the kinds are {kinds}"
-        )
+        what = "Whiten needs a batch, and hidden spaces that move by matrices"
+        how = "use BatchGL, or GL on a linear network"
+        raise TypeError(f"{what}: {how}; here the kinds are {kinds}")
     hidden = orbit.hidden if any(kind == gl for _, kind in moving) else {}
     found = []
     for s, kind in moving:
