@@ -6,7 +6,7 @@
 __all__ = ['Factors', 'NormOnBatch']
 
 # %% ../nbs/10_closed.ipynb #8d13b871
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -14,33 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value, vjp
 
+from . import networks, objectives
 from .batch import LeftInverse, OnBatch, batch, left_inverse
 from .groups import Chart, Named, Params, dot, readable, wide
-from symtele.networks import (
-    KINDS,
-    Blocks,
-    Kind,
-    Linear,
-    Move,
-    NetworkOrbit,
-    Slot,
-    Space,
-    Tap,
-    gl,
-    matrix_undo,
-    transform,
-)
-from symtele.objectives import (
-    CLOSED,
-    GradNorm,
-    Landscape,
-    Lookahead,
-    descent_step,
-    found,
-)
+from .networks import Blocks, Kind, NetworkOrbit, Space, gl, matrix_undo
+from .objectives import CLOSED, GradNorm, Landscape, descent_step, found
 
 # %% ../nbs/10_closed.ipynb #405537d6
-def _gram(slot: Slot, space: Space, kind: Kind, c: Tensor) -> Tensor:
+def _gram(slot: networks.Slot, space: Space, kind: Kind, c: Tensor) -> Tensor:
     "Products of units in a covector, over all else; minus where g moves it"
     grams = []
 
@@ -62,30 +43,27 @@ def _gram_slope(blocks: Blocks, c: Named) -> Tensor:
     return wide(blocks.join(slopes))
 
 
-@dataclass(frozen=True, eq=False)
-class _NormOnLinear(Landscape):
-    "‖J⁻ᵀ∇L‖² under a linear law: no call of the loss, no second derivative of it"
+class _Closed(Landscape):
+    "A landscape that differentiates the loss at most once"
 
     closed = True
+
+
+class _NormOnLinear(_Closed):
+    "‖J⁻ᵀ∇L‖² under a linear law: no call of the loss, no second derivative of it"
 
     @staticmethod
     def applies(orbit: NetworkOrbit) -> bool:
-        "Whether all kinds are known here"
-        return all(kind in KINDS for _, kind in orbit.blocks.spaces)
+        return all(kind in networks.KINDS for _, kind in orbit.blocks.spaces)
 
     def find_slope(self) -> Tensor:
-        "From the gradient alone"
         return _gram_slope(self.orbit.blocks, self.gradient)
 
 # %% ../nbs/10_closed.ipynb #bd02002e
-@dataclass(frozen=True, eq=False)
-class _NormOnChart(Landscape):
+class _NormOnChart(_Closed):
     "‖J⁻ᵀ∇L‖² of rotations in a chart, with no call of the loss"
 
-    closed = True
-
     def find_slope(self) -> Tensor:
-        "From the gradient alone, to first order in the angle"
         orbit = self.orbit
 
         def norm(xi: Tensor) -> Tensor:
@@ -95,30 +73,23 @@ class _NormOnChart(Landscape):
         return grad(norm)(orbit.zero())
 
 # %% ../nbs/10_closed.ipynb #eca2dd71
-@dataclass(frozen=True, eq=False)
-class _DecreaseOnOrbit(Landscape):
+class _DecreaseOnOrbit(_Closed):
     "The decrease over the next step, with no second derivative of the loss"
-
-    closed = True
 
     @found
     def ahead(self) -> tuple[Params, Tensor]:
         "Gradient and loss after the step"
-        return grad_and_value(lambda w: self.loss_here(w).sum())(self.stepped())
-
-    def stepped(self) -> Params:
-        "Parameters after the step"
-        return descent_step(self.orbit.w, self.gradient, self.objective.lr)
+        w = descent_step(self.orbit.w, self.gradient, self.objective.lr)
+        return grad_and_value(lambda w: self.loss_here(w).sum())(w)
 
     @found
     def height(self) -> Tensor:
-        "The decrease, shape ()"
         if "ahead" in self.known:
             return self.start.loss.sum() - self.ahead[1]
-        return self.start.loss.sum() - self.loss_here(self.stepped()).sum()
+        here = replace(self.start, gradient=self.gradient)
+        return self.objective.known(here, self.loss_here, self.orbit.w)
 
     def find_slope(self) -> Tensor:
-        "From the gradients here and after the step"
         orbit, after = self.orbit, self.ahead[0]
         act = getattr(orbit, "nudge", orbit.act_on)
 
@@ -130,9 +101,10 @@ class _DecreaseOnOrbit(Landscape):
         return -grad(both)(orbit.zero())
 
 
-CLOSED[GradNorm, Linear] = _NormOnLinear
+CLOSED[GradNorm, networks.Linear] = _NormOnLinear
 CLOSED[GradNorm, Chart] = _NormOnChart
-CLOSED[Lookahead, Linear] = CLOSED[Lookahead, Chart] = _DecreaseOnOrbit
+CLOSED[objectives.Lookahead, networks.Linear] = _DecreaseOnOrbit
+CLOSED[objectives.Lookahead, Chart] = _DecreaseOnOrbit
 
 # %% ../nbs/10_closed.ipynb #019e87d6
 _Path = tuple[tuple[Space, Kind | None], ...]  # from the data up; None: it stays
@@ -164,17 +136,16 @@ def _find_path(orbit: NetworkOrbit) -> _Path | None:
         if len(below) > 1 or s.tap is None or above not in (None, reads):
             return None
         own = {s.tap.weight, s.tap.bias} - {None}
-        slots = own | {Slot(name, 1, dual=True) for name in reads}
+        slots = own | {networks.Slot(name, 1, dual=True) for name in reads}
         if s.copies > 1 or set(s.slots) != slots:
             return None
         path.insert(0, (s, kinds.get(s.name)))
         names |= {t.param for t in own}
         above = {s.tap.weight.param}
         below = [t for t in orbit.wiring.spaces if above & set(_readers(t))]
-    if not names <= orbit.start.keys() or names != path[-1][0].tap.below:
-        return None
+    whole = names <= orbit.start.keys() and names == path[-1][0].tap.below
     met = {s.name for s, _ in path}
-    return tuple(path) if all(s.name in met for s in tapped) else None
+    return tuple(path) if whole and all(s.name in met for s in tapped) else None
 
 # %% ../nbs/10_closed.ipynb #0bc90508
 class Factors(NamedTuple):
@@ -193,10 +164,7 @@ class Factors(NamedTuple):
 
 
 _Step = Tensor | Factors | None  # T (d, d), its factors, log of a diagonal (d,)
-
-
-def _one(n: int, like: Tensor) -> Tensor:
-    return torch.eye(n, dtype=like.dtype, device=like.device)
+_Slopes = tuple[Tensor, Tensor | None]  # σ'(z) and σ''(z), None for 0 everywhere
 
 
 def _step_rows(t: _Step, rows: Tensor) -> Tensor:
@@ -213,16 +181,13 @@ def _undo_rows(t: _Step, rows: Tensor) -> Tensor:
     if t is None:
         return rows
     if isinstance(t, Factors):
-        core = _one(len(t.u), rows) + t.v @ t.u.mT
+        core = torch.eye(len(t.u)).to(rows) + t.v @ t.u.mT
         small = torch.linalg.solve_ex(core, t.v)[0]
         return torch.addmm(rows, rows @ t.u.mT, small, alpha=-1)
     return rows / t.exp() if t.ndim < 2 else matrix_undo(t, rows)
 
 # %% ../nbs/10_closed.ipynb #464ffcd7
-_Slopes = tuple[Tensor, Tensor | None]  # σ'(z) and σ''(z), None for 0 everywhere
-
-
-def _activation_slopes(tap: Tap, z: Tensor, w: Named) -> _Slopes:
+def _activation_slopes(tap: networks.Tap, z: Tensor, w: Named) -> _Slopes:
     "σ'(z) and σ''(z), from the table or by autograd"
     if tap.slopes:
         return tap.slopes(z)
@@ -247,11 +212,11 @@ class _Link(NamedTuple):
         "The way from the start to a step beyond here, shape (size, size)"
         rows = self.primal[len(self.z) :]
         if self.trail is not None:
-            rows = _one(self.space.size, self.z)
+            rows = torch.eye(self.space.size).to(self.z)
         for step in (*(self.trail or ()), t):
             rows = _step_rows(step, rows)
         g = wide(rows.mT)
-        return g - _one(len(g), g)
+        return g - torch.eye(len(g)).to(g)
 
     def to(self, t: _Step, above: _Step, w: Named) -> "_Link":
         "The link after a step of its space, and one of what its reader makes"
@@ -278,22 +243,20 @@ class _Chain(NamedTuple):
     rest: Named  # Space -> element so far, of these
     x: Tensor  # Input of the first layer, shape (n, p)
     gram: Tensor  # Products of samples in it, plus 1 with a bias, shape (n, n)
-    readers: list[str]  # Names of the weights that read the highest space
-    moves: list[Move]  # What else moves above
+    moves: list[networks.Move]  # What else moves above
     begin: NetworkOrbit  # Where the links began
 
     def to(self, a: dict[str, _Step]) -> "_Chain":
-        "The chain after a step, by blocks"
         steps = [a.get(link.space.name) for link in self.links]
         # a reader that moves on the batch has a left inverse instead of weights
         ups = [None if m.kind == batch else t for m, t in zip(self.links, steps)]
         triples, w = zip(self.links, steps, [*ups[1:], None]), self.begin.start
         links = tuple([link.to(t, up, w) for link, t, up in triples])
         above = dict(self.above)
-        for k in self.readers:
+        for k in _readers(self.links[-1].space):
             above[k] = _step_rows(steps[-1], above[k])
         moves = [m._replace(element=a[m.space.name]) for m in self.moves]
-        above = transform(above, moves, dual=True)
+        above = networks.transform(above, moves, dual=True)
         rest = self.others.then(self.rest, a)
         return self._replace(links=links, above=above, rest=rest)
 
@@ -318,11 +281,9 @@ def _batch_dual(plus: LeftInverse, weight: Tensor, z: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def _read_links(
-    orbit: NetworkOrbit, path: _Path, x: Tensor, c: Named
-) -> list[_Link]:
+def _read_links(orbit: NetworkOrbit, x: Tensor, c: Named) -> list[_Link]:
     "The links where an orbit began, but for b at the top"
-    read, w, links = orbit.law.read, orbit.start, []
+    path, read, w, links = _chain_path(orbit), orbit.law.read, orbit.start, []
     for s, kind in path:
         tap, few, tie = s.tap, False, None
         weight = dual = w[tap.weight.param]
@@ -345,7 +306,7 @@ def _read_links(
             few = tie is not None or rank < s.size / 2
         primal = x = h
         if kind in (batch, gl) and not few:
-            primal = torch.cat((h, _one(s.size, z)))
+            primal = torch.cat((h, torch.eye(s.size).to(z)))
         slopes, trail = _activation_slopes(tap, z, w), () if few else None
         links.append(_Link(s, kind, primal, None, z, slopes, h, trail, tie))
     return links
@@ -356,12 +317,12 @@ def _read_chain(orbit: NetworkOrbit, c: Named) -> _Chain:
     path, read = _chain_path(orbit), orbit.law.read
     first, top = path[0][0].tap, path[-1][0]
     x = read.seen[first.weight.owner].flatten(0, -2)
-    *links, last = _read_links(orbit, path, x, c)
+    *links, last = _read_links(orbit, x, c)
     rows = c[top.tap.weight.param]
     if top.tap.bias is not None:
         rows = torch.cat((rows, c[top.tap.bias.param][:, None]), 1)
     delta = read.plus[top.name].times(rows).mT
-    links = (*links, last._replace(dual=delta / last.slopes[0]))
+    links.append(last._replace(dual=delta / last.slopes[0]))
     above = {k: t for k, t in c.items() if k not in top.tap.below}
     moves = []
     for move in orbit.blocks.moves(orbit.at):
@@ -373,13 +334,14 @@ def _read_chain(orbit: NetworkOrbit, c: Named) -> _Chain:
     others = Blocks(tuple((s, kind) for s, kind in spaces if s.name not in own))
     rest = {k: t.to(x) for k, t in others.zero().items()}
     gram = x @ x.mT + (first.bias is not None)
-    ways = (others, rest, x, gram, _readers(top), moves, orbit)
-    return _Chain(links, above, *ways)
+    return _Chain(tuple(links), above, others, rest, x, gram, moves, orbit)
 
 # %% ../nbs/10_closed.ipynb #8d463df1
 _Rows = list[Tensor]  # of each link
 _Read = list[Tensor] | None  # G of what reads a link, None where it is not needed
+_Passed = tuple[_Rows, _Rows, list[_Read], _Rows]  # b, δ, G, first half of ż
 _Maybe = Tensor | None
+_Size = float | Tensor | None
 
 
 def _backward(links: tuple[_Link, ...]) -> tuple[_Rows, _Rows]:
@@ -404,7 +366,7 @@ def _own_gradients(chain: _Chain, delta: _Rows) -> tuple[list[_Read], _Rows]:
         G.append([d.mT @ h] if link.trail is None else None)
         left, right = (h, G[-1][0].mT) if G[-1] else (h @ h.mT, d)
         dots.append(left @ right if plain else torch.addmm(d.sum(0), left, right))
-    return [*G, [chain.above[k] for k in chain.readers]], dots
+    return [*G, [chain.above[k] for k in _readers(chain.links[-1].space)]], dots
 
 
 def _block(
@@ -424,11 +386,10 @@ def _block(
     return Factors(torch.cat([*u, *G]) * 2, torch.cat([*v, *G]))
 
 
-def _chain_slope(
-    chain: _Chain, b: _Rows, delta: _Rows, G: list[_Read], dots: _Rows
-) -> dict[str, _Step]:
+def _chain_slope(chain: _Chain, passed: _Passed) -> dict[str, _Step]:
     "∂‖∇L‖²/∂T, from the data up"
     slopes, below, h_dot = {}, None, None
+    b, delta, G, dots = passed
     for i, link in enumerate(chain.links):
         (first, second), z, bend, z_dot = link.slopes, link.z, None, dots[i]
         if below is not None:
@@ -450,19 +411,13 @@ def _chain_slope(
     return slopes
 
 # %% ../nbs/10_closed.ipynb #0355000b
-_Size = float | Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
-class NormOnBatch(Landscape):
+class NormOnBatch(_Closed):
     "‖∇L‖² under the batch law, for a chain, with no call of the loss"
 
-    closed = True
     keeps = ("height", "gradient", "chain")
 
     @staticmethod
     def applies(orbit: NetworkOrbit) -> bool:
-        "Whether the model below is a plain chain"
         return orbit.law.keeps_identity and _chain_path(orbit) is not None
 
     @found
@@ -489,14 +444,13 @@ class NormOnBatch(Landscape):
         return replace(chain.begin, at=at)
 
     @found
-    def passed(self) -> tuple[_Rows, _Rows, list[_Read], _Rows]:
+    def passed(self) -> _Passed:
         "b and δ of each link, G of what reads it, and the first half of its ż"
         b, delta = _backward(self.chain.links)
         return b, delta, *_own_gradients(self.chain, delta)
 
     @found
     def gsq(self) -> Tensor:
-        "‖∇L‖² here, shape ()"
         if "gradient" in self.known:
             return dot(self.gradient, self.gradient)
         _, delta, _, dots = self.passed
@@ -505,7 +459,6 @@ class NormOnBatch(Landscape):
 
     @found
     def gradient(self) -> Named:
-        "∇L here, from the chain"
         c, x = dict(self.chain.above), self.chain.x
         for link, d in zip(self.chain.links, self.passed[1]):
             tap = link.space.tap
@@ -519,7 +472,7 @@ class NormOnBatch(Landscape):
     def blocks(self) -> dict[str, _Step]:
         "The slope by blocks, of low rank where the samples are few"
         chain = self.chain
-        slopes = _chain_slope(chain, *self.passed)
+        slopes = _chain_slope(chain, self.passed)
         moving = chain.begin.blocks.spaces
         if len(slopes) == len(moving):
             return slopes
@@ -529,16 +482,13 @@ class NormOnBatch(Landscape):
         return slopes | rest.split(_gram_slope(rest, c))
 
     def find_slope(self) -> Tensor:
-        "The blocks, multiplied out"
         steps = self.blocks.items()
         dense = {k: t.dense() if isinstance(t, Factors) else t for k, t in steps}
         return self.chain.begin.blocks.join(dense)
 
     def move(self, xi: Tensor) -> Landscape:
-        "The landscape seen from `act(xi)`; nothing is computed yet"
-        chain = self.chain
-        a = chain.begin.blocks.split(xi.to(chain.x.dtype))
-        return self.elsewhere(step=(chain, a))
+        a = self.chain.begin.blocks.split(xi.to(self.chain.x.dtype))
+        return self.elsewhere(step=(self.chain, a))
 
     def climb(self, rate: _Size = None, norm: _Size = None) -> Landscape:
         "Moved along the slope, without multiplying it out where samples are few"
@@ -549,10 +499,8 @@ class NormOnBatch(Landscape):
             squares = [t.square().sum() for t in self.blocks.values()]
             rate = norm / sum(squares).sqrt().clamp_min(1e-300)
         for k, t in self.blocks.items():
-            if isinstance(t, Factors):
-                a[k] = Factors(t.u * rate, t.v)
-            else:
-                a[k] = (t * rate).to(chain.x.dtype)
+            low = isinstance(t, Factors)
+            a[k] = Factors(t.u * rate, t.v) if low else (t * rate).to(chain.x)
         return self.elsewhere(step=(chain, a))
 
 

@@ -26,7 +26,6 @@ class Stay:
     "Search: the identity, the control that must change nothing"
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
-        "The landscape as it is"
         return land
 
 
@@ -41,7 +40,6 @@ class Random:
         need(fits, "Random(norm=...) must be finite and at least 0", self.norm)
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
-        "The landscape seen from one random element"
         return land.move(land.orbit.random(rng, self.norm))
 
 
@@ -65,7 +63,6 @@ class Sample:
         Random(self.norm)
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
-        "The landscape seen from the best"
         draws = (land.orbit.random(rng, self.norm) for _ in range(self.n))
         return _best_of(land, (land.move(xi) for xi in draws))
 
@@ -109,10 +106,9 @@ def _highest(values: Tensor, slopes: Tensor | None = None) -> Tensor:
     "The top of the trigonometric polynomial through values, and slopes if known"
     told = [values] if slopes is None else [values, slopes]
     n, degree = len(values), (len(values) * len(told) - 1) // 2
-    i = torch.arange(64 * n, dtype=values.dtype, device=values.device)
-    fine = 2 * math.pi * i / (64 * n)
-    coarse = fine[::64]  # the angles of the values
-    rows = [_harmonics(coarse, degree, order) for order in range(len(told))]
+    # every 64th is the angle of a value
+    fine = 2 * math.pi * torch.arange(64 * n).to(values) / (64 * n)
+    rows = [_harmonics(fine[::64], degree, order) for order in range(len(told))]
     c = torch.linalg.pinv(torch.cat(rows)) @ torch.cat(told)
     t = fine[(_harmonics(fine, degree) @ c).nan_to_num(-math.inf).argmax()]
     for _ in range(4):  # Newton's method, from 1/64 of the distance of two angles
@@ -137,11 +133,11 @@ class GreatCircle:
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         "The landscape seen from the top; each circle is one move"
         if land.orbit.period is None:
-            kinds = {r.kind for r in land.orbit.report.values() if r.moves}
-            raise TypeError(
-                "GreatCircle searches rotations, of a chart or a quadratic; "
-                f"here the kinds are {sorted(kinds)}"
+            kinds = sorted(
+                {r.kind for r in land.orbit.report.values() if r.moves}
             )
+            what = "GreatCircle searches rotations, of a chart or a quadratic"
+            raise TypeError(f"{what}; here the kinds are {kinds}")
         for _ in range(self.rounds):
             s = land.slope() if land.orbit.size > 1 else land.orbit.zero() + 1
             d = s / s.norm().clamp_min(1e-300)
@@ -175,17 +171,16 @@ class Ascent:
         need(fits, "Ascent(growth=...) must be at least 1", self.growth)
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
-        "The landscape further up"
         if land.orbit.discrete:
-            other = "use Sample(n) for permutations"
-            raise TypeError(f"Ascent needs a group with a slope; {other}")
+            must = "Ascent needs a group with a slope"
+            raise TypeError(f"{must}; use Sample(n) for permutations")
         if self.lr is not None:
             for _ in range(self.steps):
                 land = land.climb(self.lr)
             return land
-        lifted = self.growth is None or self.growth == math.inf
-        cap = None if lifted else self.growth * land.gsq
         radius = land.orbit.zero().new_tensor(self.max_norm)
+        capped = self.growth not in (None, math.inf)
+        cap = self.growth * land.gsq if capped else None
         for _ in range(self.steps):
             there = land.climb(norm=radius)
             ok = there.height > land.height  # False for nan

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from torch.utils import _pytree as pytree
 
 from .batch import batch
-from .groups import Orbit, dot, wide
+from .groups import Orbit, dot, need, wide
 from .networks import Kind, Move, NetworkOrbit, Slot, Space, gl, transform
 from .objectives import Landscape, descent_step, measure
 from .teleporting import finite
@@ -38,14 +38,13 @@ def _whitener(h: Tensor, kind: Kind) -> Tensor:
 def _whiteners(orbit: Orbit) -> list[tuple[Space, Tensor]]:
     "The whitener of every space that moves by matrices, or an error"
     spaces = orbit.blocks.spaces if isinstance(orbit, NetworkOrbit) else ()
-    moving = [(s, kind) for s, kind in spaces if kind in (gl, batch)]
-    moving = [(s, kind) for s, kind in moving if s.copies == 1 and not s.data]
+    plain = [(s, kind) for s, kind in spaces if s.copies == 1 and not s.data]
+    moving = [(s, kind) for s, kind in plain if kind in (gl, batch)]
     if not moving or orbit.x is None:
         kinds = sorted({r.kind for r in orbit.report.values()})
-        raise TypeError(
-            "Whiten needs a batch, and hidden spaces that move by matrices: use "
-            f"BatchGL, or GL on a linear network; here the kinds are {kinds}"
-        )
+        what = "Whiten needs a batch, and hidden spaces that move by matrices"
+        how = "use BatchGL, or GL on a linear network"
+        raise TypeError(f"{what}: {how}; here the kinds are {kinds}")
     hidden = orbit.hidden if any(kind == gl for _, kind in moving) else {}
     found = []
     for s, kind in moving:
@@ -62,7 +61,7 @@ def _output_curvature(land: Landscape, space: Space, g: Tensor) -> Tensor:
     "The second derivative of the loss in the outputs, from one call of the loss"
     w, c = land.orbit.w, land.gradient
     slots = [replace(s, dual=False) for s in space.slots if s.dual]
-    metric = g.mT @ g - torch.eye(len(g), dtype=g.dtype, device=g.device)
+    metric = g.mT @ g - torch.eye(len(g)).to(g)
     reads = {s.param: c[s.param] for s in slots}
     d = transform(reads, [Move(space, gl, metric, slots)])
     slope, before = dot({k: c[k] for k in d}, d), land.here.loss.sum()
@@ -73,11 +72,6 @@ def _output_curvature(land: Landscape, space: Space, g: Tensor) -> Tensor:
     return bend / slope
 
 # %% ../nbs/11_whitening.ipynb #db9815c3
-def _check_positive(what: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{what} must be positive and finite, got {value}")
-
-
 @dataclass(frozen=True)
 class Whiten:
     "Search: the element after which one gradient step solves the last layer"
@@ -88,18 +82,14 @@ class Whiten:
     curvature: float | None = None  # Of the loss in the outputs; None: measured
 
     def __post_init__(self):
-        _check_positive("Whiten(lr=...)", self.lr)
-        if self.curvature is not None:
-            _check_positive("Whiten(curvature=...)", self.curvature)
-        if self.ahead < 1:
-            what = "Whiten(ahead=...) must be at least 1"
-            raise ValueError(f"{what}, got {self.ahead}")
-        if self.full_batch is not True:
-            raise ValueError(
-                "Whiten fits the network to the batch it sees, and to nothing "
-                "else: say full_batch=True if that is all your data, "
-                f"got {self.full_batch!r}"
-            )
+        c, fits = self.curvature, 0 < self.lr < math.inf
+        need(fits, "Whiten(lr=...) must be positive and finite", self.lr)
+        fits = c is None or 0 < c < math.inf
+        need(fits, "Whiten(curvature=...) must be positive and finite", c)
+        need(self.ahead >= 1, "Whiten(ahead=...) must be at least 1", self.ahead)
+        what = "Whiten fits the network to the batch it sees, and to nothing else"
+        must = f"{what}: say full_batch=True if that is all your data"
+        need(self.full_batch is True, must, repr(self.full_batch))
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         "The landscape seen from the whitened place, if a lookahead says go"
@@ -122,11 +112,10 @@ class Whiten:
         top, g = white[-1]
         c = _output_curvature(land, top, g) if c is None else g.new_tensor(c)
         first = torch.linalg.matrix_norm(wide(orbit.x).flatten(1))
-        last = (self.lr * c) ** -0.5
-        a = orbit.blocks.zero()
+        a, last = orbit.blocks.zero(), (self.lr * c) ** -0.5
         for k, (s, g) in enumerate(white, 1):
             share = k / len(white)
-            one = torch.eye(len(g), dtype=g.dtype, device=g.device)
+            one = torch.eye(len(g)).to(g)
             a[s.name] = g * first ** (1 - share) * last**share - one
         return orbit.join(a)
 
@@ -138,7 +127,6 @@ class MoveData:
     matrix: Tensor  # M, invertible, shape (features, features)
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
-        "The landscape seen from there"
         orbit = land.orbit
         spaces = orbit.blocks.spaces if isinstance(orbit, NetworkOrbit) else ()
         names = [s.name for s, _ in spaces if s.data]
@@ -147,12 +135,9 @@ class MoveData:
             raise TypeError(f"MoveData needs a space of the data: {how}")
         a = orbit.blocks.zero()
         t = a[names[0]]
-        wanted, shape = tuple(t.shape), tuple(self.matrix.shape)
-        if shape != wanted:
-            what = f"MoveData(matrix=...) must have shape {wanted}"
-            raise ValueError(f"{what}, got {shape}")
-        one = torch.eye(len(t), dtype=t.dtype, device=t.device)
-        a[names[0]] = self.matrix.to(t) - one
+        must = f"MoveData(matrix=...) must have shape {tuple(t.shape)}"
+        need(self.matrix.shape == t.shape, must, tuple(self.matrix.shape))
+        a[names[0]] = self.matrix.to(t) - torch.eye(len(t)).to(t)
         return land.move(orbit.join(a))
 
 
@@ -160,9 +145,8 @@ def second_moment(
     x: Tensor,  # Data, shape (n, features)
 ) -> Tensor:  # XᵀX/n, shape (features, features), float64
     "The second moment of data about zero"
-    if x.ndim != 2 or not len(x):
-        what = "(n, features) with n of at least 1"
-        raise ValueError(f"x must have shape {what}, got {tuple(x.shape)}")
+    must = "x must have shape (n, features) with n of at least 1"
+    need(x.ndim == 2 and len(x) > 0, must, tuple(x.shape))
     return wide(x.mT @ x) / len(x)
 
 
@@ -171,17 +155,16 @@ def ridge_whitener(
     ridge: float = 30 / 785,  # λ as a share of the trace of C, positive
 ) -> Tensor:  # M, same shape and type
     "M ∝ (C + λI)^(-1/2), scaled so that tr(MCMᵀ) = tr C"
-    _check_positive("ridge", ridge)
+    need(0 < ridge < math.inf, "ridge must be positive and finite", ridge)
     square = moment.ndim == 2 and moment.shape[0] == moment.shape[1]
     size = 1e-6 * moment.abs().max().item()
-    if not square or not torch.allclose(moment, moment.mT, rtol=1e-5, atol=size):
-        what = "one that is not symmetric" if moment.ndim == 2 else "a tensor"
-        got = f"{what} of shape {tuple(moment.shape)}"
-        raise ValueError(f"moment must be a symmetric matrix, got {got}")
+    fits = square and torch.allclose(moment, moment.mT, rtol=1e-5, atol=size)
+    what = "one that is not symmetric" if moment.ndim == 2 else "a tensor"
+    got = f"{what} of shape {tuple(moment.shape)}"
+    need(fits, "moment must be a symmetric matrix", got)
     trace = moment.trace().item()
-    if not 0 < trace < math.inf:
-        what = "a positive, finite trace"
-        raise ValueError(f"moment must have {what}, got {trace:.3g}")
+    fits = 0 < trace < math.inf
+    need(fits, "moment must have a positive, finite trace", f"{trace:.3g}")
     e, v = torch.linalg.eigh(moment)
     root = (e.clamp_min(0) + ridge * e.sum()) ** -0.5
     return (v * root) @ v.mT * (e.sum() / (e * root**2).sum()) ** 0.5
