@@ -86,37 +86,26 @@ class Orbit:
 
 # %% ../nbs/01_groups.ipynb #0e610be6
 def check_close(
-    a: Tensor,  # Any shape; shape, dtype and device must equal those of `b`
-    b: Tensor,  # Expected value
-    rtol: float = 1e-9,  # Relative tolerance, meant for float64
-    atol: float = 1e-12,  # Absolute tolerance, in the units of `b`
+    a: Tensor, b: Tensor, rtol: float = 1e-9, atol: float = 1e-12
 ) -> None:
-    "Fail unless `a` and `b` agree; never broadcasts"
+    "Fail unless values, shape, dtype and device of `a` are those of `b`"
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
-def dot(
-    a: Params,  # Parameters, or a covector of the same names and shapes
-    b: Params,  # The same names and shapes
-) -> Tensor:  # Sum of all products, shape ()
-    "Inner product of two sets of parameters"
+def dot(a: Params, b: Params) -> Tensor:
+    "Inner product of two sets of parameters of the same shapes, shape ()"
     if isinstance(a, Tensor):
         return (a * b).sum()
     return sum((a[k] * b[k]).sum() for k in a)
 
 # %% ../nbs/01_groups.ipynb #bef1fb3a
-def need(
-    ok: bool,  # Whether an argument will do
-    must: str,  # The argument, and what it must be
-    got: Any,  # Its value
-) -> None:
-    "Fail with a `ValueError` that says both, unless `ok`"
+def need(ok: bool, must: str, got: Any) -> None:
+    "Fail with a `ValueError` that says what must be and what came, unless `ok`"
     if not ok:
         raise ValueError(f"{must}, got {got}")
 
 
 def _need_tensor(t: Any, must: str) -> None:
-    "The same with a `TypeError`, unless `t` is a tensor"
     if not isinstance(t, Tensor):
         raise TypeError(f"{must}, got {type(t).__name__}")
 
@@ -129,34 +118,26 @@ def _levels(t: Tensor) -> list[Tensor]:
     return seen
 
 
-def readable(
-    t: Tensor,  # Any tensor
-) -> bool:  # False inside `torch.func.vmap`
-    "Whether a value can be looked at"
+def readable(t: Tensor) -> bool:
+    "Whether a value can be looked at; not inside `torch.func.vmap`"
     return not any(map(_functorch.is_batchedtensor, _levels(t)))
 
 
-def differentiated(
-    t: Tensor,  # Any tensor
-) -> bool:  # By `torch.func` or by ordinary autograd
-    "Whether somebody may take a derivative by this tensor"
+def differentiated(t: Tensor) -> bool:
+    "Whether `torch.func` or autograd may take a derivative by this tensor"
     levels = _levels(t)
     tracked = any(map(_functorch.is_gradtrackingtensor, levels))
     return tracked or levels[-1].requires_grad
 
 
-def plain(
-    *tensors: Tensor,  # Any tensors
-) -> bool:  # False inside any transform of `torch.func`
-    "Whether ordinary autograd may be used, and none of the tensors is in a graph"
+def plain(*tensors: Tensor) -> bool:
+    "Whether no transform of `torch.func` is at work, nor a graph of autograd"
     inside = _functorch.peek_interpreter_stack() is not None
     return not inside and not any(t.requires_grad for t in tensors)
 
 
-def wide(
-    t: Tensor,  # Any floating tensor; not modified
-) -> Tensor:  # The same values in float64, float32 where there is nothing wider
-    "The precision in which group elements live"
+def wide(t: Tensor) -> Tensor:
+    "The same values in the precision in which group elements live"
     return t if t.device.type == "mps" else t.double()
 
 # %% ../nbs/01_groups.ipynb #5f6fa7c5
@@ -221,11 +202,8 @@ def _skew_matrix(xi: Tensor, n: int) -> Tensor:
     return upper - upper.T
 
 
-def rotation_matrix(
-    xi: Tensor,  # Angle (1,) in radians if n = 2, else entries of a skew matrix
-    n: int,  # Dimensions
-) -> Tensor:  # Rotation, shape (n, n)
-    "The matrix exponential of a skew matrix"
+def rotation_matrix(xi: Tensor, n: int) -> Tensor:
+    "e^S, shape (n, n), by the entries of S, shape (n(n-1)/2,), or an angle (1,)"
     if n > 2:
         return torch.linalg.matrix_exp(_skew_matrix(xi, n))
     c, s = xi.cos(), xi.sin()
@@ -244,44 +222,36 @@ class _ChartOrbit(Orbit):
 
     @property
     def n(self) -> int:
-        "How many variables there are"
         return len(self.start)
 
     @property
     def size(self) -> int:
-        "Entries of a skew matrix, n(n-1)/2"
         return self.n * (self.n - 1) // 2
 
     @property
     def report(self) -> dict[str, Rule]:
-        "One space, the chart's"
         why = f"a rotation of {self.n} coordinates, exact everywhere"
         return {"chart": Rule("chart", why)}
 
     @cached_property
     def w(self) -> Tensor:
-        "Parameters here, shape (n,), in the dtype of the start"
         w = wide(self.start)
         y = self.law.to(w)
         new = w + (self.law.back(self.at @ y) - self.law.back(y))
         return new.to(self.start.dtype)
 
     def zero(self) -> Tensor:
-        "No rotation, shape (size,)"
         return wide(self.start).new_zeros(self.size)
 
     def inverse(self, xi: Tensor) -> Tensor:
-        "The rotation back, shape (size,)"
         self.check(xi)
         return -xi
 
     def to(self, xi: Tensor) -> "_ChartOrbit":
-        "The same orbit after one more rotation"
         self.check(xi)
         return replace(self, at=rotation_matrix(wide(xi), self.n) @ self.at)
 
     def act_on(self, xi: Tensor, w: Tensor) -> Tensor:
-        "`w` after the rotation"
         return self.law.turn(rotation_matrix(wide(xi), self.n), w)
 
     def nudge(self, xi: Tensor, w: Tensor) -> Tensor:
@@ -294,7 +264,6 @@ class _ChartOrbit(Orbit):
         return self.pull_by(rotation_matrix(wide(xi), self.n), self.act(xi), c)
 
     def carry(self, c: Tensor) -> Tensor:
-        "The covector seen from here"
         return self.pull_by(self.at, self.w, c)
 
     def near(self, xi: Tensor) -> Tensor:
@@ -302,7 +271,6 @@ class _ChartOrbit(Orbit):
         return torch.eye(self.n).to(xi) + _skew_matrix(xi, self.n)
 
     def pull_by(self, turned: Tensor, w: Tensor, c: Tensor) -> Tensor:
-        "The covector at `w`: the transposed derivative of the way back"
         return vjp(lambda w: self.law.turn(turned.T, w), w)[1](c)[0]
 
 # %% ../nbs/01_groups.ipynb #edd70438
@@ -365,8 +333,8 @@ class Orthogonal:
         A = self.A
         _need_tensor(A, "Orthogonal(A) needs a Tensor")
         if bad := (~A.isfinite()).sum().item():
-            held = f"{bad} values that are nan or infinite"
-            raise ValueError(f"Orthogonal(A) holds {held}")
+            fault = f"Orthogonal(A) holds {bad} values that are nan or infinite"
+            raise ValueError(fault)
         shape, square = tuple(A.shape), A.ndim == 2 and A.shape[0] == A.shape[1]
         need(square, "Orthogonal(A) needs a square matrix", f"shape {shape}")
         if not torch.allclose(A, A.T):
@@ -388,12 +356,8 @@ class Orthogonal:
         "Itself: the matrix is all it needs"
         return self
 
-    def orbit(
-        self,
-        w: Tensor,  # Parameters, shape (n,); not modified
-        x: Tensor | None = None,  # Handed on to the loss
-    ) -> _ChartOrbit:
-        "The orbit of `w`: elements as for `Rotation`"
+    def orbit(self, w: Tensor, x: Tensor | None = None) -> _ChartOrbit:
+        "The orbit of `w`, shape (n,): arguments and elements as for `Rotation`"
         if isinstance(w, Tensor) and len(self.A) != len(w):
             sizes = f"n = {len(self.A)}, but w has {len(w)} entries"
             raise ValueError(f"Orthogonal(A) has {sizes}")
