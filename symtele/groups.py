@@ -86,21 +86,31 @@ class Orbit:
 
 # %% ../nbs/01_groups.ipynb #0e610be6
 def check_close(
-    a: Tensor, b: Tensor, rtol: float = 1e-9, atol: float = 1e-12
+    a: Tensor,  # Any shape; shape, dtype and device must equal those of `b`
+    b: Tensor,  # Expected value
+    rtol: float = 1e-9,  # Relative tolerance, meant for float64
+    atol: float = 1e-12,  # Absolute tolerance, in the units of `b`
 ) -> None:
-    "Fail unless values, shape, dtype and device of `a` are those of `b`"
+    "Fail unless `a` and `b` agree; never broadcasts"
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
-def dot(a: Params, b: Params) -> Tensor:
-    "Inner product of two sets of parameters of the same shapes, shape ()"
+def dot(
+    a: Params,  # Parameters, or a covector of the same names and shapes
+    b: Params,  # The same names and shapes
+) -> Tensor:  # Sum of all products, shape ()
+    "Inner product of two sets of parameters"
     if isinstance(a, Tensor):
         return (a * b).sum()
     return sum((a[k] * b[k]).sum() for k in a)
 
 # %% ../nbs/01_groups.ipynb #bef1fb3a
-def need(ok: bool, must: str, got: Any) -> None:
-    "Fail with a `ValueError` that says what must be and what came, unless `ok`"
+def need(
+    ok: bool,  # Whether an argument will do
+    must: str,  # The argument, and what it must be
+    got: Any,  # Its value
+) -> None:
+    "Fail with a `ValueError` that says both, unless `ok`"
     if not ok:
         raise ValueError(f"{must}, got {got}")
 
@@ -118,26 +128,34 @@ def _levels(t: Tensor) -> list[Tensor]:
     return seen
 
 
-def readable(t: Tensor) -> bool:
-    "Whether a value can be looked at; not inside `torch.func.vmap`"
+def readable(
+    t: Tensor,  # Any tensor
+) -> bool:  # False inside `torch.func.vmap`
+    "Whether a value can be looked at"
     return not any(map(_functorch.is_batchedtensor, _levels(t)))
 
 
-def differentiated(t: Tensor) -> bool:
-    "Whether `torch.func` or autograd may take a derivative by this tensor"
+def differentiated(
+    t: Tensor,  # Any tensor
+) -> bool:  # By `torch.func` or by ordinary autograd
+    "Whether somebody may take a derivative by this tensor"
     levels = _levels(t)
     tracked = any(map(_functorch.is_gradtrackingtensor, levels))
     return tracked or levels[-1].requires_grad
 
 
-def plain(*tensors: Tensor) -> bool:
-    "Whether no transform of `torch.func` is at work, nor a graph of autograd"
+def plain(
+    *tensors: Tensor,  # Any tensors
+) -> bool:  # False inside any transform of `torch.func`
+    "Whether ordinary autograd may be used, and none of the tensors is in a graph"
     inside = _functorch.peek_interpreter_stack() is not None
     return not inside and not any(t.requires_grad for t in tensors)
 
 
-def wide(t: Tensor) -> Tensor:
-    "The same values in the precision in which group elements live"
+def wide(
+    t: Tensor,  # Any floating tensor; not modified
+) -> Tensor:  # The same values in float64, float32 where there is nothing wider
+    "The precision in which group elements live"
     return t if t.device.type == "mps" else t.double()
 
 # %% ../nbs/01_groups.ipynb #5f6fa7c5
@@ -202,8 +220,11 @@ def _skew_matrix(xi: Tensor, n: int) -> Tensor:
     return upper - upper.T
 
 
-def rotation_matrix(xi: Tensor, n: int) -> Tensor:
-    "e^S, shape (n, n), by the entries of S, shape (n(n-1)/2,), or an angle (1,)"
+def rotation_matrix(
+    xi: Tensor,  # Angle (1,) in radians if n = 2, else entries of a skew matrix
+    n: int,  # Dimensions
+) -> Tensor:  # Rotation, shape (n, n)
+    "The matrix exponential of a skew matrix"
     if n > 2:
         return torch.linalg.matrix_exp(_skew_matrix(xi, n))
     c, s = xi.cos(), xi.sin()
@@ -285,17 +306,12 @@ class Rotation:
         "Itself: the chart is all it needs"
         return self
 
-    def orbit(
-        self,
-        w: Tensor,  # Parameters, shape (n,), n at least 2; not modified
-        x: Tensor | None = None,  # Handed on to the loss
-    ) -> _ChartOrbit:
-        "The orbit of `w`; an element is an angle, or entries of a skew matrix"
+    def orbit(self, w: Tensor, x: Tensor | None = None) -> _ChartOrbit:
+        "The orbit of `w`, shape (n,); elements are angles or skew entries"
         _need_tensor(w, "Rotation moves one Tensor of shape (n,)")
         must = "Rotation needs w of shape (n,) with n at least 2"
         need(w.ndim == 1 and len(w) >= 2, must, tuple(w.shape))
-        still = torch.eye(len(w), dtype=wide(w).dtype, device=w.device)
-        return _ChartOrbit(self.chart, w, still, x)
+        return _ChartOrbit(self.chart, w, torch.eye(len(w)).to(wide(w)), x)
 
 # %% ../nbs/01_groups.ipynb #6282b811
 def check_symmetry(
