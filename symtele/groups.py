@@ -116,7 +116,6 @@ def need(
 
 
 def _need_tensor(t: Any, must: str) -> None:
-    "The same with a `TypeError`, unless `t` is a tensor"
     if not isinstance(t, Tensor):
         raise TypeError(f"{must}, got {type(t).__name__}")
 
@@ -244,44 +243,36 @@ class _ChartOrbit(Orbit):
 
     @property
     def n(self) -> int:
-        "How many variables there are"
         return len(self.start)
 
     @property
     def size(self) -> int:
-        "Entries of a skew matrix, n(n-1)/2"
         return self.n * (self.n - 1) // 2
 
     @property
     def report(self) -> dict[str, Rule]:
-        "One space, the chart's"
         why = f"a rotation of {self.n} coordinates, exact everywhere"
         return {"chart": Rule("chart", why)}
 
     @cached_property
     def w(self) -> Tensor:
-        "Parameters here, shape (n,), in the dtype of the start"
         w = wide(self.start)
         y = self.law.to(w)
         new = w + (self.law.back(self.at @ y) - self.law.back(y))
         return new.to(self.start.dtype)
 
     def zero(self) -> Tensor:
-        "No rotation, shape (size,)"
         return wide(self.start).new_zeros(self.size)
 
     def inverse(self, xi: Tensor) -> Tensor:
-        "The rotation back, shape (size,)"
         self.check(xi)
         return -xi
 
     def to(self, xi: Tensor) -> "_ChartOrbit":
-        "The same orbit after one more rotation"
         self.check(xi)
         return replace(self, at=rotation_matrix(wide(xi), self.n) @ self.at)
 
     def act_on(self, xi: Tensor, w: Tensor) -> Tensor:
-        "`w` after the rotation"
         return self.law.turn(rotation_matrix(wide(xi), self.n), w)
 
     def nudge(self, xi: Tensor, w: Tensor) -> Tensor:
@@ -294,7 +285,6 @@ class _ChartOrbit(Orbit):
         return self.pull_by(rotation_matrix(wide(xi), self.n), self.act(xi), c)
 
     def carry(self, c: Tensor) -> Tensor:
-        "The covector seen from here"
         return self.pull_by(self.at, self.w, c)
 
     def near(self, xi: Tensor) -> Tensor:
@@ -302,7 +292,6 @@ class _ChartOrbit(Orbit):
         return torch.eye(self.n).to(xi) + _skew_matrix(xi, self.n)
 
     def pull_by(self, turned: Tensor, w: Tensor, c: Tensor) -> Tensor:
-        "The covector at `w`: the transposed derivative of the way back"
         return vjp(lambda w: self.law.turn(turned.T, w), w)[1](c)[0]
 
 # %% ../nbs/01_groups.ipynb #edd70438
@@ -317,17 +306,12 @@ class Rotation:
         "Itself: the chart is all it needs"
         return self
 
-    def orbit(
-        self,
-        w: Tensor,  # Parameters, shape (n,), n at least 2; not modified
-        x: Tensor | None = None,  # Handed on to the loss
-    ) -> _ChartOrbit:
-        "The orbit of `w`; an element is an angle, or entries of a skew matrix"
+    def orbit(self, w: Tensor, x: Tensor | None = None) -> _ChartOrbit:
+        "The orbit of `w`, shape (n,); elements are angles or skew entries"
         _need_tensor(w, "Rotation moves one Tensor of shape (n,)")
         must = "Rotation needs w of shape (n,) with n at least 2"
         need(w.ndim == 1 and len(w) >= 2, must, tuple(w.shape))
-        still = torch.eye(len(w), dtype=wide(w).dtype, device=w.device)
-        return _ChartOrbit(self.chart, w, still, x)
+        return _ChartOrbit(self.chart, w, torch.eye(len(w)).to(wide(w)), x)
 
 # %% ../nbs/01_groups.ipynb #6282b811
 def check_symmetry(
@@ -365,8 +349,8 @@ class Orthogonal:
         A = self.A
         _need_tensor(A, "Orthogonal(A) needs a Tensor")
         if bad := (~A.isfinite()).sum().item():
-            held = f"{bad} values that are nan or infinite"
-            raise ValueError(f"Orthogonal(A) holds {held}")
+            fault = f"Orthogonal(A) holds {bad} values that are nan or infinite"
+            raise ValueError(fault)
         shape, square = tuple(A.shape), A.ndim == 2 and A.shape[0] == A.shape[1]
         need(square, "Orthogonal(A) needs a square matrix", f"shape {shape}")
         if not torch.allclose(A, A.T):
@@ -388,12 +372,8 @@ class Orthogonal:
         "Itself: the matrix is all it needs"
         return self
 
-    def orbit(
-        self,
-        w: Tensor,  # Parameters, shape (n,); not modified
-        x: Tensor | None = None,  # Handed on to the loss
-    ) -> _ChartOrbit:
-        "The orbit of `w`: elements as for `Rotation`"
+    def orbit(self, w: Tensor, x: Tensor | None = None) -> _ChartOrbit:
+        "The orbit of `w`, shape (n,): arguments and elements as for `Rotation`"
         if isinstance(w, Tensor) and len(self.A) != len(w):
             sizes = f"n = {len(self.A)}, but w has {len(w)} entries"
             raise ValueError(f"Orthogonal(A) has {sizes}")

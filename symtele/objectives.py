@@ -54,15 +54,13 @@ def measure(
     if not value.ndim:
         (c,) = back(torch.ones_like(value))
         return Measured(value, c, rounding(c))
-    most = 100  # values beyond which they are samples, not tasks
-    if len(value) > most:
+    if len(value) > 100:  # they are samples, not tasks
         raise ValueError(
             f"loss returned {len(value)} values, and each would be a task that "
-            f"has to hold by itself; at most {most} make sense. For a loss "
+            f"has to hold by itself; at most 100 make sense. For a loss "
             "of every sample take the mean: reduction='mean'"
         )
-    each = torch.eye(len(value), dtype=value.dtype, device=value.device)
-    (rows,) = vmap(back)(each)
+    (rows,) = vmap(back)(torch.eye(len(value)).to(value))
     total = pytree.tree_map(lambda t: t.sum(0), rows)
     return Measured(value, total, vmap(rounding)(rows), rows)
 
@@ -131,9 +129,6 @@ class GradNorm:
         return dot(m.gradient, m.gradient)
 
 
-grad_norm = GradNorm()
-
-
 @dataclass(frozen=True)
 class Lookahead:
     "L(w) - L(w - η∇L(w)), the decrease over the next step, summed over tasks"
@@ -156,18 +151,9 @@ class Lookahead:
         "With one more call of the loss"
         return m.loss.sum() - loss(descent_step(w, m.gradient, self.lr)).sum()
 
-
-def lookahead(
-    lr: float,  # Learning rate of the step looked ahead to, positive
-) -> Lookahead:
-    "Objective: the decrease of the loss over the next gradient step"
-    return Lookahead(lr)
-
-
+# %% ../nbs/06_objectives.ipynb #6e1c0a53
 @dataclass(frozen=True)
 class _Plain:
-    "A function of loss and parameters, with the methods of the two above"
-
     f: Callable[[Loss, Params], Tensor]
     pure: ClassVar[bool] = False
 
@@ -178,7 +164,17 @@ class _Plain:
         return self.f(loss, w)
 
 
+grad_norm = GradNorm()
+CLOSED = {}  # (type of objective, type of law) -> Landscape; closed forms fill it
 _Objective = GradNorm | Lookahead | _Plain
+_Size = float | Tensor | None  # of a move
+
+
+def lookahead(
+    lr: float,  # Learning rate of the step looked ahead to, positive
+) -> Lookahead:
+    "Objective: the decrease of the loss over the next gradient step"
+    return Lookahead(lr)
 
 # %% ../nbs/06_objectives.ipynb #6cf355bc
 def found(
@@ -261,15 +257,14 @@ class Landscape:
         return self.known["slope"]
 
     def find_slope(self) -> Tensor:
-        "How `slope` is found"
+        "The slope, worked out"
         return grad(self)(self.orbit.zero())
 
     def along(self, d: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
         "J at the elements t·d, and its slopes by t where those are closed"
 
         def one(t: Tensor) -> tuple[Tensor, Tensor]:
-            there = self.move(t * d)
-            # a closed height comes with its slope
+            there = self.move(t * d)  # a closed height comes with its slope
             return there.slope() @ d if self.closed else t, there.height
 
         slopes, heights = vmap(one)(t)
@@ -279,12 +274,8 @@ class Landscape:
         "The landscape seen from `act(xi)`"
         return self.elsewhere(orbit=self.orbit.to(xi))
 
-    def climb(
-        self,
-        rate: float | Tensor | None = None,  # Multiply the slope by this, or
-        norm: float | Tensor | None = None,  # go this far
-    ) -> "Landscape":
-        "Moved along the slope"
+    def climb(self, rate: _Size = None, norm: _Size = None) -> "Landscape":
+        "Moved along the slope: the slope times `rate`, or as far as `norm`"
         s = self.slope()
         if norm is not None:
             rate = norm / s.norm().clamp_min(1e-300)
@@ -315,9 +306,6 @@ class Landscape:
         return replace(self, known=known, steps=steps)
 
 # %% ../nbs/06_objectives.ipynb #e89ff943
-CLOSED = {}  # (type of objective, type of law) -> Landscape; closed forms fill it
-
-
 def landscape(
     orbit: Orbit,  # Where to begin
     loss: Loss,  # `(w)`, or `(w, x)` where the orbit has a batch
@@ -331,8 +319,7 @@ def landscape(
         objective = _Plain(objective)
     law = type(getattr(orbit, "law", None))
     form = CLOSED.get((type(objective), law), Landscape)
-    if not form.applies(orbit):
-        form = Landscape
+    form = form if form.applies(orbit) else Landscape
     if start is None:
         w = orbit.start if hasattr(orbit, "start") else orbit.w
         x = orbit.batch if hasattr(orbit, "batch") else orbit.x
