@@ -29,8 +29,12 @@ _LEVERAGE = 100.0  # how much larger that term may be at the new parameters
 _HELD = 1e-2  # share of the loss beyond which no rounding is an excuse
 
 
-def drift_bound(before: Measured, after: Measured, tol: float | None) -> Tensor:
-    "Largest |ΔL| that is rounding, shape of the loss; ρ is `tol` or eps^(2/3)"
+def drift_bound(
+    before: Measured,  # At the old parameters
+    after: Measured,  # At the new ones
+    tol: float | None,  # Relative tolerance ρ, None for eps^(2/3)
+) -> Tensor:  # Largest |ΔL| that counts as rounding, shape of the loss
+    "How much the loss may change before a move is refused"
     held = (before.loss, *tree_leaves(before.gradient))
     eps = max(torch.finfo(t.dtype).eps for t in held)
     capped = after.rounding.clamp(max=_LEVERAGE * before.rounding)
@@ -107,8 +111,13 @@ def _unflatten(values: list[Any], context: tuple[list[str], dict]) -> Teleported
 register_pytree_node(Teleported, _flatten, _unflatten)
 
 # %% ../nbs/08_teleporting.ipynb #efa87841
-def check_group(group: Any, tol: float | None, example: str, caller: str) -> None:
-    "Raise, with an example, unless `group` is one and `tol` is enough for it"
+def check_group(
+    group: Any,  # Candidate group
+    tol: float | None,  # Candidate tolerance
+    example: str,  # A group as the caller wants it, for people
+    caller: str,  # Whose argument `tol` is, for people
+) -> None:
+    "Raise unless `group` is a group and `tol` a tolerance that is enough for it"
     if isinstance(group, type) or not hasattr(group, "exact"):
         raise TypeError(f"group must be a group such as {example}, got {group!r}")
     good = tol is None or isinstance(tol, int | float) and 0 < tol < math.inf
@@ -119,8 +128,10 @@ def check_group(group: Any, tol: float | None, example: str, caller: str) -> Non
         raise ValueError(f"{inexact}: {ask}")
 
 
-def finite(*tensors: Tensor) -> bool | None:
-    "Whether no value is nan or infinite, None where nobody can look"
+def finite(
+    *tensors: Tensor,  # Any tensors
+) -> bool | None:  # None where they cannot be looked at
+    "Whether no value is nan or infinite"
     if not all(readable(t) and not t.is_meta for t in tensors):
         return None
     # a sum costs less, but may overflow
@@ -134,7 +145,10 @@ def _check_finite(name: str, t: Tensor) -> None:
         raise ValueError(f"{name} holds {bad} values that are nan or infinite")
 
 
-def check_input(w: Params, x: Tensor | None) -> None:
+def check_input(
+    w: Params,  # Candidate parameters
+    x: Tensor | None,  # Candidate batch
+) -> None:
     "Raise unless `w` and `x` are finite tensors that fit together"
     if not isinstance(w, Tensor | dict):
         wanted = "a Tensor or a dict of Tensors by name"

@@ -27,8 +27,12 @@ from .teleporting import Teleported, check_group, check_input, travel
 from .wiring import wire
 
 # %% ../nbs/09_training.ipynb #1674be79
-def whole(name: str, value: Any, least: int = 0) -> int:
-    "A whole number, NumPy's too, at least `least`, or an error that names it"
+def whole(
+    name: str,  # What to call it in an error
+    value: Any,  # Candidate; NumPy's integers and the like are fine
+    least: int = 0,  # The smallest that is good
+) -> int:
+    "A whole number, or an error that names it"
     n = None
     with suppress(TypeError):
         n = None if isinstance(value, bool) else operator.index(value)
@@ -115,8 +119,10 @@ def when(
     return Schedule(f, f"when({getattr(f, '__name__', type(f).__name__)})", True)
 
 
-def as_schedule(s: Any) -> Schedule:
-    "Read a set of steps or a function of k as a schedule"
+def as_schedule(
+    s: Any,  # A `Schedule`, a set of steps, or a function of k
+) -> Schedule:
+    "Read a set or a function as a schedule"
     if isinstance(s, Schedule):
         return s
     if isinstance(s, set | frozenset):
@@ -212,7 +218,11 @@ def transport(
 class Firing:
     "Which calls teleport: a schedule, and how many calls in a row it covers"
 
-    def __init__(self, schedule: Any, batches: int = 1):
+    def __init__(
+        self,
+        schedule: Any,  # A schedule, a set of steps, or a function of k
+        batches: int = 1,  # Calls in a row that a firing covers, at least 1
+    ):
         self.schedule = as_schedule(schedule)
         self.batches = whole("batches", batches, 1)
         self.left, self.fired = 0, set()
