@@ -440,7 +440,7 @@ def _copy(f, old, new, *_):
         list(range(len(old.shape))),
     )
 
-# %% ../nbs/05_rules.ipynb #409c03c4
+# %% ../nbs/05_rules.ipynb #3ae9a523
 def narrowed(label: Tensor) -> Tensor:
     "A label without the dims along which it does not vary"
     for d, n in enumerate(label.shape):
@@ -478,26 +478,28 @@ def moved(f: Facts, *_: Any, dims: Iterable[int] | None = None) -> list[Value]:
     "An op that only moves entries is run on the labels; written out along `dims`"
     rows = []
     for i in range(max(len(v.labels) for v in f.values)):
-        part = {}
+        part, sizes = {}, {}
         for v in f.values:
-            t = v.labels[i] if i < len(v.labels) else torch.zeros(1, dtype=int)
-            sizes = (
+            none = torch.zeros((1,) * len(v.shape), dtype=int)
+            part[id(v)] = v.labels[i] if i < len(v.labels) else none
+            sizes[id(v)] = [
                 n if dims is None or d in dims else 1
                 for d, n in enumerate(v.shape)
-            )
-            part[id(v)] = t.expand(*sizes)
-        rows.append(_moved_labels(f, part))
+            ]
+        rows.append(_moved_labels(f, part, sizes))
     columns = zip(*rows)
     return [
         Value((), tuple(t for t in column if touched(t))) for column in columns
     ]
 
 
-def _moved_labels(f: Facts, part: dict[int, Tensor]) -> list[Tensor]:
+def _moved_labels(
+    f: Facts, part: dict[int, Tensor], sizes: dict[int, list[int]]
+) -> list[Tensor]:
     "One label of each value, by its `id`, after the op"
-    made = f.run(lambda v: part[id(v)])
-    if len(made) > 1 or made[0].numel() < sum(t.numel() for t in part.values()):
-        places = f.run(lambda v: _occurrence(part[id(v)]))
+    made = f.run(lambda v: part[id(v)].expand(sizes[id(v)]))
+    if len(made) > 1 or made[0].numel() < sum(map(math.prod, sizes.values())):
+        places = f.run(lambda v: _occurrence(part[id(v)]).expand(sizes[id(v)]))
         for t, place in zip(
             made, places
         ):  # which of them are left tells them apart
