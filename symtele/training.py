@@ -503,8 +503,9 @@ def _all_or_nothing(tele: "Teleporter", tensors: list[Tensor]) -> Iterator[None]
             tele.optimizer.state.clear()
             tele.optimizer.state.update(copies)
         raise
-    # an enclosing autocast may hold low-precision copies of the old weights
-    torch.clear_autocast_cache()
+    finally:
+        # an enclosing autocast may hold low-precision copies of other weights
+        torch.clear_autocast_cache()
 
 
 class _NotHeld(Exception):
@@ -524,6 +525,7 @@ def _check_written(
         raise RuntimeError(f"{other}, so the move is taken back")
     if tele.ranks is not None:
         _check_alike(params, tele.ranks)
+    torch.clear_autocast_cache()
     value, types = loss({}, out.x), {p.dtype for p in params.values()}
     eps = max(torch.finfo(t).eps for t in (value.dtype, *types))
     if not torch.isclose(value, out.loss[1], rtol=eps ** (2 / 3), atol=0).all():
