@@ -446,7 +446,7 @@ def _seen(
             loss = _averaged(loss, tele.ranks)
         yield loss, w, _mapped(tele, x)
 
-
+# %% ../nbs/09_training.ipynb #51d0c004
 def _structure(model: nn.Module) -> tuple[Any, ...]:
     "What a reading depends on: modules, their hooks, which parameters train"
     modules = [
@@ -460,8 +460,22 @@ def _structure(model: nn.Module) -> tuple[Any, ...]:
     return modules, runs, params
 
 
-def _bound(tele: "Teleporter", x: Any) -> Any:
-    "The group for the model as it is: read again where it has changed"
+def _for_model(group: Any, model: nn.Module) -> Any:
+    "A group whose table was made for a model like this one, for this one"
+    wiring = group.wiring if isinstance(group, NetworkGroup) else None
+    if wiring is None or wiring.model is model:
+        return group
+    return group.on(replace(wiring, model=model))
+
+
+def _bound(tele: "Teleporter", loss: Loss, w: Named, x: Any) -> Any:
+    "The group for the model as it is: read at first, and where it has changed"
+    if not tele.ready:  # a loss that will not do is told before the model is read
+        try:
+            check_loss(loss(w, x))
+        except Exception as e:
+            e.add_note(f"The loss was called with x of shape {_shapes(x)}")
+            raise
     group, inputs = tele.group, tele.inputs is not None
     if not isinstance(group, NetworkGroup) or group.wiring is not None:
         return group
@@ -473,6 +487,29 @@ def _bound(tele: "Teleporter", x: Any) -> Any:
     return tele.bound[2]
 
 
+def _nothing(tele: "Teleporter", x: Any, why: str) -> Teleported:
+    "The record of a firing that found nothing to move"
+    named = tele.model.named_parameters()
+    unknown, none = torch.full((2,), torch.nan), torch.tensor(0)
+    return Teleported(
+        w={k: p.detach().clone() for k, p in named if p.requires_grad},
+        buffers={},
+        x=x,
+        loss=unknown,
+        objective=unknown,
+        drift=torch.tensor(0.0),
+        accepted=torch.tensor(False),
+        code=torch.tensor(STILL),
+        steps=none,
+        evals=none,
+        element=None,
+        report={},
+        slope="closed",
+        why=why,
+        seconds=0.0,
+    )
+
+# %% ../nbs/09_training.ipynb #51d0c006
 def _probed(
     tele: "Teleporter", w: Named, out: Teleported, end: Orbit
 ) -> dict[str, float]:
@@ -582,29 +619,6 @@ def _write(
     return out
 
 
-def _nothing(tele: "Teleporter", x: Any, why: str) -> Teleported:
-    "The record of a firing that found nothing to move"
-    named = tele.model.named_parameters()
-    unknown, none = torch.full((2,), torch.nan), torch.tensor(0)
-    return Teleported(
-        w={k: p.detach().clone() for k, p in named if p.requires_grad},
-        buffers={},
-        x=x,
-        loss=unknown,
-        objective=unknown,
-        drift=torch.tensor(0.0),
-        accepted=torch.tensor(False),
-        code=torch.tensor(STILL),
-        steps=none,
-        evals=none,
-        element=None,
-        report={},
-        slope="closed",
-        why=why,
-        seconds=0.0,
-    )
-
-
 def _history_row(k: int, out: Teleported) -> dict[str, Any]:
     "What the history keeps of a move, as plain numbers"
     row = dict(k=k, accepted=bool(out.accepted), reason=out.reason)
@@ -638,7 +652,8 @@ class Teleporter:
         tol: float | None = None,  # As in `teleport`
         seed: int = 0,  # For searches that draw
     ):
-        self.model, self.loss_fn, self.group = unwrap(model), loss_fn, group
+        self.model, self.loss_fn = unwrap(model), loss_fn
+        self.group = _for_model(group, self.model)
         self.ranks = _ranks(model)  # the processes that train it together
         self.firing = Firing(schedule, batches)
         self.objective, self.search, self.tol = objective, search, tol
@@ -671,7 +686,7 @@ class Teleporter:
             self.firing.note(now, begins)
         elif not self.ready:
             with _seen(self, x, y) as (loss, w, batch):
-                self._read(loss, w, batch).orbit(w, batch)
+                _bound(self, loss, w, batch).orbit(w, batch)
             self.ready = True
         if k is None:
             self.k += 1
@@ -697,16 +712,6 @@ class Teleporter:
         self.k, self.rng, self.history = k, rng, history
         self.search_state = state.get("search")
 
-    def _read(self, loss: Loss, w: Named, x: Any) -> Any:
-        "The group for the model; at the first call a loss is looked at before"
-        if not self.ready:
-            try:
-                check_loss(loss(w, x))
-            except Exception as e:
-                e.add_note(f"The loss was called with x of shape {_shapes(x)}")
-                raise
-        return _bound(self, x)
-
     def _fire(self, x: Any, y: Any, k: int) -> Teleported:
         "One teleport, written in place if it is accepted"
         try:
@@ -722,7 +727,7 @@ class Teleporter:
     def _move(self, x: Any, y: Any, k: int) -> Teleported:
         rng, ranks = self.rng.clone_state(), self.ranks
         with _seen(self, x, y) as (loss, w, x):
-            group = self._read(loss, w, x)
+            group = _bound(self, loss, w, x)
             if ranks is not None:
                 rng = _first_draws(rng, ranks, next(iter(w.values())))
             how = (self.objective, self.search, self.tol, rng, self.search_state)
@@ -731,11 +736,8 @@ class Teleporter:
             if out.accepted:
                 out = _write(self, out, end, (loss, w, x))
                 probed = probed if out.accepted else _probed(self, w, out, end)
-        if (
-            self.bound
-            and out.code == DRIFT
-            and self.bound[1] != tree_structure(x)
-        ):
+        other = self.bound is not None and self.bound[1] != tree_structure(x)
+        if out.code == DRIFT and other:
             self.bound = None  # called another way than when it was read
         self.rng, self.search_state = rng, state
         self.history.append(_history_row(k, out) | probed)
