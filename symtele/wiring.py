@@ -654,7 +654,7 @@ class _Taps(TorchFunctionMode):
         ways = path.apply, path.undo, path.slopes
         return Tap(weight, bias[0] if bias else None, *ways, below)
 
-# %% ../nbs/04_wiring.ipynb #3a482564
+# %% ../nbs/04_wiring.ipynb #8365e71d
 _LOOKS = set(
     "_local_scalar_dense equal nonzero unique_consecutive _unique2".split()
 )
@@ -781,7 +781,7 @@ class Reading:
         state = {k: parameter(k, t) for k, t in parameters.items()}
         state |= {k: buffer(k, t) for k, t in buffers.items()}
         with (
-            _as_before(self.model, train),
+            _in_mode(self.model, train),
             _naming(self.model, self.where),
             self.taps[-1],
         ):
@@ -792,7 +792,7 @@ class Reading:
         for name in self.plain & self.facts.tensors.keys() & buffers.keys():
             self.facts.stop(self.facts.tensors[name].labels)
 
-# %% ../nbs/04_wiring.ipynb #1bf83207
+# %% ../nbs/04_wiring.ipynb #56ef515b
 def _labelled(out: Any) -> Iterator[Labelled]:
     "All labelled tensors in an output, whatever holds them"
     for a in tree_leaves(out):
@@ -840,22 +840,20 @@ def _naming(model: nn.Module, where: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _as_before(model: nn.Module, train: bool) -> Iterator[None]:
-    "Within it a model is in a mode; afterwards all its attributes are what they were"
-    own = [(m, dict(vars(m))) for m in model.modules()]
-    parts = [(v, dict(v)) for _, d in own for v in d.values() if type(v) is dict]
+def _in_mode(model: nn.Module, train: bool) -> Iterator[None]:
+    "Within it a model is in train or eval mode, and nothing is hidden in one op"
+    was = {m: m.training for m in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one op that hides many
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        for m, _ in own:
+        for m in was:
             m.training = train
         with torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for now, was in [(vars(m), d) for m, d in own] + parts:
-            now.clear()
-            now.update(was)
+        for m, training in was.items():
+            m.training = training
 
 # %% ../nbs/04_wiring.ipynb #5194b84b
 def _reasons(facts: Facts, kind: Kind) -> dict[tuple[str, int], str]:
