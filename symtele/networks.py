@@ -7,7 +7,10 @@ __all__ = ['Stays', 'gl', 'scale', 'perm', 'KINDS', 'Kind', 'matrix_undo', 'Slot
            'transform', 'Blocks', 'NetworkOrbit', 'Linear', 'NetworkGroup', 'GL', 'Scaling', 'Permutation']
 
 # %% ../nbs/02_networks.ipynb #db5aad5a
+import html
 import math
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -324,13 +327,34 @@ class Wiring:
 
     def given(self, spaces: list[Space], w: Named, x: Tensor) -> Named:
         "Run the model once: what layers around some spaces are given on a batch"
-        names = {s.reader for s in spaces} | {
-            s.tap.weight.param for s in spaces if s.tap
-        }
+        names = {s.reader for s in spaces}
+        names |= {s.tap.weight.param for s in spaces if s.tap}
         layers = _Inputs({id(w[name]): name for name in names})
         with layers:
             run_model(self.model, w, x)
         return layers.seen
+
+    def share(self, *kinds: Kind) -> float:
+        "Which part of all entries of the parameters some space moves by these kinds"
+        sizes = {k: p.shape for k, p in self.model.named_parameters()}
+        moved = defaultdict(set)
+        for space in (s for s in self.spaces if s.commutes & set(kinds)):
+            for t in (t for t in space.slots if t.kinds & set(kinds)):
+                n = space.copies * t.before * space.size * t.after
+                moved[t.param, t.axis] |= set(range(t.start, t.start + n))
+        stays = {k: math.prod(shape) for k, shape in sizes.items()}
+        total = sum(stays.values())
+        for name, axis in moved.keys() & {
+            (k, d) for k in sizes for d in range(9)
+        }:
+            stays[name] *= 1 - len(moved[name, axis]) / sizes[name][axis]
+        return 1 - sum(stays.values()) / max(total, 1)
+
+    def __repr__(self) -> str:
+        return "\n\n".join(_as_text(rows) for rows in _report(self))
+
+    def _repr_html_(self) -> str:
+        return "".join(_as_html(rows) for rows in _report(self))
 
     def __getitem__(self, name: str) -> Space:
         "The space called `name`"
@@ -349,6 +373,78 @@ class Wiring:
             if t.axis >= len(shape) or shape[t.axis] < need:
                 where = f"{need} entries on axis {t.axis} of {name!r}"
                 raise ValueError(f"{who} {where}, which has shape {shape}")
+
+# %% ../nbs/02_networks.ipynb #02a6950f
+_Rows = list[tuple[str, ...]]  # a table, its head first
+
+
+def _alike(name: str) -> str:
+    "A name with its numbers hidden, which the same parts of a model share"
+    return re.sub(r"(?<=\.)\d+|^\d+(?=\.)", "*", name)
+
+
+def _grouped(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    "Rows that differ in numbers alone as one, with how many there are"
+    alike = defaultdict(list)
+    for row in rows:
+        alike[tuple(_alike(cell) for cell in row)].append(row)
+    one = {
+        key: found[0] if len(found) == 1 else key for key, found in alike.items()
+    }
+    return [(*one[key], str(len(found))) for key, found in alike.items()]
+
+
+def _report(wiring: Wiring) -> list[_Rows]:
+    "What people read of a wiring: what moves, what stays, and how much that is"
+    moves, stays = [], []
+    for s in wiring.spaces:
+        units = str(s.size) if s.copies == 1 else f"{s.copies} x {s.size}"
+        kinds = [k.name for k in (perm, scale, gl) if k in s.commutes]
+        kinds += ["batch"] if s.tap else []
+        names = dict.fromkeys(t.param for t in s.slots)
+        moves.append(
+            (s.name, units, ", ".join(kinds) or "-", ", ".join(names), s.why)
+        )
+    for (name, axis), why in wiring.stays.items():
+        ops = "; ".join(dict.fromkeys(why.values()))
+        stays.append((f"{name}, axis {axis}", ops))
+    head = "space", "units", "moves by", "parameters", "not by", "how many"
+    tables = [[head, *_grouped(moves)]] if moves else []
+    tables += (
+        [[("what stays", "because of", "how many"), *_grouped(stays)]]
+        if stays
+        else []
+    )
+    if wiring.model is not None:
+        kinds = {k.name: (k,) for k in (perm, scale, gl)} | {"any of them": KINDS}
+        shares = [
+            f"{name} {wiring.share(*own):.1%}" for name, own in kinds.items()
+        ]
+        total = sum(p.numel() for p in wiring.model.parameters())
+        note = ", for the branch taken on this batch" if wiring.branch else ""
+        tables.append(
+            [(f"of {total:,} parameters can move{note}",), (", ".join(shares),)]
+        )
+    return tables
+
+
+def _as_text(rows: _Rows) -> str:
+    "Columns side by side"
+    widths = [min(40, max(map(len, column))) for column in zip(*rows)]
+    lines = [zip(row, widths) for row in rows]
+    return "\n".join(
+        "  ".join(t.ljust(n) for t, n in line).rstrip() for line in lines
+    )
+
+
+def _as_html(rows: _Rows) -> str:
+    "A table"
+    tags = ["th"] + ["td"] * (len(rows) - 1)
+    cells = (
+        "".join(f"<{tag}>{html.escape(t)}</{tag}>" for t in row)
+        for tag, row in zip(tags, rows)
+    )
+    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
 
 # %% ../nbs/02_networks.ipynb #22e82c08
 class Move(NamedTuple):
@@ -674,8 +770,12 @@ class NetworkGroup:
 
     def _nothing_to_move(self, report: dict[str, Rule]) -> str:
         name = type(self).__name__
-        reasons = "; ".join(f"{k}: {r.why}" for k, r in report.items())
-        why = reasons or "the wiring has no spaces"
+        why = [f"{k}: {r.why}" for k, r in report.items()]
+        for (param, axis), ops in self.wiring.stays.items():
+            held = (ops.get(kind.name, "") for kind in self.prefer)
+            why.append(f"{param}, axis {axis}: {next(filter(None, held), '')}")
+        more = f"; and {len(why) - 8} more" if len(why) > 8 else ""
+        why = "; ".join(why[:8]) + more or "the wiring has no spaces"
         others = [g for g in _subclasses(NetworkGroup) if g is not type(self)]
         works = [g.__name__ for g in others if g.exact and g.moves(self.wiring)]
         hint = f"These would move something: {', '.join(works)}."

@@ -855,7 +855,7 @@ def _in_mode(model: nn.Module, train: bool) -> Iterator[None]:
         for m, training in was.items():
             m.training = training
 
-# %% ../nbs/04_wiring.ipynb #5194b84b
+# %% ../nbs/04_wiring.ipynb #3910ac17
 def _reasons(facts: Facts, kind: Kind) -> dict[tuple[str, int], str]:
     "Of each axis, why units on it do not move by a kind"
     group = _components(facts.n + 1, np.abs(_equal(facts, kind)))
@@ -892,7 +892,7 @@ def _finish(reading: Reading) -> Wiring:
             s = s if no_tap else replace(s, tap=reading.taps[-1].tap(s))
         spaces.append(replace(s, why="; ".join(why)))
     moved = {(t.param, t.axis) for s in spaces for t in s.slots}
-    for at in reasons[perm].keys() - moved:
+    for at in (at for at in reasons[perm] if at[0] and at not in moved):
         stays[at] = {str(kind): why[at] for kind, why in reasons.items()}
     return Wiring(spaces, reading.model, stays, reading.looked)
 
