@@ -335,7 +335,7 @@ class Wiring:
         return layers.seen
 
     def share(self, *kinds: Kind) -> float:
-        "Which part of all entries of the parameters some space moves by these kinds"
+        "Which part of the entries of all parameters moves by some of these kinds"
         sizes = {k: p.shape for k, p in self.model.named_parameters()}
         moved = defaultdict(set)
         for space in (s for s in self.spaces if s.commutes & set(kinds)):
@@ -379,8 +379,8 @@ _Rows = list[tuple[str, ...]]  # a table, its head first
 
 
 def _alike(name: str) -> str:
-    "A name with its numbers hidden, which the same parts of a model share"
-    return re.sub(r"(?<=\.)\d+|^\d+(?=\.)", "*", name)
+    "A name with its numbers hidden: like parts of a model share it"
+    return re.sub(r"(?<=[._])\d+|^\d+(?=\.)", "*", name)
 
 
 def _grouped(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -396,25 +396,21 @@ def _grouped(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 def _report(wiring: Wiring) -> list[_Rows]:
     "What people read of a wiring: what moves, what stays, and how much that is"
-    moves, stays = [], []
+    moves, held = [], defaultdict(list)
     for s in wiring.spaces:
         units = str(s.size) if s.copies == 1 else f"{s.copies} x {s.size}"
         kinds = [k.name for k in (perm, scale, gl) if k in s.commutes]
         kinds += ["batch"] if s.tap else []
-        names = dict.fromkeys(t.param for t in s.slots)
-        moves.append(
-            (s.name, units, ", ".join(kinds) or "-", ", ".join(names), s.why)
-        )
+        first, *rest = dict.fromkeys(t.param for t in s.slots)
+        names = f"{first} and {len(rest)} more" if rest else first
+        moves.append((s.name, units, ", ".join(kinds) or "-", names, s.why))
     for (name, axis), why in wiring.stays.items():
-        ops = "; ".join(dict.fromkeys(why.values()))
-        stays.append((f"{name}, axis {axis}", ops))
+        held[name, "; ".join(dict.fromkeys(why.values()))].append(str(axis))
+    stays = [(name, " ".join(axes), ops) for (name, ops), axes in held.items()]
     head = "space", "units", "moves by", "parameters", "not by", "how many"
     tables = [[head, *_grouped(moves)]] if moves else []
-    tables += (
-        [[("what stays", "because of", "how many"), *_grouped(stays)]]
-        if stays
-        else []
-    )
+    head = "what stays", "on axes", "because of", "how many"
+    tables += [[head, *_grouped(stays)]] if stays else []
     if wiring.model is not None:
         kinds = {k.name: (k,) for k in (perm, scale, gl)} | {"any of them": KINDS}
         shares = [
@@ -422,9 +418,8 @@ def _report(wiring: Wiring) -> list[_Rows]:
         ]
         total = sum(p.numel() for p in wiring.model.parameters())
         note = ", for the branch taken on this batch" if wiring.branch else ""
-        tables.append(
-            [(f"of {total:,} parameters can move{note}",), (", ".join(shares),)]
-        )
+        head = f"of {total:,} parameters can move{note}"
+        tables.append([(head,), (", ".join(shares),)])
     return tables
 
 

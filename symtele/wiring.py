@@ -535,7 +535,7 @@ def _value(a: Any) -> Any:
 def _is_value(a: Any) -> bool:
     return isinstance(a, Value)
 
-# %% ../nbs/04_wiring.ipynb #c77cca06
+# %% ../nbs/04_wiring.ipynb #406304c4
 _SHOWS = set("view _unsafe_view clone alias detach".split())  # the same entries
 _FACTORS = {"mm": slice(0, 2), "addmm": slice(1, 3)}  # where they stand
 _Reader = tuple[Path, str, Origin]  # the path to it, its weight, what it is given
@@ -629,7 +629,7 @@ class _Taps(TorchFunctionMode):
         own = [s.param for s in space.slots if not s.dual and s.kinds == KINDS]
         readers = self.readers.get(own[0], []) if own else []
         if not readers:
-            return self.broken.get((own or [""])[0], "no layer reads it")
+            return self.broken.get((own or [""])[0], "no layer")
         path = readers[0][0]
         weights = {path.weight, *(weight for _, weight, _ in readers)}
         names = weights | ({path.bias} - {None})
@@ -855,7 +855,7 @@ def _in_mode(model: nn.Module, train: bool) -> Iterator[None]:
         for m, training in was.items():
             m.training = training
 
-# %% ../nbs/04_wiring.ipynb #3910ac17
+# %% ../nbs/04_wiring.ipynb #31ea86f0
 def _reasons(facts: Facts, kind: Kind) -> dict[tuple[str, int], str]:
     "Of each axis, why units on it do not move by a kind"
     group = _components(facts.n + 1, np.abs(_equal(facts, kind)))
@@ -877,23 +877,24 @@ def _finish(reading: Reading) -> Wiring:
     "What was heard, as a table"
     reading.facts.stop_unheard()
     reasons = {kind: _reasons(reading.facts, kind) for kind in (gl, scale, perm)}
-    spaces, stays = [], {}
-    for s in solve(reading.facts):
+    found, spaces, moved = solve(reading.facts), [], defaultdict(set)
+    for s in found:
+        for t in s.slots:
+            moved[t.param, t.axis] |= s.commutes
+    for s in found:
         at = s.slots[0].param, s.slots[0].axis
-        why = [f"{k}: {reasons[k][at]}" for k in reasons if k not in s.commutes]
+        why = [f"{k}: {reasons[k][at]}" for k in reasons if k not in moved[at]]
         if any(not t.param for t in s.slots):
             slots = [t for t in s.slots if t.param]
             s = replace(s, name="input", slots=slots, data=True)
         else:
-            no_tap = next(
-                filter(None, (taps.why_not(s) for taps in reading.taps)), ""
-            )
+            taps = [taps.why_not(s) for taps in reading.taps]
+            no_tap = next((words for words in taps if words != ""), None)
             why += [f"no batch action: {no_tap}"] if no_tap else []
             s = s if no_tap else replace(s, tap=reading.taps[-1].tap(s))
         spaces.append(replace(s, why="; ".join(why)))
-    moved = {(t.param, t.axis) for s in spaces for t in s.slots}
-    for at in (at for at in reasons[perm] if at[0] and at not in moved):
-        stays[at] = {str(kind): why[at] for kind, why in reasons.items()}
+    still = (at for at in reasons[perm] if at[0] and at not in moved)
+    stays = {at: {str(k): why[at] for k, why in reasons.items()} for at in still}
     return Wiring(spaces, reading.model, stays, reading.looked)
 
 
