@@ -535,9 +535,10 @@ def _value(a: Any) -> Any:
 def _is_value(a: Any) -> bool:
     return isinstance(a, Value)
 
-# %% ../nbs/04_wiring.ipynb #406304c4
+# %% ../nbs/04_wiring.ipynb #214bea98
 _SHOWS = set("view _unsafe_view clone alias detach".split())  # the same entries
 _FACTORS = {"mm": slice(0, 2), "addmm": slice(1, 3)}  # where they stand
+_NONE = "it is between no two linear layers"
 _Reader = tuple[Path, str, Origin]  # the path to it, its weight, what it is given
 
 
@@ -629,7 +630,7 @@ class _Taps(TorchFunctionMode):
         own = [s.param for s in space.slots if not s.dual and s.kinds == KINDS]
         readers = self.readers.get(own[0], []) if own else []
         if not readers:
-            return self.broken.get((own or [""])[0], "no layer")
+            return self.broken.get((own or [""])[0], _NONE)
         path = readers[0][0]
         weights = {path.weight, *(weight for _, weight, _ in readers)}
         names = weights | ({path.bias} - {None})
@@ -855,7 +856,7 @@ def _in_mode(model: nn.Module, train: bool) -> Iterator[None]:
         for m, training in was.items():
             m.training = training
 
-# %% ../nbs/04_wiring.ipynb #31ea86f0
+# %% ../nbs/04_wiring.ipynb #5afef246
 def _reasons(facts: Facts, kind: Kind) -> dict[tuple[str, int], str]:
     "Of each axis, why units on it do not move by a kind"
     group = _components(facts.n + 1, np.abs(_equal(facts, kind)))
@@ -890,7 +891,11 @@ def _finish(reading: Reading) -> Wiring:
         else:
             taps = [taps.why_not(s) for taps in reading.taps]
             no_tap = next((words for words in taps if words != ""), None)
-            why += [f"no batch action: {no_tap}"] if no_tap else []
+            why += (
+                [f"no batch action: {no_tap}"]
+                if no_tap not in (None, _NONE)
+                else []
+            )
             s = s if no_tap else replace(s, tap=reading.taps[-1].tap(s))
         spaces.append(replace(s, why="; ".join(why)))
     still = (at for at in reasons[perm] if at[0] and at not in moved)
