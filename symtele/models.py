@@ -596,6 +596,14 @@ def _cast(tree: Inputs | Named, dtype: torch.dtype) -> Inputs | Named:
     return pytree.tree_map(cast, tree)
 
 
+def _cloned(state: Named) -> Named:
+    "Copies laid out row by row: which entries dropout takes depends on that"
+    return {
+        name: t.clone(memory_format=torch.contiguous_format)
+        for name, t in state.items()
+    }
+
+
 @contextmanager
 def _holding(model: nn.Module, state: Named, train: bool) -> Iterator[None]:
     "While this lasts, the model holds these numbers and is in this mode"
@@ -628,9 +636,8 @@ def outputs(
 ) -> list[Tensor]:  # All tensors that it returns
     "What a model says with these numbers in it, from one random state"
     dtype = next(t.dtype for t in state.values() if t.is_floating_point())
-    copied = {name: t.clone() for name, t in state.items()}
     with (
-        _holding(model, copied, train),
+        _holding(model, _cloned(state), train),
         torch.no_grad(),
         torch.random.fork_rng(),
     ):
@@ -695,10 +702,6 @@ def _settled(model, state, x):
         for m, momentum in zip(norms, momenta):
             m.momentum = momentum
     return state
-
-
-def _cloned(state: Named) -> Named:
-    return {name: t.clone() for name, t in state.items()}
 
 
 def fresh(
