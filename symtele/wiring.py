@@ -621,8 +621,8 @@ class _Taps:
                     x, weight.value.name, args[0] if name == "addmm" else None
                 )
         path = getattr(args[0], "origin", Origin()).path if args else None
-        others = [a for a in heard if a is not args[0]]
-        if path and all(a.value.name for a in others):
+        others = [a for a in args[1:] if isinstance(a, Labelled)]
+        if path and all(a.value.name in self.tensors for a in others):
             if name in _VIEWS and out.shape[-1] == args[0].shape[-1]:
                 return path
             step = Step(name, op, tuple(self._own(a) for a in args[1:]))
