@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LINEAR', 'HOMOGENEOUS', 'ELEMENTWISE', 'keep', 'contract', 'broadcast', 'mul', 'div', 'square', 'power', 'matmul',
-           'addmm', 'convolution', 'add', 'where', 'masked_fill', 'lying', 'normalised', 'affine', 'softmax',
+           'addmm', 'convolution', 'add', 'larger', 'where', 'masked_fill', 'lying', 'normalised', 'affine', 'softmax',
            'layer_norm', 'group_norm', 'batch_norm', 'attention', 'attention_on_cpu', 'efficient_attention',
            'flash_attention', 'reduced', 'total', 'extreme', 'vector_norm', 'spread', 'cumulated', 'still', 'pool',
            'max_pool', 'pad', 'embedding', 'index', 'index_select', 'native_dropout', 'created', 'created_anew',
@@ -206,7 +206,7 @@ def _flat(x: Value) -> Value:
     return Value(x.shape[:2], labels, x.name)
 
 # %% ../nbs/05_rules.ipynb #7d18f441
-@rule("add sub rsub maximum minimum")
+@rule("add sub rsub")
 def add(f: Facts, a: Any, b: Any, **_: Any) -> Value:
     "A sum: both sides move alike, and nothing scales against a constant"
     if not is_value(a) or not is_value(b):
@@ -230,6 +230,14 @@ def add(f: Facts, a: Any, b: Any, **_: Any) -> Value:
             labels.append(t)
     shape = tuple(max(p, q) for p, q in zip(size_a, size_b))
     return Value(shape, tuple(labels))
+
+
+@rule("maximum minimum")
+def larger(f: Facts, a: Value, b: Value) -> Value:
+    "The larger or smaller of two: a sum that no matrix passes"
+    v = add(f, a, b)
+    f.stop(v.labels, frozenset({gl}))
+    return v
 
 
 @rule("where")
