@@ -503,6 +503,7 @@ def _named_inputs() -> dict[str, Tensor]:
 
 
 _PIXELS = partial(torch.randn, 2, 3, 64, 64)
+_MORE_PIXELS = partial(torch.randn, 2, 3, 224, 224)
 _CIFAR = partial(torch.randn, 2, 3, 32, 32)
 _ROWS = partial(torch.randn, 7, 5)
 _FOUR = partial(torch.randn, 5, 4)
@@ -576,6 +577,8 @@ _TORCHVISION = {
     "regnet_y_400mf": tv.regnet_y_400mf,
 }
 ZOO = {name: Example(make, _PIXELS) for name, make in _TORCHVISION.items()}
+for _name in ("mobilenet_v2", "efficientnet_b0", "regnet_y_400mf"):
+    ZOO[_name] = Example(_TORCHVISION[_name], _MORE_PIXELS)
 ZOO |= {name: Example(*pair) for name, pair in (_OURS | _ODD).items()}
 for _name, _activation in _ACTIVATIONS.items():
     ZOO[f"MLP {_name}"] = Example(partial(mlp, _activation), _ROWS)
@@ -774,11 +777,11 @@ def _moved(state, spaces, kind, elements):
     return Blocks(tuple((s, kind) for s in spaces)).move(state, elements)
 
 
-def _one_left_behind(spaces, state, model, rng):
+def _one_left_behind(model, state, spaces, kind, rng):
     "The spaces, but one of them without its largest parameter"
     chosen = torch.randint(len(spaces), (), generator=rng).item()
     space, parameters = spaces[chosen], dict(model.named_parameters())
-    known = [t for t in space.slots if t.param in parameters]
+    known = [t for t in kind.slots(space) if t.param in parameters]
     left = max(known, key=lambda t: state[t.param].numel())
     rest = [t for t in space.slots if t is not left]
     return [*spaces[:chosen], replace(space, slots=rest), *spaces[chosen + 1 :]]
@@ -830,7 +833,7 @@ def _compare(model, state, x, spaces, kind, elements, rng):
     blocks = [
         {s.name: draw(s, kind, rng) for s in spaces} for _ in range(elements)
     ]
-    lame = _one_left_behind(spaces, state, model, rng)
+    lame = _one_left_behind(model, state, spaces, kind, rng)
     for precision, dtype in _TYPES.items():
         numbers = _cast(state, dtype)
         before = {m: outputs(model, numbers, x, t) for m, t in _MODES.items()}
