@@ -11,7 +11,7 @@ __all__ = ['LINEAR', 'HOMOGENEOUS', 'ELEMENTWISE', 'keep', 'contract', 'broadcas
            'strided', 'copy', 'prelu', 'weight_norm', 'narrowed', 'reshaped', 'viewed', 'moved', 'joined', 'scattered',
            'inverse']
 
-# %% ../nbs/05_rules.ipynb #19131926
+# %% ../nbs/05_rules.ipynb #82d65d3c
 import math
 from collections.abc import Iterable
 from functools import partial
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .networks import KINDS, gl, perm, scale
 from symtele.wiring import (
+    COMPOSITE,
     INVERSE,
     SLOPES,
     Facts,
@@ -662,7 +663,7 @@ def _occurrence(label: Tensor) -> Tensor:
     out[order] = torch.arange(len(ordered)) - torch.searchsorted(ordered, ordered)
     return out.reshape(label.shape)
 
-# %% ../nbs/05_rules.ipynb #17762f43
+# %% ../nbs/05_rules.ipynb #c113c3ef
 def _where(ok: Tensor, h: Tensor) -> Tensor:
     "`h` where it is in the range of an activation, NaN elsewhere"
     return torch.where(ok, h, torch.nan)
@@ -693,6 +694,14 @@ def _undo_log_sigmoid(h):
     return h - torch.log(-torch.expm1(_where(h < 0, h)))
 
 
+@inverse("softsign")
+def _undo_softsign(h):
+    return h / (1 - _where(h.abs() < 1, h).abs())
+
+
+COMPOSITE[F.softsign] = "softsign"
+
+
 @inverse("softplus")
 def _undo_softplus(h, beta=1.0, threshold=20.0):
     bent = h + torch.log(-torch.expm1(-beta * _where(h > 0, h))) / beta
@@ -715,6 +724,11 @@ def _undo_elu(h, alpha=1.0, c=1.0, rate=1.0):
     depth = c * alpha
     inside = _where(h > -depth, h / depth).clamp(max=0)
     return torch.where(h > 0, h / c, torch.log1p(inside) / rate)
+
+
+@inverse("celu")
+def _undo_celu(h, alpha=1.0):
+    return _undo_elu(h, alpha, 1.0, 1 / alpha)
 
 
 def _leaky_slopes(z: Tensor, slope: float = 0.01) -> tuple[Tensor, None]:
