@@ -6,9 +6,11 @@
 __all__ = ['Inputs', 'ZOO', 'LeNet', 'SmallResNet', 'UNet', 'SmallViT', 'GPT', 'Llama', 'LoRALinear', 'LSTMClassifier', 'mlp',
            'Example', 'outputs', 'change', 'shaken', 'fresh', 'draw', 'shares', 'prove']
 
-# %% ../nbs/25_models.ipynb #41b54501
+# %% ../nbs/25_models.ipynb #628be967
+import re
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -771,6 +773,30 @@ def shares(
         found[name] = sum(mask.sum().item() for mask in moved.values()) / total
     return found
 
+# %% ../nbs/25_models.ipynb #1f19b464
+def _held(wiring: Wiring) -> dict[str, dict[str, int]]:
+    "Kind -> the three ops that hold most units, with their numbers"
+    parameters = dict(wiring.model.named_parameters())
+    found = {}
+    for kind in _KINDS:
+        count = Counter()
+        for (name, axis), reasons in wiring.stays.items():
+            if name in parameters:
+                count[_op(reasons[kind.name])] += parameters[name].shape[axis]
+        for space in wiring.spaces:
+            why = re.search(rf"\b{kind}: ([^;]*)", space.why)
+            if why and kind not in space.commutes:
+                count[_op(why[1])] += space.size * space.copies
+        known = {op: n for op, n in count.most_common() if op}
+        found[kind.name] = dict([*known.items()][:3])
+    return found
+
+
+def _op(reason: str) -> str:
+    "The op in a reason such as 'told apart by add in head', or ''"
+    op, within, _ = reason.removeprefix("told apart by ").partition(" in ")
+    return op if within else ""
+
 # %% ../nbs/25_models.ipynb #b334c8c2
 def _moved(state, spaces, kind, elements):
     "All numbers of a model after one element, each in its own precision"
@@ -796,7 +822,7 @@ def prove(
     x: Inputs,  # What it is called with: a batch of at least 2
     elements: int = 20,  # Random elements of each kind, at least 1
     seed: int = 0,  # Of numbers, inputs and elements
-) -> Row:  # parameters, seconds, spaces, share, drift, control
+) -> Row:  # parameters, seconds, spaces, share, held, drift, control
     "What can be moved in a model, and how much the largest moves change outputs"
     rng = Generator().manual_seed(seed)
     state = shaken(model, x, rng)
@@ -804,12 +830,13 @@ def prove(
         start = time.perf_counter()
         wiring = wire(model, _cast(x, torch.float64))
         seconds = time.perf_counter() - start
-        share = shares(wiring)
+        share, held = shares(wiring), _held(wiring)
     row = dict(
         parameters=sum(p.numel() for p in model.parameters()),
         seconds=seconds,
         spaces={},
         share=share,
+        held=held,
         drift={},
         control={},
     )
