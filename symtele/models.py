@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -484,8 +484,8 @@ class _Pair(nn.Module):
         features = torch.relu(self.b(y.relu()))
         return dict(features=features.sum(-1), logits=self.out(features))
 
-# %% ../nbs/25_models.ipynb #44c5ce6f
-Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]  # What a model is given
+# %% ../nbs/25_models.ipynb #972c7068
+Inputs = Tensor | tuple[Any, ...] | dict[str, Any]  # What a model is given
 
 
 class Example(NamedTuple):
@@ -598,7 +598,7 @@ def _cast(tree: Inputs | Named, dtype: torch.dtype) -> Inputs | Named:
     def cast(t):
         return t.to(dtype) if t.is_floating_point() else t
 
-    return pytree.tree_map(cast, tree)
+    return pytree.tree_map_only(Tensor, cast, tree)
 
 
 def _cloned(state: Named) -> Named:
@@ -723,7 +723,7 @@ def fresh(
         places = torch.randint(t.numel(), t.shape, generator=rng)
         return t.flatten()[places]
 
-    return pytree.tree_map(draw, x)
+    return pytree.tree_map_only(Tensor, draw, x)
 
 # %% ../nbs/25_models.ipynb #78cc23d5
 def _matrices(copies: int, n: int, rng: Generator) -> Tensor:
