@@ -1250,19 +1250,19 @@ class Asks(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("more", "share"),
     [
-        {},
-        {"mask": torch.ones(5)},
-        {"return_features": True},
-        {"targets": torch.tensor([0, 1, 2, 0, 1, 2, 0])},
+        ({}, 0.9),
+        ({"mask": torch.ones(5)}, 0.9),
+        ({"return_features": True}, 0.2),  # their sum does not scale
+        ({"targets": torch.tensor([0, 1, 2, 0, 1, 2, 0])}, 0.9),
     ],
 )
-def test_forward_may_ask(more):
+def test_forward_may_ask(more, share):
     "`symbolically traced variables cannot be used as inputs to control flow`"
     x = torch.randn(7, 5)
     model = Asks()
-    exact(model, {"x": x} | more if more else x, 0.9, "scale")
+    exact(model, {"x": x} | more if more else x, share, "scale")
 
 
 @pytest.mark.parametrize(
