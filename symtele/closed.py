@@ -26,8 +26,11 @@ def _gram(slot: networks.Slot, space: Space, kind: Kind, c: Tensor) -> Tensor:
     grams = []
 
     def look(m: Tensor) -> Tensor:
-        square = m @ m.mT if kind == gl else m.square().sum(-1, keepdim=True)
-        grams.append(square.sum(1))
+        if kind == gl:
+            rows = m.movedim(0, 3).flatten(3)
+            grams.append((rows @ rows.mT).sum(1))
+        else:
+            grams.append(m.square().sum((0, 4)).sum(1))
         return m
 
     slot.apply(c, space, look)

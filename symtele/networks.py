@@ -43,6 +43,7 @@ class Kind:
     power: _Act | None = None  # (e, n) -> entries to the n-th, if that is one
     draw: _Act | None = None  # (space, rng) -> uniform, where elements are int64
     near: _Act | None = None  # (e, dtype) -> in the precision of what it moves
+    widens: bool = True  # Whether what it rebuilds must be float64 meanwhile
     tap: Any = None  # How it acts through an activation, None where it does not
 
     def __repr__(self) -> str:
@@ -99,6 +100,22 @@ def matrix_undo(
     return y
 
 
+def _on_rows(act: _Act) -> _Act:
+    "An action on arrays (copies, before, size, ·), for those of a kind"
+
+    def acts(e: Tensor, t: Tensor) -> Tensor:
+        rows = t.movedim(0, 3)
+        return act(e, rows.flatten(3)).reshape(rows.shape).movedim(3, 0)
+
+    return acts
+
+
+@_on_rows
+def _matrix_move(e: Tensor, t: Tensor) -> Tensor:
+    return t + e @ t.to(e.dtype)
+
+
+@_on_rows
 def _matrix_dual(e: Tensor, t: Tensor) -> Tensor:
     if e.dtype == t.dtype or len(e) > 1:
         return _matrix_solve(e.mT.to(t.dtype), t)
@@ -110,7 +127,7 @@ def _matrix_dual(e: Tensor, t: Tensor) -> Tensor:
 gl = Kind(
     "gl",
     "any invertible matrix",
-    move=lambda e, t: t + e @ t.to(e.dtype),
+    move=_matrix_move,
     dual=_matrix_dual,
     then=lambda a, b: a + b + b @ a,
     inverse=lambda a: -_matrix_solve(a, a),
@@ -119,18 +136,28 @@ gl = Kind(
 )
 
 # %% ../nbs/02_networks.ipynb #e5d818cc
+def _permute(e: Tensor, t: Tensor) -> Tensor:
+    flat, places = t.flatten(1, 3), torch.arange(t.shape[1:4].numel())
+    places = places.to(e.device).reshape(*t.shape[1:4], 1)
+    index = torch.take_along_dim(places, e, -2).flatten()
+    return flat.index_select(1, index).reshape(t.shape)
+
+
 scale = Kind(
     "scale",
     "positive diagonal",
     move=lambda e, t: t * e.exp(),
     dual=lambda e, t: t * (-e).exp(),
     power=torch.mul,
+    near=lambda e, d: e.to(d).to(e.dtype),
+    widens=False,
 )
 perm = Kind(
     "perm",
     "permutation",
-    move=lambda e, t: torch.take_along_dim(t, e, -2),
-    dual=lambda e, t: torch.take_along_dim(t, e, -2),
+    move=_permute,
+    dual=_permute,
+    widens=False,
     then=lambda a, b: torch.take_along_dim(a, b, -1),
     inverse=lambda a: a.argsort(-1),
     zero=lambda s: torch.arange(s.size).expand(s.shape(s.size)),
@@ -161,14 +188,15 @@ class Slot:
 
     def apply(self, t: Tensor, space: "Space", f: _Act) -> Tensor:
         "`t` with `f` applied along the slot"
-        m = t.movedim(self.axis, 0)
-        n = space.copies * self.before * space.size * self.after
-        segment = m[self.start : self.start + n]
-        rows = segment.reshape(space.copies, self.before, space.size, -1)
+        sizes = (space.copies, self.before, space.size)
+        n = math.prod(sizes) * self.after
+        ends = (self.start, n, t.shape[self.axis] - self.start - n)
+        below, segment, above = t.split(ends, self.axis)
+        rows = segment.reshape(t.shape[: self.axis].numel(), *sizes, -1)
         new = f(rows).reshape(segment.shape)
-        if n < len(m):
-            new = torch.cat((m[: self.start], new, m[self.start + n :]))
-        return new.movedim(0, self.axis)
+        if n == t.shape[self.axis]:
+            return new
+        return torch.cat((below, new, above), self.axis)
 
 # %% ../nbs/02_networks.ipynb #6bead5b2
 @dataclass(frozen=True)
@@ -282,26 +310,38 @@ class Move(NamedTuple):
     element: Tensor  # By which
     slots: list[Slot]  # Its slots that move
 
+    def along(self, slot: Slot, t: Tensor, dual: bool) -> Tensor:
+        "An array after the move of one of its axes"
+        space, kind, e, _ = self
+        e = e.reshape(space.copies, 1, space.size, -1)
+        wider = torch.promote_types(e.dtype, t.dtype) != t.dtype
+        if e.is_floating_point() and wider:
+            e = e.to(t.dtype)
+        act = kind.dual if slot.dual != dual else kind.move
+        return slot.apply(t, space, partial(act, e))
+
 
 def transform(
     w: Named,  # Arrays by name; not modified
     moves: list[Move],  # To apply, in order
     dual: bool = False,  # True: every axis by g⁻ᵀ instead, as a covector moves
     power: int = 1,  # 2: every matrix entry squared, as a second moment moves
+    once: bool = False,  # True: each is rounded once, after all its moves
 ) -> Named:  # The arrays after the moves, in their own dtypes
     "Move every slot of every space: the one interpreter for all wirings"
-    w = dict(w)
-    for space, kind, e, slots in moves:
+    w, todo = dict(w), {}
+    for move in moves:
         if power != 1:
-            e = kind.power(e, power)
-        for slot in slots:
-            t = w[slot.param]
-            b = e.reshape(space.copies, 1, space.size, -1)
-            wider = torch.promote_types(b.dtype, t.dtype) != t.dtype
-            if b.is_floating_point() and wider:
-                b = b.to(t.dtype)
-            act = kind.dual if slot.dual != dual else kind.move
-            w[slot.param] = slot.apply(t, space, partial(act, b))
+            move = move._replace(element=move.kind.power(move.element, power))
+        for slot in move.slots:
+            todo.setdefault(slot.param, []).append((move, slot))
+    for name, steps in todo.items():
+        t = w[name]
+        if once and (t.itemsize < 4 or any(m.kind.widens for m, _ in steps)):
+            t = wide(t)
+        for move, slot in steps:
+            t = move.along(slot, t, dual)
+        w[name] = t.to(w[name].dtype).contiguous()
     return w
 
 # %% ../nbs/02_networks.ipynb #015c3959
@@ -343,14 +383,15 @@ class Blocks:
 
     def move(self, w: Named, a: Named, first: Callable | None = None) -> Named:
         "`w` after `a`, rounded once; `first(wide, a)` may change the wide copy"
-        owned = {t.param for s, _ in self.spaces for t in s.slots}
-        new, a = {k: wide(t) if k in owned else t for k, t in w.items()}, dict(a)
+        new, a = w, dict(a)
         for s, kind in self.spaces:
             if kind.near is not None:
                 a[s.name] = kind.near(a[s.name], w[s.slots[0].param].dtype)
         if first:
+            owned = {t.param for s, _ in self.spaces for t in s.slots}
+            new = {k: wide(t) if k in owned else t for k, t in w.items()}
             first(new, a)
-        moved = transform(new, self.moves(a))
+        moved = transform(new, self.moves(a), once=True)
         return {k: t.to(w[k].dtype) for k, t in moved.items()}
 
 # %% ../nbs/02_networks.ipynb #2d0095e3
