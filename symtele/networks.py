@@ -186,17 +186,32 @@ class Slot:
         "Name of the module that owns the parameter"
         return self.param.rpartition(".")[0]
 
+    def span(self, space: "Space") -> int:
+        "How many entries of the axis it covers"
+        return space.copies * self.before * space.size * self.after
+
+    def rows(self, t: Tensor, space: "Space") -> Tensor:
+        "Its entries, shape (outer, copies, before, size, rest)"
+        segment = t.narrow(self.axis, self.start, self.span(space))
+        outer = t.shape[: self.axis].numel()
+        return segment.reshape(outer, space.copies, self.before, space.size, -1)
+
     def apply(self, t: Tensor, space: "Space", f: _Act) -> Tensor:
         "`t` with `f` applied along the slot"
-        sizes = (space.copies, self.before, space.size)
-        n = math.prod(sizes) * self.after
-        ends = (self.start, n, t.shape[self.axis] - self.start - n)
-        below, segment, above = t.split(ends, self.axis)
-        rows = segment.reshape(t.shape[: self.axis].numel(), *sizes, -1)
-        new = f(rows).reshape(segment.shape)
-        if n == t.shape[self.axis]:
-            return new
-        return torch.cat((below, new, above), self.axis)
+        return _along(t, [(self, space, f)])
+
+
+def _along(t: Tensor, parts: list[tuple[Slot, "Space", _Act]]) -> Tensor:
+    "`t` with functions applied along slots that share an axis, not a place"
+    axis, pieces, at = parts[0][0].axis, [], 0
+    for slot, space, f in sorted(parts, key=lambda part: part[0].start):
+        n, below = slot.span(space), t.narrow(axis, at, slot.start - at)
+        shape = (*t.shape[:axis], n, *t.shape[axis + 1 :])
+        pieces += [below, f(slot.rows(t, space)).reshape(shape)]
+        at = slot.start + n
+    pieces.append(t.narrow(axis, at, t.shape[axis] - at))
+    pieces = [piece for piece in pieces if piece.shape[axis]]
+    return torch.cat(pieces, axis) if len(pieces) > 1 else pieces[0]
 
 # %% ../nbs/02_networks.ipynb #6bead5b2
 @dataclass(frozen=True)
@@ -310,15 +325,32 @@ class Move(NamedTuple):
     element: Tensor  # By which
     slots: list[Slot]  # Its slots that move
 
-    def along(self, slot: Slot, t: Tensor, dual: bool) -> Tensor:
-        "An array after the move of one of its axes"
-        space, kind, e, _ = self
-        e = e.reshape(space.copies, 1, space.size, -1)
-        wider = torch.promote_types(e.dtype, t.dtype) != t.dtype
-        if e.is_floating_point() and wider:
-            e = e.to(t.dtype)
-        act = kind.dual if slot.dual != dual else kind.move
-        return slot.apply(t, space, partial(act, e))
+    def act(self, slot: Slot, dtype: torch.dtype, dual: bool) -> _Act:
+        "What it does along one of its slots to an array of some type"
+        e = self.element.reshape(self.space.copies, 1, self.space.size, -1)
+        wider = torch.promote_types(e.dtype, dtype) != dtype
+        e = e.to(dtype) if e.is_floating_point() and wider else e
+        return partial(self.kind.dual if slot.dual != dual else self.kind.move, e)
+
+
+_Steps = list[tuple[Slot, Move]]  # of one array
+
+
+def _passes(steps: _Steps) -> list[_Steps]:
+    "The steps, those along one axis together unless they overlap"
+    passes: list[_Steps] = []
+    for slot, move in steps:
+        ends = slot.start, slot.start + slot.span(move.space)
+        same = [p for p in passes if p[0][0].axis == slot.axis]
+        apart = [
+            ends[1] <= other.start or other.start + other.span(m.space) <= ends[0]
+            for other, m in (same[-1] if same else ())
+        ]
+        if same and all(apart):
+            same[-1].append((slot, move))
+        else:
+            passes.append([(slot, move)])
+    return passes
 
 
 def transform(
@@ -334,13 +366,14 @@ def transform(
         if power != 1:
             move = move._replace(element=move.kind.power(move.element, power))
         for slot in move.slots:
-            todo.setdefault(slot.param, []).append((move, slot))
+            todo.setdefault(slot.param, []).append((slot, move))
     for name, steps in todo.items():
         t = w[name]
-        if once and (t.itemsize < 4 or any(m.kind.widens for m, _ in steps)):
+        if once and (t.itemsize < 4 or any(m.kind.widens for _, m in steps)):
             t = wide(t)
-        for move, slot in steps:
-            t = move.along(slot, t, dual)
+        for part in _passes(steps):
+            acts = [(s, m.space, m.act(s, t.dtype, dual)) for s, m in part]
+            t = _along(t, acts)
         w[name] = t.to(w[name].dtype).contiguous()
     return w
 
@@ -385,7 +418,7 @@ class Blocks:
         "`w` after `a`, rounded once; `first(wide, a)` may change the wide copy"
         new, a = w, dict(a)
         for s, kind in self.spaces:
-            if kind.near is not None:
+            if kind.near is not None and s.slots:
                 a[s.name] = kind.near(a[s.name], w[s.slots[0].param].dtype)
         if first:
             owned = {t.param for s, _ in self.spaces for t in s.slots}
