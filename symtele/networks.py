@@ -192,7 +192,7 @@ class Slot:
 
     def rows(self, t: Tensor, space: "Space") -> Tensor:
         "Its entries, shape (outer, copies, before, size, rest)"
-        segment = t.narrow(self.axis, self.start, self.span(space))
+        segment = _piece(t, self.axis, self.start, self.span(space))
         outer = t.shape[: self.axis].numel()
         return segment.reshape(outer, space.copies, self.before, space.size, -1)
 
@@ -201,16 +201,21 @@ class Slot:
         return _along(t, [(self, space, f)])
 
 
+def _piece(t: Tensor, axis: int, start: int, n: int) -> Tensor:
+    return t if n == t.shape[axis] else t.narrow(axis, start, n)
+
+
 def _along(t: Tensor, parts: list[tuple[Slot, "Space", _Act]]) -> Tensor:
     "`t` with functions applied along slots that share an axis, not a place"
     axis, pieces, at = parts[0][0].axis, [], 0
     for slot, space, f in sorted(parts, key=lambda part: part[0].start):
-        n, below = slot.span(space), t.narrow(axis, at, slot.start - at)
-        shape = (*t.shape[:axis], n, *t.shape[axis + 1 :])
-        pieces += [below, f(slot.rows(t, space)).reshape(shape)]
-        at = slot.start + n
-    pieces.append(t.narrow(axis, at, t.shape[axis] - at))
-    pieces = [piece for piece in pieces if piece.shape[axis]]
+        shape = (*t.shape[:axis], slot.span(space), *t.shape[axis + 1 :])
+        if slot.start > at:
+            pieces.append(_piece(t, axis, at, slot.start - at))
+        pieces.append(f(slot.rows(t, space)).reshape(shape))
+        at = slot.start + slot.span(space)
+    if at < t.shape[axis]:
+        pieces.append(_piece(t, axis, at, t.shape[axis] - at))
     return torch.cat(pieces, axis) if len(pieces) > 1 else pieces[0]
 
 # %% ../nbs/02_networks.ipynb #6bead5b2
