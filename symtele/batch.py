@@ -85,7 +85,7 @@ class _Through(NamedTuple):
 
 def _fits(kind: Kind, space: Space, seen: Named) -> tuple[bool, str]:
     "Whether the batch fits into what the layer is given"
-    x, bias = seen[space.tap.weight.owner], space.tap.bias is not None
+    x, bias = seen[space.tap.weight.param], space.tap.bias is not None
     n, p = x.shape[:-1].numel(), x.shape[-1]
     features = f"{p} features{' plus bias' if bias else ''}"
     if n > p + bias:
@@ -121,7 +121,7 @@ def _read_batch(blocks: Blocks, seen: Named, moves: list[Move]) -> _Reading:
         if kind.tap is None:
             continue
         weight, bias = space.tap.weight, space.tap.bias
-        x, move = seen[weight.owner].flatten(0, -2), below.get(weight.param)
+        x, move = seen[weight.param].flatten(0, -2), below.get(weight.param)
         if move:
             undo = move.kind.inverse(move.element)
             back = move._replace(element=undo, slots=[Slot("x", 1)])

@@ -352,7 +352,7 @@ def _read_chain(orbit: NetworkOrbit, c: Named) -> _Chain:
     "A chain where its orbit began, from its gradient"
     path, read = _chain_path(orbit), orbit.law.read
     first, top = path[0][0].tap, path[-1][0]
-    x = read.seen[first.weight.owner].flatten(0, -2)
+    x = read.seen[first.weight.param].flatten(0, -2)
     *links, last = _read_links(orbit, x, c)
     rows = c[top.tap.weight.param]
     if top.tap.bias is not None:
