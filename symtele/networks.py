@@ -8,16 +8,18 @@ __all__ = ['Stays', 'gl', 'scale', 'perm', 'KINDS', 'Kind', 'matrix_undo', 'Slot
 
 # %% ../nbs/02_networks.ipynb #db5aad5a
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import groups
 from .groups import Named, Orbit, Rule, readable, wide
@@ -266,33 +268,78 @@ class Space:
         return dims if self.copies == 1 else (self.copies, *dims)
 
 # %% ../nbs/02_networks.ipynb #eb80f6c3
-def run_model(
-    model: nn.Module,  # Not modified, nor are its buffers, mode or random state
-    w: Named,  # Parameters by name; others are taken from the model
-    x: Tensor,  # One batch
-) -> Tensor:  # The model's output
-    "The model as a pure function of its parameters"
-    buffers = {k: b.clone() for k, b in model.named_buffers()}
-    devices = {p.device.index for p in w.values() if p.device.type == "cuda"}
-    x = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, x)
-    args, kwargs = (
-        ((), x)
-        if isinstance(x, dict)
-        else (x if isinstance(x, tuple) else (x,), {})
-    )
-    state = {**buffers, **w}
-    first = {
-        id(t): k for k, t in (*model.named_parameters(), *model.named_buffers())
-    }
+def _arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    "What a model is called with: `model(x)`, `model(*x)` or `model(**x)`"
+    if isinstance(x, dict):
+        return (), x
+    return (x if isinstance(x, tuple) else (x,)), {}
+
+
+def _owned(model: nn.Module, w: Named) -> Named:
+    "Each module's own tensors, by its path: one entry for one object"
+    named = [*model.named_buffers(), *model.named_parameters()]
+    first = {id(t): k for k, t in named}
+    if strange := sorted(w.keys() - set(first.values())):
+        has = f"{type(model).__name__} has nothing of that name"
+        raise ValueError(f"w holds {strange}, but {has}")
     own = {}
     for path, module in model.named_modules():
-        for k, t in (*module._parameters.items(), *module._buffers.items()):
-            if t is not None and first[id(t)] in state:
-                own[f"{path}.{k}".lstrip(".")] = state[first[id(t)]]
-    with torch.random.fork_rng(devices):
-        return torch.func.functional_call(
-            model, own, args, kwargs, tie_weights=False
-        )
+        tensors = {**module._buffers, **module._parameters}
+        for k, t in tensors.items():
+            if first.get(id(t)) in w:
+                own[f"{path}.{k}" if path else k] = w[first[id(t)]]
+    return own
+
+
+@contextmanager
+def _traceless(model: nn.Module) -> Iterator[None]:
+    "Takes back the attributes that a forward pass sets"
+    before = [(vars(m), dict(vars(m))) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for now, old in before:
+            for name in now.keys() - old.keys():
+                del now[name]
+            now.update(old)
+
+
+# model -> whether it writes into its batch, by the modes of its modules
+_WRITES: WeakKeyDictionary[nn.Module, dict[tuple[bool, ...], bool]]
+_WRITES = WeakKeyDictionary()
+
+
+@contextmanager
+def _spared(model: nn.Module, x: Any) -> Iterator[Any]:
+    "The batch, or a copy for a model that writes into it: found out once"
+    modes = tuple(m.training for m in model.modules())
+    known, given = _WRITES.setdefault(model, {}), x
+    if known.get(modes, True):
+        given = tree_map_only(Tensor, torch.clone, x)
+    tensors = [t for t in tree_leaves(given) if isinstance(t, Tensor)]
+    versions = [t._version for t in tensors]
+    yield given
+    wrote = versions != [t._version for t in tensors]
+    known[modes] = known.get(modes, False) or wrote
+    if wrote and given is x:
+        has = f"{type(model).__name__} has written into its batch x"
+        raise RuntimeError(f"{has}, which it did not do before; pass a copy")
+
+
+def run_model(
+    model: nn.Module,  # Not modified, nor are its buffers, mode or random state
+    w: Named,  # Parameters and buffers by name; others are the model's own
+    x: Any,  # One batch: a Tensor, a tuple or a dict of arguments; not modified
+) -> Any:  # The model's output
+    "The model as a pure function of its parameters"
+    buffers = {k: b.clone() for k, b in model.named_buffers() if k not in w}
+    devices = {p.device.index for p in w.values() if p.device.type == "cuda"}
+    own = _owned(model, {**buffers, **w})
+    # with ties of its own it undoes two names of a module in the wrong order
+    call = partial(torch.func.functional_call, tie_weights=False)
+    with torch.random.fork_rng(devices), _traceless(model):
+        with _spared(model, x) as given:
+            return call(model, own, *_arguments(given))
 
 
 class _Inputs(TorchFunctionMode):
@@ -340,6 +387,7 @@ class Wiring:
     def check(self, w: Named) -> None:
         "Raise unless every slot that can move fits the parameters `w`"
         moving = [s for s in self.spaces if s.commutes or s.tap]
+        w = w if self.model is None else {**dict(self.model.named_buffers()), **w}
         for space, t in ((s, t) for s in moving for t in s.slots):
             who, name = f"space {space.name!r} needs", t.param
             if name not in w:
@@ -418,6 +466,16 @@ class Blocks:
 
     spaces: tuple[tuple[Space, Kind], ...]  # What moves, and by what
 
+    def only(self, names: Iterable[str]) -> "Blocks":
+        "The same blocks, for those slots whose parameters have these names"
+        spaces = []
+        for s, kind in self.spaces:
+            slots = tuple(t for t in s.slots if t.param in names)
+            spaces.append(
+                (s if slots == s.slots else replace(s, slots=slots), kind)
+            )
+        return Blocks(tuple(spaces))
+
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
         "Name of a space -> shape of its block"
@@ -471,8 +529,10 @@ class NetworkOrbit(Orbit):
     report: dict[str, Rule]  # Space -> how it moves, and why
     law: "Linear"  # How the action depends on the parameters, or another law
     start: Named  # Parameters where the orbit began
-    batch: Tensor | None  # The batch there
+    batch: Any  # The batch there
     at: Named  # Element from there to here, by blocks
+    stats: Named  # The model's buffers there, those that move along
+    along: Blocks  # How they move
 
     @property
     def size(self) -> int:
@@ -499,7 +559,16 @@ class NetworkOrbit(Orbit):
         return self.blocks.move(self.start, self.at, self.law.first(self))
 
     @cached_property
-    def x(self) -> Tensor | None:
+    def buffers(self) -> Named:
+        "The model's buffers that move along, here; {} for most models"
+        if self.still or not self.stats:
+            return self.stats
+        start = {k: wide(t) for k, t in self.stats.items()}
+        moved = transform(start, self.along.moves(self.at))
+        return {k: t.to(self.stats[k].dtype) for k, t in moved.items()}
+
+    @cached_property
+    def x(self) -> Any:
         "The batch as seen from here"
         return self.carry_data(self.batch)
 
@@ -546,7 +615,7 @@ class NetworkOrbit(Orbit):
         "A covector at the start of the orbit, seen from here; 2: a second moment"
         return self.law.pull(self, self.at, {k: c[k] for k in self.start}, power)
 
-    def carry_data(self, x: Tensor | None) -> Tensor | None:
+    def carry_data(self, x: Any) -> Any:
         "Data as they were at the start of the orbit, seen from here (Z22 Alg. 3)"
         for s, kind in self.blocks.spaces:
             if s.data:
@@ -562,7 +631,8 @@ class NetworkOrbit(Orbit):
         if self.x is None or model is None:
             needs = "hidden needs a batch and a wiring with its model"
             raise ValueError(f"{needs}, got x = {self.x} and model = {model}")
-        seen = self.wiring.given(spaces, self.w, self.x)
+        here = {**self.w, **self.buffers}
+        seen = self.wiring.given(spaces, here, self.x)
         return {s.name: seen[s.reader] for s in spaces}
 
 # %% ../nbs/02_networks.ipynb #fdc174dc
@@ -593,16 +663,19 @@ class NetworkGroup:
     prefer: ClassVar[tuple[Kind, ...]] = ()  # Kinds, the first that fits is taken
     exact: ClassVar[bool] = True
 
+    class NothingToMove(ValueError):
+        "What `orbit` raises where no space moves"
+
     def on(self, wiring: Wiring) -> "NetworkGroup":
         "The same group, bound to `wiring`"
         return replace(self, wiring=wiring)
 
     @cached_property
-    def plans(self) -> dict[tuple[Any, ...], tuple[dict[str, Rule], Blocks]]:
+    def plans(self) -> dict[tuple[Any, ...], tuple[Any, ...]]:
         "What was decided about some shapes, so that it need not be decided again"
         return {}
 
-    def orbit(self, w: Named, x: Tensor | None = None) -> NetworkOrbit:
+    def orbit(self, w: Named, x: Any = None) -> NetworkOrbit:
         "The orbit of `w` for a batch, samples first; raises if nothing moves"
         name = type(self).__name__
         if self.wiring is None:
@@ -612,17 +685,28 @@ class NetworkGroup:
             moves = f"{name} moves a dict of parameters by name"
             raise TypeError(f"{moves}, got {type(w).__name__}")
         self.wiring.check(w)
-        seen = self._listen(w, x)
+        seen, stats = self._listen(w, x), self._stats(w)
         key = tuple((k, t.shape) for d in (w, seen) for k, t in d.items())
         if key not in self.plans:
-            self.plans[key] = self._decide(seen)
-        report, blocks = self.plans[key]
+            report, every = self._decide(seen)
+            self.plans[key] = report, every.only(w), every.only(stats)
+        report, blocks, along = self.plans[key]
         taps = [kind.tap for _, kind in blocks.spaces if kind.tap]
         law = taps[0].law(blocks, seen) if taps else Linear()
         at = blocks.zero(next(iter(w.values())).device)
-        return NetworkOrbit(self.wiring, blocks, dict(report), law, w, x, at)
+        where = dict(start=w, batch=x, at=at, stats=stats, along=along)
+        return NetworkOrbit(self.wiring, blocks, dict(report), law, **where)
 
-    def _listen(self, w: Named, x: Tensor | None) -> Named:
+    def _stats(self, w: Named) -> Named:
+        "The buffers that the table names, as they are in its model"
+        slots = [t.param for s in self.wiring.spaces for t in s.slots]
+        names = {k for k in slots if k not in w}
+        if not names or self.wiring.model is None:
+            return {}
+        buffers = self.wiring.model.named_buffers()
+        return {k: b.clone() for k, b in buffers if k in names}
+
+    def _listen(self, w: Named, x: Any) -> Named:
         "What the layers around taps are given on the batch, if that matters"
         model, name = self.wiring.model, type(self).__name__
         taps = any(kind.tap for kind in self.prefer)
@@ -631,7 +715,7 @@ class NetworkGroup:
             return {}
         if x is None or model is None:
             needs = "it needs the batch x and a wiring with its model"
-            got = f"x = {x if x is None else tuple(x.shape)} and model = {model}"
+            got = f"x = {x if x is None else type(x).__name__}, model = {model}"
             raise ValueError(f"{name} reads activations: {needs}, got {got}")
         return self.wiring.given(tapped, w, x)
 
@@ -643,7 +727,7 @@ class NetworkGroup:
                 moving.append((space, kind))
         through = any(kind.tap for kind in self.prefer) and not seen
         if not moving or (through and gl not in [kind for _, kind in moving]):
-            raise ValueError(self._nothing_to_move(report))
+            raise self.NothingToMove(self._nothing_to_move(report))
         return report, Blocks(tuple(moving))
 
     @classmethod
