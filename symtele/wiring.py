@@ -472,7 +472,7 @@ def keep_same(facts: Facts, new: Value, old: Value) -> None:
         else:
             facts.same(a, b)
 
-# %% ../nbs/04_wiring.ipynb #b349ebba
+# %% ../nbs/04_wiring.ipynb #cd427571
 class Labelled(torch.Tensor):
     "A tensor that carries its labels; every op that it meets is heard"
 
@@ -529,7 +529,7 @@ def _is_value(a: Any) -> bool:
 def _listed(a: Any) -> list[Any]:
     return list(a) if isinstance(a, tuple | list) else [a]
 
-
+# %% ../nbs/04_wiring.ipynb #ab6c3a58
 _LOOKS = set(
     "_local_scalar_dense equal nonzero unique_consecutive _unique2".split()
 )
