@@ -2,7 +2,9 @@
 
 __version__ = "0.1.0"
 
-from . import closed as closed  # closed forms register themselves
+# closed forms and rules register themselves
+from . import closed as closed
+from . import rules as rules
 from .batch import BatchGL, LeastSquares
 from .groups import (
     Orthogonal,

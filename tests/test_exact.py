@@ -31,7 +31,7 @@ from symtele import (
     wire,
 )
 from symtele.teleporting import NONFINITE
-from symtele.wiring import COMMUTES
+from symtele.rules import ELEMENTWISE
 
 NETS = 2000
 COND, NORM = 1e4, 0.3  # up to these, 99 % of the moves must be accepted
