@@ -286,10 +286,10 @@ def _owned(modules: dict[str, nn.Module], w: Named) -> Named:
         for k, t in (pair for pair in tensors if pair[1] is not None):
             here = f"{path}.{k}" if path else k
             name = first.setdefault(id(t), here)  # that of a shared tensor
-            if name in w:
+            if k in module._buffers:
+                own[here] = own[name] if name in own else w.get(name, t).clone()
+            elif name in w:
                 own[here] = w[name]
-            elif k in module._buffers:
-                own[here] = own[name] if name in own else t.clone()
     if strange := sorted(w.keys() - set(first.values())):
         has = f"{type(modules['']).__name__} has nothing of that name"
         raise ValueError(f"w holds {strange}, but {has}")
