@@ -298,7 +298,7 @@ def test_running_statistics_move_with_their_channels():
     out = step([t for t in slots if "running" not in t.param])  # control
     assert not out.accepted and out.drift > 1e-4 and out.buffers == {}
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    model.train()  # the loss looks at the batch's statistics, and would write them
+    model.train()  # the loss uses the batch's statistics, and would write them
     assert step(slots).accepted
     model.eval()
     torch.testing.assert_close(model(images), before, rtol=1e-12, atol=1e-12)
