@@ -601,12 +601,11 @@ def _cast(tree: Inputs | Named, dtype: torch.dtype) -> Inputs | Named:
     return pytree.tree_map_only(Tensor, cast, tree)
 
 
-def _cloned(state: Named) -> Named:
-    "Copies laid out row by row: which entries dropout takes depends on that"
-    return {
-        name: t.clone(memory_format=torch.contiguous_format)
-        for name, t in state.items()
-    }
+def _laid_out(model: nn.Module, state: Named) -> Named:
+    """The same numbers row by row, on whose order in memory dropout depends;
+    buffers are copies, since running changes them"""
+    rows = {name: t.contiguous() for name, t in state.items()}
+    return rows | {name: rows[name].clone() for name, _ in model.named_buffers()}
 
 
 @contextmanager
@@ -635,14 +634,14 @@ def _called(model: nn.Module, x: Inputs) -> Tensor | dict[str, Tensor]:
 # %% ../nbs/25_models.ipynb #7037184c
 def outputs(
     model: nn.Module,  # Not modified
-    state: Named,  # All its parameters and buffers; not modified
+    state: Named,  # All its parameters and buffers
     x: Inputs,  # What the model is called with
     train: bool,  # Its mode
 ) -> list[Tensor]:  # All tensors that it returns
     "What a model says with these numbers in it, from one random state"
     dtype = next(t.dtype for t in state.values() if t.is_floating_point())
     with (
-        _holding(model, _cloned(state), train),
+        _holding(model, _laid_out(model, state), train),
         torch.no_grad(),
         torch.random.fork_rng(),
     ):
@@ -695,7 +694,7 @@ def shaken(
 def _settled(model, state, x):
     "The numbers of a model whose statistics are those of one batch"
     norms = [m for m in model.modules() if hasattr(m, "running_mean")]
-    momenta, state = [m.momentum for m in norms], _cloned(state)
+    momenta, state = [m.momentum for m in norms], _laid_out(model, state)
     try:
         for m in norms:
             m.momentum = 1.0
@@ -826,7 +825,7 @@ def prove(
     "What can be moved in a model, and how much the largest moves change outputs"
     rng = Generator().manual_seed(seed)
     state = shaken(model, x, rng)
-    with _holding(model, _cloned(state), model.training):
+    with _holding(model, _laid_out(model, state), model.training):
         start = time.perf_counter()
         wiring = wire(model, _cast(x, torch.float64))
         seconds = time.perf_counter() - start

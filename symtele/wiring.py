@@ -515,6 +515,21 @@ class Labelled(torch.Tensor):
     def __repr__(self) -> str:
         return f"Labelled{tuple(self.shape)}"
 
+    def tolist(self) -> Any:
+        "As `item` has it: each value is looked at"
+        return [t.tolist() for t in self] if self.ndim else self.item()
+
+    @property
+    def data(self) -> "Labelled":
+        "The same entries"
+        return self.detach()
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        "Other contents: they must move as those before"
+        keep_same(self.reading.facts, _value(new), self.value)
+        self.inner = _inner(new)
+
     @classmethod
     def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
         given = args, kwargs or {}
@@ -691,8 +706,13 @@ class Reading:
                 return t
             if id(t) not in own:
                 return Labelled(t, value, origin, self)
-            a = own[id(t)]  # in place: whoever looks at it must stay right
-            keep_same(self.facts, value, _value(a))
+            a = own[id(t)]
+            if torch.Tag.inplace_view in op.tags:  # no entry changes
+                with torch._C._DisableTorchDispatch():
+                    op(*args, **kwargs)
+                a.value = value
+            else:  # in place: whoever looks at it must stay right
+                keep_same(self.facts, value, _value(a))
             if isinstance(a, Labelled):
                 a.origin = origin
             return a
