@@ -43,6 +43,7 @@ class LeNet(nn.Module):
         self.out = nn.Linear(84, classes)
 
     def forward(self, x):
+        "Images (n, 1, 28, 28) -> logits (n, classes)"
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         x = F.relu(self.fc1(torch.flatten(x, 1)))
@@ -94,6 +95,7 @@ class SmallResNet(nn.Module):
         self.out = nn.Linear(inputs, classes)
 
     def forward(self, x):
+        "Images (n, 3, 32, 32) -> logits (n, classes)"
         x = self.stages(F.relu(self.norm(self.stem(x))))
         return self.out(x.mean((2, 3)))
 
@@ -134,6 +136,7 @@ class UNet(nn.Module):
         self.out = nn.Conv2d(w, classes, 1)
 
     def forward(self, x):
+        "Images (n, 3, h, w) -> logits of each pixel (n, classes, h, w)"
         top = self.down1(x)
         middle = self.down2(F.max_pool2d(top, 2))
         x = self.widen2(self.bottom(F.max_pool2d(middle, 2)))
@@ -197,6 +200,7 @@ class SmallViT(nn.Module):
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, classes)
 
     def forward(self, x):
+        "Images (n, 3, size, size) -> logits (n, classes)"
         x = self.embed(x).flatten(2).transpose(1, 2) + self.place
         return self.out(self.norm(self.blocks(x)).mean(1))
 
@@ -222,6 +226,7 @@ class GPT(nn.Module):
         self.head.weight = self.word.weight
 
     def forward(self, tokens):
+        "Words (n, t) -> logits of the next ones (n, t, words)"
         places = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.blocks(self.word(tokens) + self.place(places))
         return self.head(self.norm(x))
@@ -301,6 +306,7 @@ class Llama(nn.Module):
         self.head = nn.Linear(width, words, bias=False)
 
     def forward(self, tokens):
+        "Words (n, t) -> logits of the next ones (n, t, words)"
         return self.head(self.norm(self.blocks(self.word(tokens))))
 
 # %% ../nbs/25_models.ipynb #851c687d
@@ -319,6 +325,7 @@ class LoRALinear(nn.Module):
         self.b = nn.Parameter(torch.zeros(base.out_features, rank))
 
     def forward(self, x):
+        "Rows (..., in) -> rows (..., out)"
         return self.base(x) + self.scale * (x @ self.a.T) @ self.b.T
 
 
@@ -338,6 +345,7 @@ class LSTMClassifier(nn.Module):
         self.hidden, self.out = nn.Linear(width, 9), nn.Linear(9, classes)
 
     def forward(self, x):
+        "Sequences (n, t, inputs) -> logits (n, classes)"
         states, _ = self.recurrent(self.embed(x))
         return self.out(F.relu(self.hidden(states[:, -1])))
 
@@ -796,7 +804,11 @@ def _op(reason: str) -> str:
     op, within, _ = reason.removeprefix("told apart by ").partition(" in ")
     return op if within else ""
 
-# %% ../nbs/25_models.ipynb #b334c8c2
+# %% ../nbs/25_models.ipynb #6c8e2497
+def _elements(spaces, kind, rng):
+    return {s.name: draw(s, kind, rng) for s in spaces}
+
+
 def _moved(state, spaces, kind, elements):
     "All numbers of a model after one element, each in its own precision"
     return Blocks(tuple((s, kind) for s in spaces)).move(state, elements)
@@ -856,9 +868,7 @@ def prove(
 def _compare(model, state, x, spaces, kind, elements, rng):
     "Worst change of the outputs by precision and mode, and that of the control"
     x, worst, control = fresh(x, rng), {}, {}
-    blocks = [
-        {s.name: draw(s, kind, rng) for s in spaces} for _ in range(elements)
-    ]
+    blocks = [_elements(spaces, kind, rng) for _ in range(elements)]
     lame = _one_left_behind(model, state, spaces, kind, rng)
     for precision, dtype in _TYPES.items():
         numbers = _cast(state, dtype)
