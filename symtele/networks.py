@@ -7,7 +7,10 @@ __all__ = ['Stays', 'gl', 'scale', 'perm', 'KINDS', 'Kind', 'matrix_undo', 'Slot
            'transform', 'Blocks', 'NetworkOrbit', 'Linear', 'NetworkGroup', 'GL', 'Scaling', 'Permutation']
 
 # %% ../nbs/02_networks.ipynb #db5aad5a
+import html
 import math
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -47,6 +50,7 @@ class Kind:
     power: _Act | None = None  # (e, n) -> entries to the n-th, if that is one
     draw: _Act | None = None  # (space, rng) -> uniform, where elements are int64
     near: _Act | None = None  # (e, dtype) -> in the precision of what it moves
+    widens: bool = True  # Whether what it rebuilds must be float64 meanwhile
     tap: Any = None  # How it acts through an activation, None where it does not
 
     def __repr__(self) -> str:
@@ -103,6 +107,22 @@ def matrix_undo(
     return y
 
 
+def _on_rows(act: _Act) -> _Act:
+    "An action on arrays (copies, before, size, ·), for those of a kind"
+
+    def acts(e: Tensor, t: Tensor) -> Tensor:
+        rows = t.movedim(0, 3)
+        return act(e, rows.flatten(3)).reshape(rows.shape).movedim(3, 0)
+
+    return acts
+
+
+@_on_rows
+def _matrix_move(e: Tensor, t: Tensor) -> Tensor:
+    return t + e @ t.to(e.dtype)
+
+
+@_on_rows
 def _matrix_dual(e: Tensor, t: Tensor) -> Tensor:
     if e.dtype == t.dtype or len(e) > 1:
         return _matrix_solve(e.mT.to(t.dtype), t)
@@ -114,7 +134,7 @@ def _matrix_dual(e: Tensor, t: Tensor) -> Tensor:
 gl = Kind(
     "gl",
     "any invertible matrix",
-    move=lambda e, t: t + e @ t.to(e.dtype),
+    move=_matrix_move,
     dual=_matrix_dual,
     then=lambda a, b: a + b + b @ a,
     inverse=lambda a: -_matrix_solve(a, a),
@@ -123,18 +143,28 @@ gl = Kind(
 )
 
 # %% ../nbs/02_networks.ipynb #e5d818cc
+def _permute(e: Tensor, t: Tensor) -> Tensor:
+    flat, places = t.flatten(1, 3), torch.arange(t.shape[1:4].numel())
+    places = places.to(e.device).reshape(*t.shape[1:4], 1)
+    index = torch.take_along_dim(places, e, -2).flatten()
+    return flat.index_select(1, index).reshape(t.shape)
+
+
 scale = Kind(
     "scale",
     "positive diagonal",
     move=lambda e, t: t * e.exp(),
     dual=lambda e, t: t * (-e).exp(),
     power=torch.mul,
+    near=lambda e, d: e.to(d).to(e.dtype),
+    widens=False,
 )
 perm = Kind(
     "perm",
     "permutation",
-    move=lambda e, t: torch.take_along_dim(t, e, -2),
-    dual=lambda e, t: torch.take_along_dim(t, e, -2),
+    move=_permute,
+    dual=_permute,
+    widens=False,
     then=lambda a, b: torch.take_along_dim(a, b, -1),
     inverse=lambda a: a.argsort(-1),
     zero=lambda s: torch.arange(s.size).expand(s.shape(s.size)),
@@ -163,16 +193,37 @@ class Slot:
         "Name of the module that owns the parameter"
         return self.param.rpartition(".")[0]
 
+    def span(self, space: "Space") -> int:
+        "How many entries of the axis it covers"
+        return space.copies * self.before * space.size * self.after
+
+    def rows(self, t: Tensor, space: "Space") -> Tensor:
+        "Its entries, shape (outer, copies, before, size, rest)"
+        segment = _piece(t, self.axis, self.start, self.span(space))
+        outer = t.shape[: self.axis].numel()
+        return segment.reshape(outer, space.copies, self.before, space.size, -1)
+
     def apply(self, t: Tensor, space: "Space", f: _Act) -> Tensor:
         "`t` with `f` applied along the slot"
-        m = t.movedim(self.axis, 0)
-        n = space.copies * self.before * space.size * self.after
-        segment = m[self.start : self.start + n]
-        rows = segment.reshape(space.copies, self.before, space.size, -1)
-        new = f(rows).reshape(segment.shape)
-        if n < len(m):
-            new = torch.cat((m[: self.start], new, m[self.start + n :]))
-        return new.movedim(0, self.axis)
+        return _along(t, [(self, space, f)])
+
+
+def _piece(t: Tensor, axis: int, start: int, n: int) -> Tensor:
+    return t if n == t.shape[axis] else t.narrow(axis, start, n)
+
+
+def _along(t: Tensor, parts: list[tuple[Slot, "Space", _Act]]) -> Tensor:
+    "`t` with functions applied along slots that share an axis, not a place"
+    axis, pieces, at = parts[0][0].axis, [], 0
+    for slot, space, f in sorted(parts, key=lambda part: part[0].start):
+        shape = (*t.shape[:axis], slot.span(space), *t.shape[axis + 1 :])
+        if slot.start > at:
+            pieces.append(_piece(t, axis, at, slot.start - at))
+        pieces.append(f(slot.rows(t, space)).reshape(shape))
+        at = slot.start + slot.span(space)
+    if at < t.shape[axis]:
+        pieces.append(_piece(t, axis, at, t.shape[axis] - at))
+    return torch.cat(pieces, axis) if len(pieces) > 1 else pieces[0]
 
 # %% ../nbs/02_networks.ipynb #6bead5b2
 @dataclass(frozen=True)
@@ -324,13 +375,34 @@ class Wiring:
 
     def given(self, spaces: list[Space], w: Named, x: Tensor) -> Named:
         "Run the model once: what layers around some spaces are given on a batch"
-        names = {s.reader for s in spaces} | {
-            s.tap.weight.param for s in spaces if s.tap
-        }
+        names = {s.reader for s in spaces}
+        names |= {s.tap.weight.param for s in spaces if s.tap}
         layers = _Inputs({id(w[name]): name for name in names})
         with layers:
             run_model(self.model, w, x)
         return layers.seen
+
+    def share(self, *kinds: Kind) -> float:
+        "Which part of the entries of all parameters moves by some of these kinds"
+        sizes = {k: p.shape for k, p in self.model.named_parameters()}
+        moved = defaultdict(set)
+        for space in (s for s in self.spaces if s.commutes & set(kinds)):
+            for t in (t for t in space.slots if t.kinds & set(kinds)):
+                n = space.copies * t.before * space.size * t.after
+                moved[t.param, t.axis] |= set(range(t.start, t.start + n))
+        stays = {k: math.prod(shape) for k, shape in sizes.items()}
+        total = sum(stays.values())
+        for name, axis in moved.keys() & {
+            (k, d) for k in sizes for d in range(9)
+        }:
+            stays[name] *= 1 - len(moved[name, axis]) / sizes[name][axis]
+        return 1 - sum(stays.values()) / max(total, 1)
+
+    def __repr__(self) -> str:
+        return "\n\n".join(_as_text(rows) for rows in _report(self))
+
+    def _repr_html_(self) -> str:
+        return "".join(_as_html(rows) for rows in _report(self))
 
     def __getitem__(self, name: str) -> Space:
         "The space called `name`"
@@ -350,6 +422,73 @@ class Wiring:
                 where = f"{need} entries on axis {t.axis} of {name!r}"
                 raise ValueError(f"{who} {where}, which has shape {shape}")
 
+# %% ../nbs/02_networks.ipynb #02a6950f
+_Rows = list[tuple[str, ...]]  # a table, its head first
+
+
+def _alike(name: str) -> str:
+    "A name with its numbers hidden: like parts of a model share it"
+    return re.sub(r"(?<=[._])\d+|^\d+(?=\.)", "*", name)
+
+
+def _grouped(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    "Rows that differ in numbers alone as one, with how many there are"
+    alike = defaultdict(list)
+    for row in rows:
+        alike[tuple(_alike(cell) for cell in row)].append(row)
+    one = {
+        key: found[0] if len(found) == 1 else key for key, found in alike.items()
+    }
+    return [(*one[key], str(len(found))) for key, found in alike.items()]
+
+
+def _report(wiring: Wiring) -> list[_Rows]:
+    "What people read of a wiring: what moves, what stays, and how much that is"
+    moves, held = [], defaultdict(list)
+    for s in wiring.spaces:
+        units = str(s.size) if s.copies == 1 else f"{s.copies} x {s.size}"
+        kinds = [k.name for k in (perm, scale, gl) if k in s.commutes]
+        kinds += ["batch"] if s.tap else []
+        first, *rest = dict.fromkeys(t.param for t in s.slots)
+        names = f"{first} and {len(rest)} more" if rest else first
+        moves.append((s.name, units, ", ".join(kinds) or "-", names, s.why))
+    for (name, axis), why in wiring.stays.items():
+        held[name, "; ".join(dict.fromkeys(why.values()))].append(str(axis))
+    stays = [(name, " ".join(axes), ops) for (name, ops), axes in held.items()]
+    head = "space", "units", "moves by", "parameters", "not by", "how many"
+    tables = [[head, *_grouped(moves)]] if moves else []
+    head = "what stays", "on axes", "because of", "how many"
+    tables += [[head, *_grouped(stays)]] if stays else []
+    if wiring.model is not None:
+        kinds = {k.name: (k,) for k in (perm, scale, gl)} | {"any of them": KINDS}
+        shares = [
+            f"{name} {wiring.share(*own):.1%}" for name, own in kinds.items()
+        ]
+        total = sum(p.numel() for p in wiring.model.parameters())
+        note = ", for the branch taken on this batch" if wiring.branch else ""
+        head = f"of {total:,} parameters can move{note}"
+        tables.append([(head,), (", ".join(shares),)])
+    return tables
+
+
+def _as_text(rows: _Rows) -> str:
+    "Columns side by side"
+    widths = [min(40, max(map(len, column))) for column in zip(*rows)]
+    lines = [zip(row, widths) for row in rows]
+    return "\n".join(
+        "  ".join(t.ljust(n) for t, n in line).rstrip() for line in lines
+    )
+
+
+def _as_html(rows: _Rows) -> str:
+    "A table"
+    tags = ["th"] + ["td"] * (len(rows) - 1)
+    cells = (
+        "".join(f"<{tag}>{html.escape(t)}</{tag}>" for t in row)
+        for tag, row in zip(tags, rows)
+    )
+    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+
 # %% ../nbs/02_networks.ipynb #22e82c08
 class Move(NamedTuple):
     "One space, moved by one element"
@@ -359,26 +498,56 @@ class Move(NamedTuple):
     element: Tensor  # By which
     slots: list[Slot]  # Its slots that move
 
+    def act(self, slot: Slot, dtype: torch.dtype, dual: bool) -> _Act:
+        "What it does along one of its slots to an array of some type"
+        e = self.element.reshape(self.space.copies, 1, self.space.size, -1)
+        wider = torch.promote_types(e.dtype, dtype) != dtype
+        e = e.to(dtype) if e.is_floating_point() and wider else e
+        return partial(self.kind.dual if slot.dual != dual else self.kind.move, e)
+
+
+_Steps = list[tuple[Slot, Move]]  # of one array
+
+
+def _passes(steps: _Steps) -> list[_Steps]:
+    "The steps, those along one axis together unless they overlap"
+    passes: list[_Steps] = []
+    for slot, move in steps:
+        ends = slot.start, slot.start + slot.span(move.space)
+        same = [p for p in passes if p[0][0].axis == slot.axis]
+        apart = [
+            ends[1] <= other.start or other.start + other.span(m.space) <= ends[0]
+            for other, m in (same[-1] if same else ())
+        ]
+        if same and all(apart):
+            same[-1].append((slot, move))
+        else:
+            passes.append([(slot, move)])
+    return passes
+
 
 def transform(
     w: Named,  # Arrays by name; not modified
     moves: list[Move],  # To apply, in order
     dual: bool = False,  # True: every axis by g⁻ᵀ instead, as a covector moves
     power: int = 1,  # 2: every matrix entry squared, as a second moment moves
+    once: bool = False,  # True: each is rounded once, after all its moves
 ) -> Named:  # The arrays after the moves, in their own dtypes
     "Move every slot of every space: the one interpreter for all wirings"
-    w = dict(w)
-    for space, kind, e, slots in moves:
+    w, todo = dict(w), {}
+    for move in moves:
         if power != 1:
-            e = kind.power(e, power)
-        for slot in slots:
-            t = w[slot.param]
-            b = e.reshape(space.copies, 1, space.size, -1)
-            wider = torch.promote_types(b.dtype, t.dtype) != t.dtype
-            if b.is_floating_point() and wider:
-                b = b.to(t.dtype)
-            act = kind.dual if slot.dual != dual else kind.move
-            w[slot.param] = slot.apply(t, space, partial(act, b))
+            move = move._replace(element=move.kind.power(move.element, power))
+        for slot in move.slots:
+            todo.setdefault(slot.param, []).append((slot, move))
+    for name, steps in todo.items():
+        t = w[name]
+        if once and (t.itemsize < 4 or any(m.kind.widens for _, m in steps)):
+            t = wide(t)
+        for part in _passes(steps):
+            acts = [(s, m.space, m.act(s, t.dtype, dual)) for s, m in part]
+            t = _along(t, acts)
+        w[name] = t.to(w[name].dtype).contiguous()
     return w
 
 # %% ../nbs/02_networks.ipynb #015c3959
@@ -430,14 +599,15 @@ class Blocks:
 
     def move(self, w: Named, a: Named, first: Callable | None = None) -> Named:
         "`w` after `a`, rounded once; `first(wide, a)` may change the wide copy"
-        owned = {t.param for s, _ in self.spaces for t in s.slots}
-        new, a = {k: wide(t) if k in owned else t for k, t in w.items()}, dict(a)
+        new, a = w, dict(a)
         for s, kind in self.spaces:
-            if kind.near is not None:
+            if kind.near is not None and s.slots:
                 a[s.name] = kind.near(a[s.name], w[s.slots[0].param].dtype)
         if first:
+            owned = {t.param for s, _ in self.spaces for t in s.slots}
+            new = {k: wide(t) if k in owned else t for k, t in w.items()}
             first(new, a)
-        moved = transform(new, self.moves(a))
+        moved = transform(new, self.moves(a), once=True)
         return {k: t.to(w[k].dtype) for k, t in moved.items()}
 
 # %% ../nbs/02_networks.ipynb #2d0095e3
@@ -674,8 +844,12 @@ class NetworkGroup:
 
     def _nothing_to_move(self, report: dict[str, Rule]) -> str:
         name = type(self).__name__
-        reasons = "; ".join(f"{k}: {r.why}" for k, r in report.items())
-        why = reasons or "the wiring has no spaces"
+        why = [f"{k}: {r.why}" for k, r in report.items()]
+        for (param, axis), ops in self.wiring.stays.items():
+            held = (ops.get(kind.name, "") for kind in self.prefer)
+            why.append(f"{param}, axis {axis}: {next(filter(None, held), '')}")
+        more = f"; and {len(why) - 8} more" if len(why) > 8 else ""
+        why = "; ".join(why[:8]) + more or "the wiring has no spaces"
         others = [g for g in _subclasses(NetworkGroup) if g is not type(self)]
         works = [g.__name__ for g in others if g.exact and g.moves(self.wiring)]
         hint = f"These would move something: {', '.join(works)}."

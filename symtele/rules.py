@@ -365,7 +365,9 @@ def still(f: Facts, x: Value, dims: Iterable[int]) -> Value:
     "A value without the labels along `dims`, which do not move"
     dims = {d % len(x.shape) for d in dims}
     f.stop(t for t in x.labels if touched(t) & dims)
-    return x._replace(labels=tuple(t for t in x.labels if not touched(t) & dims))
+    return Value(
+        x.shape, tuple(t for t in x.labels if not touched(t) & dims), x.name
+    )
 
 
 @rule("""avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d _adaptive_avg_pool2d

@@ -340,6 +340,19 @@ def _kept(ok: Tensor, new: Any, old: Any) -> Any:
     return t.clone() if isinstance(t, Tensor) and t is old else t
 
 
+def _lean(start: Landscape, end: Landscape) -> tuple[Landscape, Landscape]:
+    "Both ends of a search without gradients, before another one needs the room"
+    m = start.start
+    none = tree_map(lambda t: t.new_empty(0), m.gradient)  # of the same types
+    bare = replace(m, gradient=none, tasks=None)
+    began = dict(orbit=start.orbit, height=start.height, here=bare)
+    here = {k: end.known[k] for k in ("here",) if k in end.known}
+    return (
+        replace(start, start=bare, known=began),
+        replace(end, start=bare, known=dict(orbit=end.orbit) | here),
+    )
+
+
 def _judge(
     start: Landscape, end: Landscape, given: tuple[Params, Any], tol: float | None
 ) -> Teleported:
@@ -408,6 +421,8 @@ def travel(
         start = start.knowing(gradient=before.gradient, here=before)
         rng = rng or Generator().manual_seed(0)
         end, state = run_search(search, start, rng, state)
+        start, end = _lean(start, end)
+        del before
         out = _judge(start, end, (w, x), tol)
     if readable(out.accepted):
         out = replace(out, seconds=time.perf_counter() - began)
