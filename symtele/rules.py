@@ -428,7 +428,7 @@ def _prelu(f, x, slope):
     return mul(f, keep(f, x, HOMOGENEOUS), keep(f, slope, ELEMENTWISE))
 
 
-@rule("""bernoulli empty_like zeros_like ones_like full_like rand_like randn_like
+@rule("""empty_like zeros_like ones_like full_like rand_like randn_like
 new_zeros new_empty new_ones new_full new_empty_strided""")
 def _created(f, x, *_):
     return None
@@ -462,10 +462,8 @@ def reshaped(x: Value, shape: Iterable[int]) -> Value:
     return Value(tuple(shape), tuple(labels), x.name)
 
 
-@rule("view _unsafe_view as_strided")
-def _view(f, x, shape, stride=None, *_):
-    if stride and tuple(shape) != x.shape:
-        raise LookupError("other entries")
+@rule("view _unsafe_view")
+def _view(f, x, shape):
     size = math.prod(n for n in shape if n >= 0)
     return reshaped(
         x, [math.prod(x.shape) // size if n < 0 else n for n in shape]
@@ -474,7 +472,7 @@ def _view(f, x, shape, stride=None, *_):
 
 @rule("""permute transpose t expand squeeze unsqueeze select slice split
 split_with_sizes unbind roll flip repeat pixel_shuffle pixel_unshuffle unsafe_split
-unsafe_split_with_sizes diagonal channel_shuffle native_channel_shuffle tril triu
+unsafe_split_with_sizes channel_shuffle native_channel_shuffle tril triu
 select_scatter slice_scatter stack""")
 def moved(f: Facts, *_: Any, dims: Iterable[int] | None = None) -> list[Value]:
     "An op that only moves entries is run on the labels; written out along `dims`"
