@@ -1280,6 +1280,66 @@ def test_ordinary_models_move(name, kind, share):
     exact(make(), data(), share, kind)
 
 
+def other_strides(layers, x):
+    "Of the same shape, but other entries"
+    y = layers["a"](x).relu().contiguous()
+    return layers["b"](y.as_strided(y.shape, (1, 4)))
+
+
+def drawn_by_values(layers, x):
+    return layers["b"](torch.bernoulli(layers["a"](x).sigmoid()))
+
+
+def trace(layers, x):
+    return layers["b"](layers["a"](x)) + torch.einsum("ii->", layers["c"].weight)
+
+
+def written_to_data(layers, x):
+    y = layers["a"](x).relu()
+    z = torch.zeros_like(y)
+    z.data = y
+    return layers["b"](z)
+
+
+def layout_in_place(layers, x):
+    y = layers["a"](x).relu()
+    y.t_()
+    return layers["b"](y.mT)
+
+
+def asked_as_list(layers, x):
+    return layers["b"](layers["a"](x).relu()) * sum(layers["a"].bias.tolist())
+
+
+def larger(layers, x):
+    return layers["b"](torch.maximum(layers["a"](x), layers["c"](x)))
+
+
+def with_itself(layers, x):
+    y = layers["a"](x)
+    return layers["b"](y + y)
+
+
+CORNERS = (
+    other_strides,
+    drawn_by_values,
+    trace,
+    written_to_data,
+    layout_in_place,
+    asked_as_list,
+    larger,
+    with_itself,
+)
+
+
+@pytest.mark.parametrize("f", CORNERS)
+def test_corners(f):
+    "Each of them was read wrongly, or not at all"
+    torch.manual_seed(0)
+    layers = {name: nn.Linear(8, 8) for name in "abc"}
+    exact(Tiny(f, **layers), torch.randn(4, 8), 0)
+
+
 # An op of one's own
 
 
