@@ -34,7 +34,7 @@ from symtele.networks import (
     scale,
 )
 
-# %% ../nbs/04_wiring.ipynb #8bce4ea1
+# %% ../nbs/04_wiring.ipynb #d55920eb
 Units = np.ndarray  # int64: +u moves with unit u, -u against it, 0 does not move
 Kinds = frozenset[Kind]
 
@@ -46,6 +46,7 @@ class Value:
     shape: tuple[int, ...]
     labels: tuple[Tensor, ...] = ()  # Units as int64, each broadcasts to `shape`
     name: str = ""  # Of the parameter or buffer that it is, '' for others
+    stride: tuple[int, ...] = ()  # In memory, where that is known
 
 
 def touched(label: Tensor) -> frozenset[int]:
@@ -472,7 +473,7 @@ def keep_same(facts: Facts, new: Value, old: Value) -> None:
         else:
             facts.same(a, b)
 
-# %% ../nbs/04_wiring.ipynb #cd427571
+# %% ../nbs/04_wiring.ipynb #01f4818d
 class Labelled(torch.Tensor):
     "A tensor that carries its labels; every op that it meets is heard"
 
@@ -494,12 +495,8 @@ class Labelled(torch.Tensor):
             dtype=inner.dtype,
             device=inner.device,
         )
-        new.inner, new.value, new.origin, new.reading = (
-            inner,
-            value,
-            origin,
-            reading,
-        )
+        new.value = replace(value, stride=inner.stride())
+        new.inner, new.origin, new.reading = inner, origin, reading
         return new
 
     def __repr__(self) -> str:
@@ -551,7 +548,7 @@ def _is_value(a: Any) -> bool:
 def _listed(a: Any) -> list[Any]:
     return list(a) if isinstance(a, tuple | list) else [a]
 
-# %% ../nbs/04_wiring.ipynb #ab6c3a58
+# %% ../nbs/04_wiring.ipynb #2356e795
 _LOOKS = set(
     "_local_scalar_dense equal nonzero unique_consecutive _unique2".split()
 )
