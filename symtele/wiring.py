@@ -528,13 +528,6 @@ class Labelled(torch.Tensor):
         return first.reading.hear(op, *given)
 
 
-def _same_layout(t: Tensor, shape: Any, stride: Any, offset: Any = None) -> bool:
-    "Whether `as_strided` gives the entries that were there"
-    dims = zip(shape, stride, t.stride())
-    same = all(a == b for n, a, b in dims if n > 1)
-    return same and t.shape == tuple(shape) and not offset
-
-
 def _inner(a: Any) -> Any:
     return a.inner if isinstance(a, Labelled) else a
 
@@ -576,8 +569,6 @@ class Reading:
         "Run an op, and ask its rule what it says"
         name = op._schema.name.split("::")[-1]
         name = name if name in RULES else name.removesuffix("_")  # in place
-        if name == "as_strided" and _same_layout(*args):
-            name = "alias"
         plain_args, plain_kwargs = tree_map(_inner, (args, kwargs))
         out = op(*plain_args, **plain_kwargs)
         self.looked |= name in _LOOKS
