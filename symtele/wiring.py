@@ -545,7 +545,7 @@ def _is_value(a: Any) -> bool:
 def _listed(a: Any) -> list[Any]:
     return list(a) if isinstance(a, tuple | list) else [a]
 
-# %% ../nbs/04_wiring.ipynb #2356e795
+# %% ../nbs/04_wiring.ipynb #9ad97eb4
 _LOOKS = set(
     "_local_scalar_dense equal nonzero unique_consecutive _unique2".split()
 )
@@ -649,7 +649,9 @@ class Reading:
                 below = frozenset({name})
                 if id(t) not in self.pin and shared.get(name, name):
                     value = self.facts.tensor(name, t.shape, shared.get(name, ""))
-            return Labelled(t.detach().to(device), value, Origin(below), self)
+            own = Labelled(t.detach().to(device), value, Origin(below), self)
+            own._is_param = True  # for who asks whether it is an `nn.Parameter`
+            return own
 
         def buffer(name: str, t: Tensor) -> Labelled:
             value = self.facts.tensors.get(name, Value(tuple(t.shape), (), name))
