@@ -36,8 +36,8 @@ _CLASSES = {
     ELEMENTWISE: """tanh sigmoid gelu silu mish softplus elu selu celu log_sigmoid
         log_sigmoid_forward hardtanh hardswish hardsigmoid relu6 hardshrink
         softshrink threshold exp exp2 expm1 log log2 log10 log1p sin cos tan atan
-        asin acos sinh cosh erf erfc rsqrt sqrt reciprocal sign sgn round floor ceil
-        trunc frac clamp clamp_min clamp_max gt lt ge le eq ne logical_not
+        asin acos sinh cosh erf erfc rsqrt sqrt reciprocal sign sgn round floor
+        ceil trunc frac clamp clamp_min clamp_max gt lt ge le eq ne logical_not
         bitwise_not isinf isnan nan_to_num""",
 }
 for _kinds, _names in _CLASSES.items():
@@ -450,16 +450,17 @@ def _view(f, x, shape):
 
 
 @rule("as_strided")
-def _as_strided(f, x, shape, stride, *_):
+def _as_strided(f, x, shape, stride, offset=None):
     steps = zip(x.shape, x.stride, stride)
-    if tuple(shape) != x.shape or any(a != b for n, a, b in steps if n > 1):
+    same = tuple(shape) == x.shape and all(a == b for n, a, b in steps if n > 1)
+    if not same or offset:
         raise LookupError("other entries, or in another order")
     return x
 
 
 @rule("""permute transpose t expand squeeze unsqueeze select slice split
-split_with_sizes unsafe_split unsafe_split_with_sizes unbind stack roll flip repeat
-tril triu pixel_shuffle pixel_unshuffle channel_shuffle
+split_with_sizes unsafe_split unsafe_split_with_sizes unbind stack roll flip
+repeat tril triu pixel_shuffle pixel_unshuffle channel_shuffle
 native_channel_shuffle select_scatter slice_scatter""")
 def moved(f: Facts, *_: Any, dims: Iterable[int] | None = None) -> list[Value]:
     "The op, run on the labels of what it is given, written out along `dims`"
@@ -471,7 +472,7 @@ def moved(f: Facts, *_: Any, dims: Iterable[int] | None = None) -> list[Value]:
 
 
 def _written_out(x: Value, i: int, dims: Iterable[int] | None) -> Tensor:
-    "A value's label number `i`, or zeros, with its shape along `dims` or all dims"
+    "A value's label number `i`, or zeros, of its shape along `dims` or all dims"
     none = torch.zeros((1,) * len(x.shape), dtype=int)
     label = x.labels[i] if i < len(x.labels) else none
     write = range(len(x.shape)) if dims is None else dims

@@ -273,7 +273,7 @@ def _log_scales(facts: Facts) -> tuple[Units, _Parts]:
             return c, _parts(rounds)
         stopped.append(np.abs(circle[:1, 2]))  # exactness before movement
 
-# %% ../nbs/04_wiring.ipynb #1ac8d3b1
+# %% ../nbs/04_wiring.ipynb #2e787c97
 def _table(facts: Facts, kind: Kind) -> Units:
     "Axis, position, class and coefficient of each entry that moves, shape (k, 4)"
     c, parts = (
@@ -309,7 +309,7 @@ def _marks(n: int, seed: int) -> Units:
 
 
 def _blocks(facts: Facts, kind: Kind, block_of: Units) -> Iterator[Units]:
-    "Classes that nothing tells apart, as (copies, classes, members, 4) rows of them"
+    "Classes that nothing tells apart, of shape (copies, classes, members, 4)"
     t = _table(facts, kind)
     axis, at, unit, q = t.T
     look = np.zeros(facts.n + 1, np.int64)  # on which axes, and how
@@ -344,10 +344,14 @@ def _blocks(facts: Facts, kind: Kind, block_of: Units) -> Iterator[Units]:
 def _pieces(group: Units) -> Iterator[Units]:
     "Blocks as smaller ones that slots can describe: a subgroup of what is exact"
     for block in group:
-        sizes = [n for n in range(1, len(block)) if len(block) % n == 0]
-        tries = (block.reshape(n, -1, *block.shape[1:]) for n in sizes)
-        fit = next((p for p in tries if _runs(p)), None)
-        yield from [fit] if fit is not None else block[:, None, None]
+        sizes = [n for n in range(1, len(block) + 1) if len(block) % n == 0]
+        parts = [block.reshape(n, -1, *block.shape[1:]) for n in sizes]
+        copies, spaces = (
+            ([p] for p in parts),
+            ([q[None] for q in p] for p in parts),
+        )
+        ways = (way for way in (*copies, *spaces) if all(map(_runs, way)))
+        yield from next(ways, [])
 
 
 _Run = tuple[int, int, int, int]  # axis, start, before, after
@@ -380,7 +384,7 @@ def _run(at: Units) -> tuple[int, int, int] | None:
     fits = np.array_equal(at, run.transpose(0, 2, 1, 3).reshape(at.shape))
     return (start, n // after, after) if fits else None
 
-# %% ../nbs/04_wiring.ipynb #dbdff1cd
+# %% ../nbs/04_wiring.ipynb #a9670614
 @dataclass(eq=False)
 class _Block:
     "A space under construction: the runs that each kind moves"
@@ -406,7 +410,7 @@ class _Block:
         )
 
     def space(self, facts: Facts, names: Counter[str]) -> Space:
-        "Under the name of the module that makes it, with a number from the second"
+        "Named by the module that makes it, with a number from the second on"
         slots, sides = [], {}
         for kind in (perm, scale, gl):  # a side is what scalings and matrices say
             sides |= self.runs.get(kind, {})
