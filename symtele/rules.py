@@ -17,7 +17,7 @@ from torch import Tensor
 from .networks import KINDS, perm, scale
 from .wiring import Facts, Kinds, Value, keep_same, pairs, rule, touched
 
-# %% ../nbs/05_rules.ipynb #683dc3f4
+# %% ../nbs/05_rules.ipynb #04f85199
 LINEAR = KINDS
 HOMOGENEOUS = frozenset({scale, perm})
 ELEMENTWISE = frozenset({perm})
@@ -48,8 +48,9 @@ for _kinds, _names in _CLASSES.items():
             raise LookupError("a second tensor")
         return keep(f, x, kinds)
 
-# %% ../nbs/05_rules.ipynb #b3a249ab
+# %% ../nbs/05_rules.ipynb #f4f2efb3
 _Dims = Sequence[int | str]  # Names of dims
+_Labels = tuple[Tensor, ...]
 
 
 def _spread(x: Value, have: _Dims, want: _Dims) -> Value:
@@ -96,13 +97,18 @@ def reshaped(x: Value, shape: Iterable[int]) -> Value:
     return Value(shape, tuple(labels), x.name)
 
 
+def _parted(x: Value, dims: Iterable[int]) -> tuple[_Labels, _Labels]:
+    "The labels that lie along some dims, and the others"
+    dims = {d % len(x.shape) for d in dims}
+    along = tuple(t for t in x.labels if touched(t) & dims)
+    return along, tuple(t for t in x.labels if not touched(t) & dims)
+
+
 def still(f: Facts, x: Value, dims: Iterable[int]) -> Value:
     "The value without the labels along `dims`, which do not move"
-    dims = {d % len(x.shape) for d in dims}
-    f.stop(t for t in x.labels if touched(t) & dims)
-    return Value(
-        x.shape, tuple(t for t in x.labels if not touched(t) & dims), x.name
-    )
+    along, others = _parted(x, dims)
+    f.stop(along)
+    return Value(x.shape, others, x.name)
 
 # %% ../nbs/05_rules.ipynb #327f5989
 _RIGID = LINEAR - ELEMENTWISE
@@ -156,7 +162,7 @@ def _where(f, condition, x, y):
 def _masked_fill(f, x, mask, value):
     return _where(f, mask, x, value)
 
-# %% ../nbs/05_rules.ipynb #cca2703f
+# %% ../nbs/05_rules.ipynb #e269d77c
 def contract(
     f: Facts,
     x: Value,  # One factor
@@ -167,9 +173,8 @@ def contract(
     every = [*dims[2], *(k for k in dims[0] if k not in dims[2])]
     x, y = _spread(x, dims[0], every), _spread(y, dims[1], every)
     n = len(dims[2])
-    kept, summed = frozenset(range(n)), frozenset(range(n, len(every)))
-    inner = [[t for t in v.labels if touched(t) & summed] for v in (x, y)]
-    outer = [[t for t in v.labels if not touched(t) & summed] for v in (x, y)]
+    kept, summed = range(n), range(n, len(every))
+    inner, outer = zip(_parted(x, summed), _parted(y, summed))
     for left, right in pairs(*inner, summed):
         if left is None or right is None:
             f.stop([right if left is None else left])
@@ -255,13 +260,12 @@ def _convolution(f, x, w, b, stride, padding, dilation, transposed, more, groups
     y = reshaped(y, (n, math.prod(y.shape[1:]), *(1,) * (ndim - 2)))
     return _affine(f, y, None, _lying(b, ndim))
 
-# %% ../nbs/05_rules.ipynb #eb3b46dc
+# %% ../nbs/05_rules.ipynb #4e55e3c3
 def normalised(f: Facts, x: Value, dims: Iterable[int]) -> Value:
     "Entries divided by what those along `dims` decide, without regard to order"
     dims = {d % len(x.shape) for d in dims}
-    for t in x.labels:
-        if touched(t) & dims:
-            f.apart(t, set(range(t.ndim)) - dims)
+    for t in _parted(x, dims)[0]:
+        f.apart(t, set(range(t.ndim)) - dims)
     return keep(f, x, ELEMENTWISE)
 
 
@@ -295,7 +299,7 @@ def _weight_norm(f, v, size, dim):
     "v/‖v‖ times a size"
     return mul(f, normalised(f, v, {*range(len(v.shape))} - {dim}), size)
 
-# %% ../nbs/05_rules.ipynb #0653b591
+# %% ../nbs/05_rules.ipynb #8a2791cf
 @rule("_softmax _log_softmax _safe_softmax")
 def _softmax(f, x, dim, *_):
     return normalised(f, x, [dim])
@@ -325,7 +329,8 @@ def _for_each_query(x: Value, n: int) -> Value:
     "Keys or values, each head `n` times"
     times = (n if t.shape[1] > 1 else 1 for t in x.labels)
     labels = (t.repeat_interleave(m, 1) for t, m in zip(x.labels, times))
-    return Value((x.shape[0], n * x.shape[1], *x.shape[2:]), tuple(labels))
+    batch, heads, *rest = x.shape
+    return Value((batch, n * heads, *rest), tuple(labels))
 
 
 _KERNELS = {  # name -> arguments behind q, k and v
@@ -342,14 +347,13 @@ for _name, _arguments in _KERNELS.items():
         given.pop("lse", None)  # whether it is returned too
         return attention(f, q, k, v, **given)
 
-# %% ../nbs/05_rules.ipynb #172eff83
+# %% ../nbs/05_rules.ipynb #10473b1f
 def reduced(f: Facts, x: Value, dims: Any, keepdim: bool, kinds: Kinds) -> Value:
     "What is left without some dims; units along these change places at most"
     dims = [dims] if isinstance(dims, int) else dims or range(len(x.shape))
     dims = {d % len(x.shape) for d in dims}
     rest = [d for d in range(len(x.shape)) if d not in dims]
-    ended = [t for t in x.labels if touched(t) & dims]
-    labels = tuple(t for t in x.labels if not touched(t) & dims)
+    ended, labels = _parted(x, dims)
     for t in ended:
         f.apart(t, rest)
     f.stop(ended, _RIGID)
@@ -440,7 +444,7 @@ new_empty new_ones new_full new_empty_strided""")
 def _created(f, x, *_):
     return None
 
-# %% ../nbs/05_rules.ipynb #008c8c02
+# %% ../nbs/05_rules.ipynb #c7a608a3
 @rule("view _unsafe_view")
 def _view(f, x, shape):
     size = math.prod(n for n in shape if n >= 0)
@@ -472,7 +476,7 @@ def moved(f: Facts, *_: Any, dims: Iterable[int] | None = None) -> list[Value]:
 
 
 def _written_out(x: Value, i: int, dims: Iterable[int] | None) -> Tensor:
-    "A value's label number `i`, or zeros, of its shape along `dims` or all dims"
+    "Label number `i` of a value, or zeros, in full along `dims` or all dims"
     none = torch.zeros((1,) * len(x.shape), dtype=int)
     label = x.labels[i] if i < len(x.labels) else none
     write = range(len(x.shape)) if dims is None else dims
