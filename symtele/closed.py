@@ -7,7 +7,7 @@ __all__ = ['Factors', 'NormOnBatch']
 
 # %% ../nbs/10_closed.ipynb #8d13b871
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,26 +21,34 @@ from .networks import Blocks, Kind, NetworkOrbit, Space, gl, matrix_undo
 from .objectives import CLOSED, GradNorm, Landscape, descent_step, found
 
 # %% ../nbs/10_closed.ipynb #405537d6
-def _gram(slot: networks.Slot, space: Space, kind: Kind, c: Tensor) -> Tensor:
-    "Products of units in a covector, over all else; minus where g moves it"
-    grams = []
+def _gram(
+    slot: networks.Slot, space: Space, kind: Kind, a: Tensor, b: Tensor
+) -> Tensor:
+    "d⟨J a, b⟩/dξ of one slot: products of units, over all else"
+    a, b = slot.rows(a, space), slot.rows(b, space)
+    if slot.dual:
+        a, b = b, a
+    if kind == gl:
+        a, b = (t.movedim(0, 3).flatten(3) for t in (a, b))
+        gram = (b @ a.mT).sum(1)
+    else:
+        gram = (a * b).sum((0, 4)).sum(1)
+    return -gram if slot.dual else gram
 
-    def look(m: Tensor) -> Tensor:
-        square = m @ m.mT if kind == gl else m.square().sum(-1, keepdim=True)
-        grams.append(square.sum(1))
-        return m
 
-    slot.apply(c, space, look)
-    return grams[0] if slot.dual else -grams[0]
+def _paired(blocks: Blocks, a: Named, b: Named) -> Tensor:
+    "d⟨J a, b⟩/dξ at the identity, for linear laws, shape (size,)"
+    slopes = {}
+    for space, kind, _, slots in blocks.moves(blocks.zero()):
+        pairs = [(slot, a[slot.param], b[slot.param]) for slot in slots]
+        grams = [_gram(slot, space, kind, *pair) for slot, *pair in pairs]
+        slopes[space.name] = sum(grams)
+    return wide(blocks.join(slopes))
 
 
 def _gram_slope(blocks: Blocks, c: Named) -> Tensor:
     "d‖J⁻ᵀc‖²/dξ at the identity, for linear laws, shape (size,)"
-    slopes = {}
-    for space, kind, _, slots in blocks.moves(blocks.zero()):
-        grams = [_gram(slot, space, kind, c[slot.param]) for slot in slots]
-        slopes[space.name] = 2 * sum(grams)
-    return wide(blocks.join(slopes))
+    return -2 * _paired(blocks, c, c)
 
 
 class _Closed(Landscape):
@@ -55,6 +63,23 @@ class _NormOnLinear(_Closed):
     @staticmethod
     def applies(orbit: NetworkOrbit) -> bool:
         return all(kind in networks.KINDS for _, kind in orbit.blocks.spaces)
+
+    @found
+    def resting(self) -> Named:
+        "Squared norms of the gradients that no move changes, found once"
+        moves = self.orbit.blocks.moves(self.orbit.at)
+        moving = {slot.param for move in moves for slot in move.slots}
+        c = self.start.gradient
+        return {k: (t * t).sum() for k, t in c.items() if k not in moving}
+
+    @found
+    def gsq(self) -> Tensor:
+        known, c = self.resting, self.gradient
+        return sum(known[k] if k in known else (c[k] * c[k]).sum() for k in c)
+
+    def elsewhere(self, **known: Any) -> Landscape:
+        "One move further, with what does not change"
+        return super().elsewhere(resting=self.resting, **known)
 
     def find_slope(self) -> Tensor:
         return _gram_slope(self.orbit.blocks, self.gradient)
@@ -101,9 +126,20 @@ class _DecreaseOnOrbit(_Closed):
         return -grad(both)(orbit.zero())
 
 
+class _DecreaseOnLinear(_DecreaseOnOrbit):
+    "The same under a linear law, by products of units"
+
+    def find_slope(self) -> Tensor:
+        blocks, after = self.orbit.blocks, self.ahead[0]
+        if not _NormOnLinear.applies(self.orbit):
+            return super().find_slope()
+        back = _paired(blocks, after, self.gradient)
+        return -_paired(blocks, self.orbit.w, after) - self.objective.lr * back
+
+
 CLOSED[GradNorm, networks.Linear] = _NormOnLinear
 CLOSED[GradNorm, Chart] = _NormOnChart
-CLOSED[objectives.Lookahead, networks.Linear] = _DecreaseOnOrbit
+CLOSED[objectives.Lookahead, networks.Linear] = _DecreaseOnLinear
 CLOSED[objectives.Lookahead, Chart] = _DecreaseOnOrbit
 
 # %% ../nbs/10_closed.ipynb #019e87d6

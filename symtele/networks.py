@@ -7,17 +7,22 @@ __all__ = ['Stays', 'gl', 'scale', 'perm', 'KINDS', 'Kind', 'matrix_undo', 'Slot
            'transform', 'Blocks', 'NetworkOrbit', 'Linear', 'NetworkGroup', 'GL', 'Scaling', 'Permutation']
 
 # %% ../nbs/02_networks.ipynb #db5aad5a
+import html
 import math
-from collections.abc import Callable, Iterable
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import groups
 from .groups import Named, Orbit, Rule, readable, wide
@@ -45,6 +50,7 @@ class Kind:
     power: _Act | None = None  # (e, n) -> entries to the n-th, if that is one
     draw: _Act | None = None  # (space, rng) -> uniform, where elements are int64
     near: _Act | None = None  # (e, dtype) -> in the precision of what it moves
+    widens: bool = True  # Whether what it rebuilds must be float64 meanwhile
     tap: Any = None  # How it acts through an activation, None where it does not
 
     def __repr__(self) -> str:
@@ -101,6 +107,22 @@ def matrix_undo(
     return y
 
 
+def _on_rows(act: _Act) -> _Act:
+    "An action on arrays (copies, before, size, ·), for those of a kind"
+
+    def acts(e: Tensor, t: Tensor) -> Tensor:
+        rows = t.movedim(0, 3)
+        return act(e, rows.flatten(3)).reshape(rows.shape).movedim(3, 0)
+
+    return acts
+
+
+@_on_rows
+def _matrix_move(e: Tensor, t: Tensor) -> Tensor:
+    return t + e @ t.to(e.dtype)
+
+
+@_on_rows
 def _matrix_dual(e: Tensor, t: Tensor) -> Tensor:
     if e.dtype == t.dtype or len(e) > 1:
         return _matrix_solve(e.mT.to(t.dtype), t)
@@ -112,7 +134,7 @@ def _matrix_dual(e: Tensor, t: Tensor) -> Tensor:
 gl = Kind(
     "gl",
     "any invertible matrix",
-    move=lambda e, t: t + e @ t.to(e.dtype),
+    move=_matrix_move,
     dual=_matrix_dual,
     then=lambda a, b: a + b + b @ a,
     inverse=lambda a: -_matrix_solve(a, a),
@@ -121,18 +143,28 @@ gl = Kind(
 )
 
 # %% ../nbs/02_networks.ipynb #e5d818cc
+def _permute(e: Tensor, t: Tensor) -> Tensor:
+    flat, places = t.flatten(1, 3), torch.arange(t.shape[1:4].numel())
+    places = places.to(e.device).reshape(*t.shape[1:4], 1)
+    index = torch.take_along_dim(places, e, -2).flatten()
+    return flat.index_select(1, index).reshape(t.shape)
+
+
 scale = Kind(
     "scale",
     "positive diagonal",
     move=lambda e, t: t * e.exp(),
     dual=lambda e, t: t * (-e).exp(),
     power=torch.mul,
+    near=lambda e, d: e.to(d).to(e.dtype),
+    widens=False,
 )
 perm = Kind(
     "perm",
     "permutation",
-    move=lambda e, t: torch.take_along_dim(t, e, -2),
-    dual=lambda e, t: torch.take_along_dim(t, e, -2),
+    move=_permute,
+    dual=_permute,
+    widens=False,
     then=lambda a, b: torch.take_along_dim(a, b, -1),
     inverse=lambda a: a.argsort(-1),
     zero=lambda s: torch.arange(s.size).expand(s.shape(s.size)),
@@ -161,16 +193,37 @@ class Slot:
         "Name of the module that owns the parameter"
         return self.param.rpartition(".")[0]
 
+    def span(self, space: "Space") -> int:
+        "How many entries of the axis it covers"
+        return space.copies * self.before * space.size * self.after
+
+    def rows(self, t: Tensor, space: "Space") -> Tensor:
+        "Its entries, shape (outer, copies, before, size, rest)"
+        segment = _piece(t, self.axis, self.start, self.span(space))
+        outer = t.shape[: self.axis].numel()
+        return segment.reshape(outer, space.copies, self.before, space.size, -1)
+
     def apply(self, t: Tensor, space: "Space", f: _Act) -> Tensor:
         "`t` with `f` applied along the slot"
-        m = t.movedim(self.axis, 0)
-        n = space.copies * self.before * space.size * self.after
-        segment = m[self.start : self.start + n]
-        rows = segment.reshape(space.copies, self.before, space.size, -1)
-        new = f(rows).reshape(segment.shape)
-        if n < len(m):
-            new = torch.cat((m[: self.start], new, m[self.start + n :]))
-        return new.movedim(0, self.axis)
+        return _along(t, [(self, space, f)])
+
+
+def _piece(t: Tensor, axis: int, start: int, n: int) -> Tensor:
+    return t if n == t.shape[axis] else t.narrow(axis, start, n)
+
+
+def _along(t: Tensor, parts: list[tuple[Slot, "Space", _Act]]) -> Tensor:
+    "`t` with functions applied along slots that share an axis, not a place"
+    axis, pieces, at = parts[0][0].axis, [], 0
+    for slot, space, f in sorted(parts, key=lambda part: part[0].start):
+        shape = (*t.shape[:axis], slot.span(space), *t.shape[axis + 1 :])
+        if slot.start > at:
+            pieces.append(_piece(t, axis, at, slot.start - at))
+        pieces.append(f(slot.rows(t, space)).reshape(shape))
+        at = slot.start + slot.span(space)
+    if at < t.shape[axis]:
+        pieces.append(_piece(t, axis, at, t.shape[axis] - at))
+    return torch.cat(pieces, axis) if len(pieces) > 1 else pieces[0]
 
 # %% ../nbs/02_networks.ipynb #6bead5b2
 @dataclass(frozen=True)
@@ -218,33 +271,80 @@ class Space:
         return dims if self.copies == 1 else (self.copies, *dims)
 
 # %% ../nbs/02_networks.ipynb #eb80f6c3
+def _arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    "What a model is called with: `model(x)`, `model(*x)` or `model(**x)`"
+    if isinstance(x, dict):
+        return (), x
+    return (x if isinstance(x, tuple) else (x,)), {}
+
+
+def _owned(modules: dict[str, nn.Module], w: Named) -> Named:
+    "What replaces each module's own tensors, by its path; buffers by copies"
+    first, own = {}, {}
+    for path, module in modules.items():
+        tensors = [*module._parameters.items(), *module._buffers.items()]
+        for k, t in (pair for pair in tensors if pair[1] is not None):
+            here = f"{path}.{k}" if path else k
+            name = first.setdefault(id(t), here)  # that of a shared tensor
+            if k in module._buffers:
+                own[here] = own[name] if name in own else w.get(name, t).clone()
+            elif name in w:
+                own[here] = w[name]
+    if strange := sorted(w.keys() - set(first.values())):
+        has = f"{type(modules['']).__name__} has nothing of that name"
+        raise ValueError(f"w holds {strange}, but {has}")
+    return own
+
+
+@contextmanager
+def _traceless(modules: dict[str, nn.Module]) -> Iterator[None]:
+    "Takes back the attributes that a forward pass sets"
+    before = [(vars(m), dict(vars(m))) for m in modules.values()]
+    try:
+        yield
+    finally:
+        for now, old in before:
+            for name in now.keys() - old.keys():
+                del now[name]
+            now.update(old)
+
+
+# model -> whether it writes into its batch, by the modes of its modules
+_WRITES: WeakKeyDictionary[nn.Module, dict[tuple[bool, ...], bool]]
+_WRITES = WeakKeyDictionary()
+
+
+@contextmanager
+def _spared(modules: dict[str, nn.Module], x: Any) -> Iterator[Any]:
+    "The batch, or a copy for a model that writes into it: found out once"
+    model, modes = modules[""], tuple(m.training for m in modules.values())
+    known, given = _WRITES.setdefault(model, {}), x
+    if known.get(modes, True):
+        given = tree_map_only(Tensor, torch.clone, x)
+    tensors = [t for t in tree_leaves(given) if isinstance(t, Tensor)]
+    versions = [t._version for t in tensors]
+    yield given
+    wrote = versions != [t._version for t in tensors]
+    known[modes] = known.get(modes, False) or wrote
+    if wrote and given is x:
+        has = f"{type(model).__name__} has written into its batch x"
+        raise RuntimeError(f"{has}, which it did not do before; pass a copy")
+
+
 def run_model(
     model: nn.Module,  # Not modified, nor are its buffers, mode or random state
-    w: Named,  # Parameters by name; others are taken from the model
-    x: Tensor,  # One batch
-) -> Tensor:  # The model's output
+    w: Named,  # Parameters and buffers by name; others are the model's own
+    x: Any,  # One batch: a Tensor, a tuple or a dict of arguments; not modified
+) -> Any:  # The model's output
     "The model as a pure function of its parameters"
-    buffers = {k: b.clone() for k, b in model.named_buffers()}
     devices = {p.device.index for p in w.values() if p.device.type == "cuda"}
-    x = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, x)
-    args, kwargs = (
-        ((), x)
-        if isinstance(x, dict)
-        else (x if isinstance(x, tuple) else (x,), {})
-    )
-    state = {**buffers, **w}
-    first = {
-        id(t): k for k, t in (*model.named_parameters(), *model.named_buffers())
-    }
-    own = {}
-    for path, module in model.named_modules():
-        for k, t in (*module._parameters.items(), *module._buffers.items()):
-            if t is not None and first[id(t)] in state:
-                own[f"{path}.{k}".lstrip(".")] = state[first[id(t)]]
-    with torch.random.fork_rng(devices):
-        return torch.func.functional_call(
-            model, own, args, kwargs, tie_weights=False
-        )
+    modules = dict(model.named_modules())
+    own = _owned(modules, w)
+    # with ties of its own it undoes two names of a module in the wrong order
+    call = partial(torch.func.functional_call, tie_weights=False)
+    with torch.random.fork_rng(devices), _traceless(modules):
+        with _spared(modules, x) as given:
+            return call(model, own, *_arguments(given))
 
 
 class _Inputs(TorchFunctionMode):
@@ -277,13 +377,34 @@ class Wiring:
 
     def given(self, spaces: list[Space], w: Named, x: Tensor) -> Named:
         "Run the model once: what layers around some spaces are given on a batch"
-        names = {s.reader for s in spaces} | {
-            s.tap.weight.param for s in spaces if s.tap
-        }
+        names = {s.reader for s in spaces}
+        names |= {s.tap.weight.param for s in spaces if s.tap}
         layers = _Inputs({id(w[name]): name for name in names})
         with layers:
             run_model(self.model, w, x)
         return layers.seen
+
+    def share(self, *kinds: Kind) -> float:
+        "Which part of the entries of all parameters moves by some of these kinds"
+        sizes = {k: p.shape for k, p in self.model.named_parameters()}
+        moved = defaultdict(set)
+        for space in (s for s in self.spaces if s.commutes & set(kinds)):
+            for t in (t for t in space.slots if t.kinds & set(kinds)):
+                n = space.copies * t.before * space.size * t.after
+                moved[t.param, t.axis] |= set(range(t.start, t.start + n))
+        stays = {k: math.prod(shape) for k, shape in sizes.items()}
+        total = sum(stays.values())
+        for name, axis in moved.keys() & {
+            (k, d) for k in sizes for d in range(9)
+        }:
+            stays[name] *= 1 - len(moved[name, axis]) / sizes[name][axis]
+        return 1 - sum(stays.values()) / max(total, 1)
+
+    def __repr__(self) -> str:
+        return "\n\n".join(_as_text(rows) for rows in _report(self))
+
+    def _repr_html_(self) -> str:
+        return "".join(_as_html(rows) for rows in _report(self))
 
     def __getitem__(self, name: str) -> Space:
         "The space called `name`"
@@ -292,6 +413,7 @@ class Wiring:
     def check(self, w: Named) -> None:
         "Raise unless every slot that can move fits the parameters `w`"
         moving = [s for s in self.spaces if s.commutes or s.tap]
+        w = w if self.model is None else {**dict(self.model.named_buffers()), **w}
         for space, t in ((s, t) for s in moving for t in s.slots):
             who, name = f"space {space.name!r} needs", t.param
             if name not in w:
@@ -302,6 +424,73 @@ class Wiring:
                 where = f"{need} entries on axis {t.axis} of {name!r}"
                 raise ValueError(f"{who} {where}, which has shape {shape}")
 
+# %% ../nbs/02_networks.ipynb #02a6950f
+_Rows = list[tuple[str, ...]]  # a table, its head first
+
+
+def _alike(name: str) -> str:
+    "A name with its numbers hidden: like parts of a model share it"
+    return re.sub(r"(?<=[._])\d+|^\d+(?=\.)", "*", name)
+
+
+def _grouped(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    "Rows that differ in numbers alone as one, with how many there are"
+    alike = defaultdict(list)
+    for row in rows:
+        alike[tuple(_alike(cell) for cell in row)].append(row)
+    one = {
+        key: found[0] if len(found) == 1 else key for key, found in alike.items()
+    }
+    return [(*one[key], str(len(found))) for key, found in alike.items()]
+
+
+def _report(wiring: Wiring) -> list[_Rows]:
+    "What people read of a wiring: what moves, what stays, and how much that is"
+    moves, held = [], defaultdict(list)
+    for s in wiring.spaces:
+        units = str(s.size) if s.copies == 1 else f"{s.copies} x {s.size}"
+        kinds = [k.name for k in (perm, scale, gl) if k in s.commutes]
+        kinds += ["batch"] if s.tap else []
+        first, *rest = dict.fromkeys(t.param for t in s.slots)
+        names = f"{first} and {len(rest)} more" if rest else first
+        moves.append((s.name, units, ", ".join(kinds) or "-", names, s.why))
+    for (name, axis), why in wiring.stays.items():
+        held[name, "; ".join(dict.fromkeys(why.values()))].append(str(axis))
+    stays = [(name, " ".join(axes), ops) for (name, ops), axes in held.items()]
+    head = "space", "units", "moves by", "parameters", "not by", "how many"
+    tables = [[head, *_grouped(moves)]] if moves else []
+    head = "what stays", "on axes", "because of", "how many"
+    tables += [[head, *_grouped(stays)]] if stays else []
+    if wiring.model is not None:
+        kinds = {k.name: (k,) for k in (perm, scale, gl)} | {"any of them": KINDS}
+        shares = [
+            f"{name} {wiring.share(*own):.1%}" for name, own in kinds.items()
+        ]
+        total = sum(p.numel() for p in wiring.model.parameters())
+        note = ", for the branch taken on this batch" if wiring.branch else ""
+        head = f"of {total:,} parameters can move{note}"
+        tables.append([(head,), (", ".join(shares),)])
+    return tables
+
+
+def _as_text(rows: _Rows) -> str:
+    "Columns side by side"
+    widths = [min(40, max(map(len, column))) for column in zip(*rows)]
+    lines = [zip(row, widths) for row in rows]
+    return "\n".join(
+        "  ".join(t.ljust(n) for t, n in line).rstrip() for line in lines
+    )
+
+
+def _as_html(rows: _Rows) -> str:
+    "A table"
+    tags = ["th"] + ["td"] * (len(rows) - 1)
+    cells = (
+        "".join(f"<{tag}>{html.escape(t)}</{tag}>" for t in row)
+        for tag, row in zip(tags, rows)
+    )
+    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+
 # %% ../nbs/02_networks.ipynb #22e82c08
 class Move(NamedTuple):
     "One space, moved by one element"
@@ -311,26 +500,56 @@ class Move(NamedTuple):
     element: Tensor  # By which
     slots: list[Slot]  # Its slots that move
 
+    def act(self, slot: Slot, dtype: torch.dtype, dual: bool) -> _Act:
+        "What it does along one of its slots to an array of some type"
+        e = self.element.reshape(self.space.copies, 1, self.space.size, -1)
+        wider = torch.promote_types(e.dtype, dtype) != dtype
+        e = e.to(dtype) if e.is_floating_point() and wider else e
+        return partial(self.kind.dual if slot.dual != dual else self.kind.move, e)
+
+
+_Steps = list[tuple[Slot, Move]]  # of one array
+
+
+def _passes(steps: _Steps) -> list[_Steps]:
+    "The steps, those along one axis together unless they overlap"
+    passes: list[_Steps] = []
+    for slot, move in steps:
+        ends = slot.start, slot.start + slot.span(move.space)
+        same = [p for p in passes if p[0][0].axis == slot.axis]
+        apart = [
+            ends[1] <= other.start or other.start + other.span(m.space) <= ends[0]
+            for other, m in (same[-1] if same else ())
+        ]
+        if same and all(apart):
+            same[-1].append((slot, move))
+        else:
+            passes.append([(slot, move)])
+    return passes
+
 
 def transform(
     w: Named,  # Arrays by name; not modified
     moves: list[Move],  # To apply, in order
     dual: bool = False,  # True: every axis by g⁻ᵀ instead, as a covector moves
     power: int = 1,  # 2: every matrix entry squared, as a second moment moves
+    once: bool = False,  # True: each is rounded once, after all its moves
 ) -> Named:  # The arrays after the moves, in their own dtypes
     "Move every slot of every space: the one interpreter for all wirings"
-    w = dict(w)
-    for space, kind, e, slots in moves:
+    w, todo = dict(w), {}
+    for move in moves:
         if power != 1:
-            e = kind.power(e, power)
-        for slot in slots:
-            t = w[slot.param]
-            b = e.reshape(space.copies, 1, space.size, -1)
-            wider = torch.promote_types(b.dtype, t.dtype) != t.dtype
-            if b.is_floating_point() and wider:
-                b = b.to(t.dtype)
-            act = kind.dual if slot.dual != dual else kind.move
-            w[slot.param] = slot.apply(t, space, partial(act, b))
+            move = move._replace(element=move.kind.power(move.element, power))
+        for slot in move.slots:
+            todo.setdefault(slot.param, []).append((slot, move))
+    for name, steps in todo.items():
+        t = w[name]
+        if once and (t.itemsize < 4 or any(m.kind.widens for _, m in steps)):
+            t = wide(t)
+        for part in _passes(steps):
+            acts = [(s, m.space, m.act(s, t.dtype, dual)) for s, m in part]
+            t = _along(t, acts)
+        w[name] = t.to(w[name].dtype).contiguous()
     return w
 
 # %% ../nbs/02_networks.ipynb #015c3959
@@ -339,6 +558,16 @@ class Blocks:
     "Elements of a product of groups, one block for each moving space"
 
     spaces: tuple[tuple[Space, Kind], ...]  # What moves, and by what
+
+    def only(self, names: Iterable[str]) -> "Blocks":
+        "The same blocks, for those slots whose parameters have these names"
+        spaces = []
+        for s, kind in self.spaces:
+            slots = tuple(t for t in s.slots if t.param in names)
+            spaces.append(
+                (s if slots == s.slots else replace(s, slots=slots), kind)
+            )
+        return Blocks(tuple(spaces))
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
@@ -372,14 +601,15 @@ class Blocks:
 
     def move(self, w: Named, a: Named, first: Callable | None = None) -> Named:
         "`w` after `a`, rounded once; `first(wide, a)` may change the wide copy"
-        owned = {t.param for s, _ in self.spaces for t in s.slots}
-        new, a = {k: wide(t) if k in owned else t for k, t in w.items()}, dict(a)
+        new, a = w, dict(a)
         for s, kind in self.spaces:
-            if kind.near is not None:
+            if kind.near is not None and s.slots:
                 a[s.name] = kind.near(a[s.name], w[s.slots[0].param].dtype)
         if first:
+            owned = {t.param for s, _ in self.spaces for t in s.slots}
+            new = {k: wide(t) if k in owned else t for k, t in w.items()}
             first(new, a)
-        moved = transform(new, self.moves(a))
+        moved = transform(new, self.moves(a), once=True)
         return {k: t.to(w[k].dtype) for k, t in moved.items()}
 
 # %% ../nbs/02_networks.ipynb #2d0095e3
@@ -392,8 +622,10 @@ class NetworkOrbit(Orbit):
     report: dict[str, Rule]  # Space -> how it moves, and why
     law: "Linear"  # How the action depends on the parameters, or another law
     start: Named  # Parameters where the orbit began
-    batch: Tensor | None  # The batch there
+    batch: Any  # The batch there
     at: Named  # Element from there to here, by blocks
+    stats: Named  # The model's buffers there, those that move along
+    along: Blocks  # How they move
 
     @property
     def size(self) -> int:
@@ -420,7 +652,16 @@ class NetworkOrbit(Orbit):
         return self.blocks.move(self.start, self.at, self.law.first(self))
 
     @cached_property
-    def x(self) -> Tensor | None:
+    def buffers(self) -> Named:
+        "The model's buffers that move along, here; {} for most models"
+        if self.still or not self.stats:
+            return self.stats
+        start = {k: wide(t) for k, t in self.stats.items()}
+        moved = transform(start, self.along.moves(self.at))
+        return {k: t.to(self.stats[k].dtype) for k, t in moved.items()}
+
+    @cached_property
+    def x(self) -> Any:
         "The batch as seen from here"
         return self.carry_data(self.batch)
 
@@ -467,7 +708,7 @@ class NetworkOrbit(Orbit):
         "A covector at the start of the orbit, seen from here; 2: a second moment"
         return self.law.pull(self, self.at, {k: c[k] for k in self.start}, power)
 
-    def carry_data(self, x: Tensor | None) -> Tensor | None:
+    def carry_data(self, x: Any) -> Any:
         "Data as they were at the start of the orbit, seen from here (Z22 Alg. 3)"
         for s, kind in self.blocks.spaces:
             if s.data:
@@ -483,7 +724,8 @@ class NetworkOrbit(Orbit):
         if self.x is None or model is None:
             needs = "hidden needs a batch and a wiring with its model"
             raise ValueError(f"{needs}, got x = {self.x} and model = {model}")
-        seen = self.wiring.given(spaces, self.w, self.x)
+        here = {**self.w, **self.buffers}
+        seen = self.wiring.given(spaces, here, self.x)
         return {s.name: seen[s.reader] for s in spaces}
 
 # %% ../nbs/02_networks.ipynb #fdc174dc
@@ -514,16 +756,19 @@ class NetworkGroup:
     prefer: ClassVar[tuple[Kind, ...]] = ()  # Kinds, the first that fits is taken
     exact: ClassVar[bool] = True
 
+    class NothingToMove(ValueError):
+        "What `orbit` raises where no space moves"
+
     def on(self, wiring: Wiring) -> "NetworkGroup":
         "The same group, bound to `wiring`"
         return replace(self, wiring=wiring)
 
     @cached_property
-    def plans(self) -> dict[tuple[Any, ...], tuple[dict[str, Rule], Blocks]]:
+    def plans(self) -> dict[tuple[Any, ...], tuple[Any, ...]]:
         "What was decided about some shapes, so that it need not be decided again"
         return {}
 
-    def orbit(self, w: Named, x: Tensor | None = None) -> NetworkOrbit:
+    def orbit(self, w: Named, x: Any = None) -> NetworkOrbit:
         "The orbit of `w` for a batch, samples first; raises if nothing moves"
         name = type(self).__name__
         if self.wiring is None:
@@ -533,17 +778,28 @@ class NetworkGroup:
             moves = f"{name} moves a dict of parameters by name"
             raise TypeError(f"{moves}, got {type(w).__name__}")
         self.wiring.check(w)
-        seen = self._listen(w, x)
+        seen, stats = self._listen(w, x), self._stats(w)
         key = tuple((k, t.shape) for d in (w, seen) for k, t in d.items())
         if key not in self.plans:
-            self.plans[key] = self._decide(seen)
-        report, blocks = self.plans[key]
+            report, every = self._decide(seen)
+            self.plans[key] = report, every.only(w), every.only(stats)
+        report, blocks, along = self.plans[key]
         taps = [kind.tap for _, kind in blocks.spaces if kind.tap]
         law = taps[0].law(blocks, seen) if taps else Linear()
         at = blocks.zero(next(iter(w.values())).device)
-        return NetworkOrbit(self.wiring, blocks, dict(report), law, w, x, at)
+        where = dict(start=w, batch=x, at=at, stats=stats, along=along)
+        return NetworkOrbit(self.wiring, blocks, dict(report), law, **where)
 
-    def _listen(self, w: Named, x: Tensor | None) -> Named:
+    def _stats(self, w: Named) -> Named:
+        "The buffers that the table names, as they are in its model"
+        slots = [t.param for s in self.wiring.spaces for t in s.slots]
+        names = {k for k in slots if k not in w}
+        if not names or self.wiring.model is None:
+            return {}
+        buffers = self.wiring.model.named_buffers()
+        return {k: b.clone() for k, b in buffers if k in names}
+
+    def _listen(self, w: Named, x: Any) -> Named:
         "What the layers around taps are given on the batch, if that matters"
         model, name = self.wiring.model, type(self).__name__
         taps = any(kind.tap for kind in self.prefer)
@@ -552,7 +808,7 @@ class NetworkGroup:
             return {}
         if x is None or model is None:
             needs = "it needs the batch x and a wiring with its model"
-            got = f"x = {x if x is None else tuple(x.shape)} and model = {model}"
+            got = f"x = {x if x is None else type(x).__name__}, model = {model}"
             raise ValueError(f"{name} reads activations: {needs}, got {got}")
         return self.wiring.given(tapped, w, x)
 
@@ -564,7 +820,7 @@ class NetworkGroup:
                 moving.append((space, kind))
         through = any(kind.tap for kind in self.prefer) and not seen
         if not moving or (through and gl not in [kind for _, kind in moving]):
-            raise ValueError(self._nothing_to_move(report))
+            raise self.NothingToMove(self._nothing_to_move(report))
         return report, Blocks(tuple(moving))
 
     @classmethod
@@ -590,8 +846,12 @@ class NetworkGroup:
 
     def _nothing_to_move(self, report: dict[str, Rule]) -> str:
         name = type(self).__name__
-        reasons = "; ".join(f"{k}: {r.why}" for k, r in report.items())
-        why = reasons or "the wiring has no spaces"
+        why = [f"{k}: {r.why}" for k, r in report.items()]
+        for (param, axis), ops in self.wiring.stays.items():
+            held = (ops.get(kind.name, "") for kind in self.prefer)
+            why.append(f"{param}, axis {axis}: {next(filter(None, held), '')}")
+        more = f"; and {len(why) - 8} more" if len(why) > 8 else ""
+        why = "; ".join(why[:8]) + more or "the wiring has no spaces"
         others = [g for g in _subclasses(NetworkGroup) if g is not type(self)]
         works = [g.__name__ for g in others if g.exact and g.moves(self.wiring)]
         hint = f"These would move something: {', '.join(works)}."

@@ -108,7 +108,7 @@ def still(f: Facts, x: Value, dims: Iterable[int]) -> Value:
     "The value without the labels along `dims`, which do not move"
     along, others = _parted(x, dims)
     f.stop(along)
-    return x._replace(labels=others)
+    return Value(x.shape, others, x.name)
 
 # %% ../nbs/05_rules.ipynb #327f5989
 _RIGID = LINEAR - ELEMENTWISE
@@ -445,19 +445,26 @@ def _created(f, x, *_):
     return None
 
 # %% ../nbs/05_rules.ipynb #c7a608a3
-@rule("view _unsafe_view as_strided")
-def _view(f, x, shape, stride=None, *_):
-    if stride and tuple(shape) != x.shape:
-        raise LookupError("other entries")
+@rule("view _unsafe_view")
+def _view(f, x, shape):
     size = math.prod(n for n in shape if n >= 0)
     return reshaped(
         x, [math.prod(x.shape) // size if n < 0 else n for n in shape]
     )
 
 
+@rule("as_strided")
+def _as_strided(f, x, shape, stride, offset=None):
+    steps = zip(x.shape, x.stride, stride)
+    same = tuple(shape) == x.shape and all(a == b for n, a, b in steps if n > 1)
+    if not same or offset:
+        raise LookupError("other entries, or in another order")
+    return x
+
+
 @rule("""permute transpose t expand squeeze unsqueeze select slice split
 split_with_sizes unsafe_split unsafe_split_with_sizes unbind stack roll flip
-repeat diagonal tril triu pixel_shuffle pixel_unshuffle channel_shuffle
+repeat tril triu pixel_shuffle pixel_unshuffle channel_shuffle
 native_channel_shuffle select_scatter slice_scatter""")
 def moved(f: Facts, *_: Any, dims: Iterable[int] | None = None) -> list[Value]:
     "The op, run on the labels of what it is given, written out along `dims`"

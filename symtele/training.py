@@ -11,19 +11,34 @@ import inspect
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn, optim
-from torch.utils._pytree import tree_map_only
+from torch import Generator, Tensor, distributed, nn, optim
+from torch.utils._pytree import tree_map, tree_map_only, tree_structure
 
 from .groups import Loss, Named, Orbit, need
 from .networks import GL, NetworkGroup
-from .objectives import Measured, grad_norm, loss_of, measure, unwrap
+from symtele.objectives import (
+    Measured,
+    check_loss,
+    fixed,
+    grad_norm,
+    loss_of,
+    measure,
+    unwrap,
+)
 from .searches import Ascent, Search
-from .teleporting import Teleported, check_group, check_input, travel
+from symtele.teleporting import (
+    DRIFT,
+    STILL,
+    Teleported,
+    check_group,
+    check_input,
+    travel,
+)
 from .wiring import wire
 
 # %% ../nbs/09_training.ipynb #1674be79
@@ -238,6 +253,91 @@ class Firing:
             self.left = self.batches
         self.left -= 1
 
+# %% ../nbs/09_training.ipynb #51d0c002
+class _Mean(torch.autograd.Function):
+    "What each rank has -> the mean over all ranks"
+
+    @staticmethod
+    def forward(ranks: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        means = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
+        for t in means:
+            distributed.all_reduce(t, group=ranks)
+        return tuple(t / distributed.get_world_size(ranks) for t in means)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.ranks = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *c: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_Copy.apply(ctx.ranks, *c)
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, *args: Any) -> tuple[Any, Any]:
+        return _Mean.apply(*args), dims[1:]
+
+
+class _Copy(_Mean):
+    "What all ranks share -> a copy for each, whose gradients are averaged"
+
+    @staticmethod
+    def forward(ranks: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *c: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_Mean.apply(ctx.ranks, *c)
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, *args: Any) -> tuple[Any, Any]:
+        return _Copy.apply(*args), dims[1:]
+
+
+def _averaged(loss: Loss, ranks: Any) -> Loss:
+    "The mean of a loss over all ranks, as a function of what they share"
+
+    def mean(w: Named, *batch: Any) -> Tensor:
+        copies = _Copy.apply(ranks, *w.values()) if w else ()
+        return _Mean.apply(ranks, loss(dict(zip(w, copies)), *batch))[0]
+
+    return mean
+
+
+def _ranks(model: Any) -> Any:
+    "The process group of a data-parallel model, None for any other"
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    parallel = nn.parallel.DistributedDataParallel
+    return next(
+        (m.process_group for m in modules if isinstance(m, parallel)), None
+    )
+
+
+def _first_draws(rng: Generator, ranks: Any, like: Tensor) -> Generator:
+    "A copy of a generator, that of the first rank"
+    state = rng.get_state().to(like.device)
+    distributed.broadcast(state, group=ranks, group_src=0)
+    return Generator().set_state(state.cpu())
+
+
+def _check_alike(tensors: Named, ranks: Any) -> None:
+    "Raise where ranks differ in a bit"
+    ints = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = [
+        t.detach().contiguous().flatten().view(ints[t.element_size()])
+        for t in tensors.values()
+    ]
+    sums = torch.stack(
+        [b[::n].sum(dtype=torch.int64) for b in bits for n in (1, 3)]
+    )
+    low, high = sums.clone(), sums.clone()
+    distributed.all_reduce(low, distributed.ReduceOp.MIN, group=ranks)
+    distributed.all_reduce(high, distributed.ReduceOp.MAX, group=ranks)
+    differ = (low != high).view(-1, 2).any(1).tolist()
+    if any(differ):
+        names = [k for k, d in zip(tensors, differ) if d]
+        alike = "the ranks' parameters are not the same after the move"
+        raise RuntimeError(f"{alike}, which is taken back: {names}")
+
 # %% ../nbs/09_training.ipynb #4bd4e6d8
 def _check_optimizer(tele: "Teleporter") -> None:
     "Raise where the state policy cannot work with the optimizer"
@@ -269,6 +369,24 @@ def _check_optimizer(tele: "Teleporter") -> None:
         raise ValueError(f"state=reset cannot make {new} {instead}") from e
 
 
+def _check_ranks(tele: "Teleporter") -> None:
+    "Raise where one process alone could not make the move that all make"
+    group, sharded = tele.group, {"FullyShardedDataParallel", "FSDPModule"}
+    names = {c.__name__ for m in tele.model.modules() for c in type(m).__mro__}
+    pieces = any(type(p).__name__ == "DTensor" for p in tele.model.parameters())
+    if pieces or names & sharded:
+        found = ", ".join(sorted(names & sharded)) or "DTensor parameters"
+        whole = "a move needs whole parameters: teleport before sharding them"
+        raise TypeError(f"model is sharded (FSDP: {found}), but {whole}")
+    if tele.ranks is None or not isinstance(group, NetworkGroup):
+        return
+    if any(kind.tap for kind in group.prefer):
+        looks = f"{type(group).__name__} looks at the batch, and under"
+        own = "DistributedDataParallel every rank has a batch of its own, so that"
+        use = "ranks would part ways; use GL(), Scaling() or Permutation()"
+        raise ValueError(f"{looks} {own} {use}")
+
+
 def _check_parts(tele: "Teleporter") -> None:
     "Raise where the parts of a new `Teleporter` do not fit together"
     probe, inputs = tele.probe, tele.inputs
@@ -285,6 +403,7 @@ def _check_parts(tele: "Teleporter") -> None:
     if probe is not None and not pair:
         raise TypeError(f"probe must be a batch (x, y), got {probe!r}")
     check_group(tele.group, tele.tol, "GL()", "Teleporter")
+    _check_ranks(tele)
     _check_optimizer(tele)
     linear = isinstance(inputs, nn.Linear) and inputs.bias is None
     square = linear and inputs.in_features == inputs.out_features
@@ -292,40 +411,107 @@ def _check_parts(tele: "Teleporter") -> None:
     need(fits, "inputs must be a square nn.Linear without bias", inputs)
 
 # %% ../nbs/09_training.ipynb #238ec25d
-def _mapped(tele: "Teleporter", x: Tensor) -> Tensor:
+def _mapped(tele: "Teleporter", x: Any) -> Any:
     "A batch as the model sees it"
-    return x if tele.inputs is None else tele.inputs(x).detach()
+    if tele.inputs is None:
+        return x
+    if not isinstance(x, Tensor):
+        raise TypeError(f"inputs maps one Tensor x, got {type(x).__name__}")
+    return tele.inputs(x).detach()
+
+
+def _shapes(x: Any) -> Any:
+    "A batch with shapes in place of its tensors"
+    return tree_map(lambda t: tuple(t.shape) if isinstance(t, Tensor) else t, x)
 
 
 @contextmanager
 def _seen(
-    tele: "Teleporter", x: Tensor, y: Any
-) -> Iterator[tuple[Loss, Named, Tensor]]:
+    tele: "Teleporter", x: Any, y: Any
+) -> Iterator[tuple[Loss, Named, Any]]:
     "Loss, parameters and batch of a model, where nothing is rounded or recorded"
     params = {k: p for k, p in tele.model.named_parameters() if p.requires_grad}
     if not params:
         why = f"{type(tele.model).__name__} is frozen or empty"
-        raise ValueError(f"model has no trainable parameters: {why}")
-    if not isinstance(x, Tensor):
-        kind = type(x).__name__
-        raise TypeError(f"x must be a Tensor, samples first, got {kind}")
+        none = f"model has no trainable parameters: {why}"
+        raise NetworkGroup.NothingToMove(none)
+    if x is None:
+        must = "x must be a Tensor, or a tuple or a dict of arguments"
+        raise TypeError(f"{must}, got None")
     check_input(params, x)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        loss, w = loss_of(tele.model, tele.loss_fn, y)
+    device = next(iter(params.values())).device.type
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        loss = loss_of(tele.model, tele.loss_fn, y)[0]
+        # not copied: nothing writes to them before the move is made
+        w = {k: p.detach() for k, p in params.items()}
+        if tele.ranks is not None:
+            loss = _averaged(loss, tele.ranks)
         yield loss, w, _mapped(tele, x)
 
+# %% ../nbs/09_training.ipynb #51d0c004
+def _structure(model: nn.Module) -> tuple[Any, ...]:
+    "What a reading depends on: modules, their hooks, which parameters train"
+    modules = [
+        (name, id(m), type(m), *m._forward_hooks, *m._forward_pre_hooks)
+        for name, m in model.named_modules()
+    ]
+    runs = [
+        id(getattr(m.forward, "__func__", m.forward)) for m in model.modules()
+    ]
+    params = [(k, id(p), p.requires_grad) for k, p in model.named_parameters()]
+    return modules, runs, params
 
-def _bound(tele: "Teleporter", names: set[str], x: Tensor) -> Any:
-    "The group for a set of trainable parameters: freezing layers changes it"
+
+def _for_model(group: Any, model: nn.Module) -> Any:
+    "A group whose table was made for a model like this one, for this one"
+    wiring = group.wiring if isinstance(group, NetworkGroup) else None
+    if wiring is None or wiring.model is model:
+        return group
+    return group.on(replace(wiring, model=model))
+
+
+def _bound(tele: "Teleporter", loss: Loss, w: Named, x: Any) -> Any:
+    "The group for the model as it is: read at first, and where it has changed"
+    if not tele.ready:  # a loss that will not do is told before the model is read
+        try:
+            check_loss(loss(w, x))
+        except Exception as e:
+            e.add_note(f"The loss was called with x of shape {_shapes(x)}")
+            raise
     group, inputs = tele.group, tele.inputs is not None
     if not isinstance(group, NetworkGroup) or group.wiring is not None:
         return group
-    if tele.bound[0] != names:
+    now = _structure(tele.model)
+    if tele.bound is None or tele.bound[0] != now:
+        _check_ranks(tele)
         wiring = wire(tele.model, x, inputs=inputs, pin=tele.pin)
-        tele.bound = names, group.on(wiring)
-    return tele.bound[1]
+        tele.bound = now, tree_structure(x), group.on(wiring)
+    return tele.bound[2]
 
 
+def _nothing(tele: "Teleporter", x: Any, why: str) -> Teleported:
+    "The record of a firing that found nothing to move"
+    named = tele.model.named_parameters()
+    unknown, none = torch.full((2,), torch.nan), torch.tensor(0)
+    return Teleported(
+        w={k: p.detach().clone() for k, p in named if p.requires_grad},
+        buffers={},
+        x=x,
+        loss=unknown,
+        objective=unknown,
+        drift=torch.tensor(0.0),
+        accepted=torch.tensor(False),
+        code=torch.tensor(STILL),
+        steps=none,
+        evals=none,
+        element=None,
+        report={},
+        slope="closed",
+        why=why,
+        seconds=0.0,
+    )
+
+# %% ../nbs/09_training.ipynb #51d0c006
 def _probed(
     tele: "Teleporter", w: Named, out: Teleported, end: Orbit
 ) -> dict[str, float]:
@@ -335,35 +521,104 @@ def _probed(
     x, y = tele.probe
     x, (loss, _) = _mapped(tele, x), loss_of(tele.model, tele.loss_fn, y)
     moves = out.accepted and tele.inputs is not None
-    after = loss(out.w, end.carry_data(x) if moves else x)
+    after = fixed(loss, end.carry_data(x) if moves else x, out.buffers)(out.w)
     before = loss(w, x).sum().item()
     return dict(probe_before=before, probe_after=after.sum().item())
 
 
-def _write(tele: "Teleporter", out: Teleported, end: Orbit) -> None:
-    "Change parameters, the map of the data and the optimizer's state, or nothing"
-    params = {k: p for k, p in tele.model.named_parameters() if k in out.w}
-    news = [(p, out.w[k]) for k, p in params.items()]
-    if tele.inputs is not None:
-        matrix = tele.inputs.weight
-        news.append((matrix, end.carry_data(matrix.T).T))
-    old = [p.detach().clone() for p, _ in news]
+@contextmanager
+def _all_or_nothing(tele: "Teleporter", tensors: list[Tensor]) -> Iterator[None]:
+    "Takes back what was done to tensors and to the optimizer, if anything fails"
+    old = [t.detach().clone() for t in tensors]
     states = {} if tele.state is keep else dict(tele.optimizer.state)
     copies = {p: tree_map_only(Tensor, torch.clone, s) for p, s in states.items()}
     try:
-        tele.state(tele.optimizer, out, _Pull(end, params))
-        for p, new in news:
-            p.copy_(new)
+        yield
     except BaseException:
-        for (p, _), was in zip(news, old):
-            if not torch.equal(p, was):
-                p.copy_(was)
+        for t, was in zip(tensors, old):
+            if not torch.equal(t, was):
+                t.copy_(was)
         if tele.state is not keep:
             tele.optimizer.state.clear()
             tele.optimizer.state.update(copies)
         raise
-    # an enclosing autocast may hold low-precision copies of the old weights
+    finally:
+        # an enclosing autocast may hold low-precision copies of other weights
+        torch.clear_autocast_cache()
+
+
+class _NotHeld(Exception):
+    "The model as written has not the loss that was measured"
+
+
+def _check_written(
+    tele: "Teleporter",
+    out: Teleported,
+    params: dict[str, nn.Parameter],
+    loss: Loss,
+) -> None:
+    "Raise unless the model as it is written has the loss that was measured"
+    now = dict(tele.model.named_parameters())
+    if strange := [k for k, p in params.items() if now.get(k) is not p]:
+        other = f"forward has put other parameters in place of {strange}"
+        raise RuntimeError(f"{other}, so the move is taken back")
+    if tele.ranks is not None:
+        _check_alike(params, tele.ranks)
     torch.clear_autocast_cache()
+    value, types = loss({}, out.x), {p.dtype for p in params.values()}
+    eps = max(torch.finfo(t).eps for t in (value.dtype, *types))
+    if not torch.isclose(value, out.loss[1], rtol=eps ** (2 / 3), atol=0).all():
+        raise _NotHeld(value)
+
+
+def _shared(params: dict[str, nn.Parameter]) -> str:
+    "Which parameters share memory, for people"
+    at: dict[int, list[str]] = {}
+    for k, p in params.items():
+        at.setdefault(p.untyped_storage().data_ptr(), []).append(k)
+    shared = [" and ".join(names) for names in at.values() if len(names) > 1]
+    what = f"parameters share memory: {', '.join(shared)}"
+    return what if shared else "the parameters written are not all that it sees"
+
+
+def _write(
+    tele: "Teleporter",
+    out: Teleported,
+    end: Orbit,
+    given: tuple[Loss, Named, Any],
+) -> Teleported:
+    "Change model, map of the data and optimizer, or nothing and say so"
+    own = {
+        **dict(tele.model.named_buffers()),
+        **dict(tele.model.named_parameters()),
+    }
+    params, (loss, w, x) = {k: own[k] for k in out.w}, given
+    news = [(own[k], new) for k, new in {**out.w, **out.buffers}.items()]
+    if tele.inputs is not None:
+        matrix = tele.inputs.weight
+        news.append((matrix, end.carry_data(matrix.T).T))
+    out = replace(out, evals=out.evals + 1)
+    old = {k: own[k].clone() for k in out.buffers}
+    try:
+        with _all_or_nothing(tele, [p for p, _ in news]):
+            tele.state(tele.optimizer, out, _Pull(end, params))
+            for p, new in news:
+                p.copy_(new)
+            _check_written(tele, out, params, loss)
+    except _NotHeld as e:
+        before, after = out.loss[0], e.args[0]
+        return replace(
+            out,
+            w={k: t.clone() for k, t in w.items()},
+            buffers=old,
+            x=x,
+            loss=torch.stack((before, after)),
+            drift=((after - before).abs() / before.abs()).max(),
+            accepted=torch.tensor(False),
+            code=torch.tensor(DRIFT),
+            why=_shared(dict(tele.model.named_parameters())),
+        )
+    return out
 
 
 def _history_row(k: int, out: Teleported) -> dict[str, Any]:
@@ -399,14 +654,16 @@ class Teleporter:
         tol: float | None = None,  # As in `teleport`
         seed: int = 0,  # For searches that draw
     ):
-        self.model, self.loss_fn, self.group = unwrap(model), loss_fn, group
+        self.model, self.loss_fn = unwrap(model), loss_fn
+        self.group = _for_model(group, self.model)
+        self.ranks = _ranks(model)  # the processes that train it together
         self.firing = Firing(schedule, batches)
         self.objective, self.search, self.tol = objective, search, tol
         self.optimizer, self.state, self.probe = optimizer, state, probe
         self.inputs, self.pin = inputs, tuple(pin)
         self.rng, self.k, self.history = Generator().manual_seed(seed), 0, []
         self.search_state = None  # of a search that remembers
-        self.bound = set(), None  # parameters by name, and the group for them
+        self.bound, self.ready = None, False  # what was read, and if anything was
         _check_parts(self)
 
     def due(self, k: int, measured: Measured | None = None) -> bool:
@@ -415,7 +672,7 @@ class Teleporter:
 
     def step(
         self,
-        x: Tensor,  # One batch, samples first, before `inputs`
+        x: Any,  # One batch as the model is called with it, before `inputs`
         y: Any,  # Its targets
         k: int | None = None,  # Steps taken, or epochs; None: calls so far
     ) -> Teleported | None:  # What the teleport did, None where none was due
@@ -429,6 +686,10 @@ class Teleporter:
         if begins or self.firing.left:
             out = self._fire(x, y, now)
             self.firing.note(now, begins)
+        elif not self.ready:
+            with _seen(self, x, y) as (loss, w, batch):
+                _bound(self, loss, w, batch).orbit(w, batch)
+            self.ready = True
         if k is None:
             self.k += 1
         return out
@@ -453,18 +714,35 @@ class Teleporter:
         self.k, self.rng, self.history = k, rng, history
         self.search_state = state.get("search")
 
-    def _fire(self, x: Tensor, y: Any, k: int) -> Teleported:
+    def _fire(self, x: Any, y: Any, k: int) -> Teleported:
         "One teleport, written in place if it is accepted"
-        rng = self.rng.clone_state()
+        try:
+            out = self._move(x, y, k)
+        except NetworkGroup.NothingToMove as e:
+            if not self.ready:
+                raise
+            out = _nothing(self, x, str(e))
+            self.history.append(_history_row(k, out))
+        self.ready = True
+        return out
+
+    def _move(self, x: Any, y: Any, k: int) -> Teleported:
+        rng, ranks = self.rng.clone_state(), self.ranks
         with _seen(self, x, y) as (loss, w, x):
-            group = _bound(self, set(w), x)
+            group = _bound(self, loss, w, x)
+            if ranks is not None:
+                rng = _first_draws(rng, ranks, next(iter(w.values())))
             how = (self.objective, self.search, self.tol, rng, self.search_state)
             out, end, state = travel(loss, w, group, x, *how)
-            row = _history_row(k, out) | _probed(self, w, out, end)
+            probed = _probed(self, w, out, end)
             if out.accepted:
-                _write(self, out, end)
+                out = _write(self, out, end, (loss, w, x))
+                probed = probed if out.accepted else _probed(self, w, out, end)
+        other = self.bound is not None and self.bound[1] != tree_structure(x)
+        if out.code == DRIFT and other:
+            self.bound = None  # called another way than when it was read
         self.rng, self.search_state = rng, state
-        self.history.append(row)
+        self.history.append(_history_row(k, out) | probed)
         return out
 
 

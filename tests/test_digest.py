@@ -104,6 +104,12 @@ def network(shape, act, dtype, seed):
 # Entries
 
 
+def failure(error):
+    "What was raised, by the name of Python's own kind of error"
+    kinds = [c for c in type(error).__mro__ if c.__module__ == "builtins"]
+    return f"{kinds[0].__name__}: {error}"
+
+
 def entry(numbers, bits, facts):
     "Numbers to 17 digits, the bits they come from, and what is no number"
     return dict(
@@ -308,7 +314,7 @@ def error_of(call):
     try:
         call()
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return failure(error)
     return "no error"
 
 
@@ -344,7 +350,7 @@ def entry_or_error(make):
     try:
         return make()
     except (ValueError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
+        return failure(error)
 
 
 def environment():

@@ -18,6 +18,8 @@ from symtele import (
     GL,
     Ascent,
     BatchGL,
+    Permutation,
+    Random,
     Rotation,
     Teleporter,
     at,
@@ -31,6 +33,7 @@ from symtele import (
     teleport,
     wire,
 )
+from symtele.networks import Slot, Space, Wiring, perm, scale
 
 
 def network():
@@ -200,3 +203,275 @@ def test_a_firing_is_asked_about_without_firing():
     assert seen == [True, True, False] and tele.history == []
     assert tele.step(x, y, k=0) is not None and tele.due(0)
     assert tele.step(x, y, k=0) is not None and not tele.due(0)
+
+
+def chain(*names, kinds=(scale, perm)):
+    "The table of a network of two layers, 16 units between them"
+    first_layer, second = names
+    slots = [
+        Slot(f"{first_layer}.weight", 0),
+        Slot(f"{first_layer}.bias", 0),
+        Slot(f"{second}.weight", 1, dual=True),
+    ]
+    return Space(first_layer, 16, slots, kinds)
+
+
+def outputs_held(model, call, before):
+    "Whether a model says of other inputs what it said before"
+    with torch.no_grad():
+        return torch.allclose(call(model), before, rtol=1e-5, atol=1e-5)
+
+
+class TwoNames(nn.Module):
+    "One layer is there under two names, and the second is called"
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.c = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.b = self.a
+
+    def forward(self, x):
+        return self.c(F.relu(self.b(x)))
+
+
+def test_a_layer_with_two_names_keeps_its_parameters():
+    "It held other objects after the move, and the optimizer trained nothing"
+    _, x, y = network()
+    model = TwoNames()
+    params, fresh = dict(model.named_parameters()), torch.randn(9, 8)
+    before = model(fresh).detach()
+    group = GL(Wiring([chain("a", "c")], model))
+    out = Teleporter(model, F.cross_entropy, group, schedule=at(0)).step(x, y)
+    assert out.accepted and model.b is model.a
+    now = dict(model.named_parameters())
+    assert all(now[k] is p for k, p in params.items())
+    assert outputs_held(model, lambda m: m(fresh), before)
+
+
+def test_two_parameters_of_one_memory_are_not_moved_apart():
+    "Accepted with drift 0.0, while outputs moved by 28 %"
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(16, 16),
+        nn.ReLU(),
+        nn.Linear(16, 16),
+        nn.ReLU(),
+        nn.Linear(16, 3),
+    )
+    model[2].weight.data = model[0].weight.data
+    x, y = torch.randn(12, 16), torch.randint(3, (12,))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    wiring = Wiring([chain("0", "2"), chain("2", "4")], model)  # as if apart
+    tele = Teleporter(model, F.cross_entropy, GL(wiring), schedule=first(2))
+    out = tele.step(x, y)
+    assert not out.accepted and out.drift > 1e-4
+    assert "0.weight and 2.weight" in tele.history[0]["reason"]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    model[2].weight.data = before["2.weight"].clone()  # control: apart
+    assert tele.step(x, y).accepted
+
+
+def test_running_statistics_move_with_their_channels():
+    "Buffers stayed behind, so that no permutation could pass a BatchNorm"
+    torch.manual_seed(0)
+    conv = (nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3))
+    model = nn.Sequential(*conv, nn.Flatten(), nn.Linear(48, 2)).double()
+    images = torch.randn(40, 2, 8, 8, dtype=torch.float64)
+    for batch in 3 * images.split(8):  # settles the statistics
+        model(3 * batch + 1)
+    nn.init.normal_(model[1].weight)
+    model.eval()
+    names = "weight", "bias", "running_mean", "running_var"
+    slots = [Slot("0.weight", 0), Slot("0.bias", 0)]
+    slots += [Slot("3.weight", 1, dual=True), *(Slot(f"1.{k}", 0) for k in names)]
+    x, y = images[:6], torch.randint(2, (6,))
+    search, before = Random(1.0), model(images).detach()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def step(slots):
+        wiring = Wiring([Space("0", 4, slots, {perm})], model)
+        options = dict(schedule=at(0), search=search, seed=3)
+        return Teleporter(
+            model, F.cross_entropy, Permutation(wiring), **options
+        ).step(x, y)
+
+    out = step([t for t in slots if "running" not in t.param])  # control
+    assert not out.accepted and out.drift > 1e-4 and out.buffers == {}
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    model.train()  # the loss uses the batch's statistics, and would write them
+    assert step(slots).accepted
+    model.eval()
+    torch.testing.assert_close(model(images), before, rtol=1e-12, atol=1e-12)
+    was = state["1.running_var"].sort().values
+    assert torch.equal(model[1].running_var.sort().values, was)
+    model.load_state_dict(state)
+    out = step(slots)
+    assert out.accepted and set(out.buffers) == {
+        "1.running_mean",
+        "1.running_var",
+    }
+    assert not torch.equal(model[1].running_mean, state["1.running_mean"])
+    torch.testing.assert_close(model(images), before, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("group", (GL(), Permutation()))
+def test_what_cannot_move_is_said_at_the_first_call(group):
+    "It was found out at the first firing, hours later"
+    model = nn.Sequential(nn.Linear(8, 3))
+    _, x, y = network()
+    tele = Teleporter(model, F.cross_entropy, group, schedule=at(50))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="nothing to move"):
+            tele.step(x, y)
+    assert tele.k == 0 and tele.history == []
+
+
+def test_what_cannot_move_later_is_a_refused_row():
+    "Freezing a layer killed the run"
+    model, x, y = network()
+    tele = Teleporter(model, F.cross_entropy, schedule=first(4))
+    assert tele.step(x, y).accepted
+    for p in model.parameters():
+        p.requires_grad_(p is model[4].bias)
+    out = tele.step(x, y)
+    assert not out.accepted and "nothing to move" in out.reason
+    model.requires_grad_(False)
+    assert "no trainable parameters" in tele.step(x, y).reason
+    model.requires_grad_(True)
+    assert tele.step(x, y).accepted
+    assert [row["accepted"] for row in tele.history] == [True, False, False, True]
+    assert pickle.loads(pickle.dumps(tele.history)) is not None
+
+
+def test_a_changed_model_is_read_again():
+    "Every later move was refused as drift"
+    model, x, y = network()
+    tele = Teleporter(model, F.cross_entropy, schedule=first(9))
+    assert "scale" in tele.step(x, y).report["0"].kind
+    hook = model[1].register_forward_hook(lambda m, args, out: out.clamp(max=4.0))
+    assert tele.step(x, y).report["0"].kind == "fixed"
+    hook.remove()
+    assert tele.step(x, y).report["0"].kind == "scale"
+    model[1] = nn.GELU()
+    out = tele.step(x, y)
+    assert out.accepted and out.report["0"].kind == "fixed"
+    read = tele.bound
+    assert tele.step(x[:5], y[:5]).accepted  # another batch is no other model
+    assert tele.bound is read
+
+
+def test_a_loss_of_every_sample_is_seen_before_the_model_is_read():
+    "At the first call, due or not"
+    model, x, y = network()
+    x, y = x.repeat(9, 1), y.repeat(9)
+    loss_fn = nn.CrossEntropyLoss(reduction="none")
+    tele = Teleporter(model, loss_fn, schedule=at(50))
+    with pytest.raises(ValueError, match="108 values.*reduction='mean'"):
+        tele.step(x, y)
+    assert tele.bound is None
+
+
+class Tokens(nn.Module):
+    "Integer tokens beside floats, a mask with a default, two results by name"
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.a = nn.Embedding(7, 8), nn.Linear(8, 16)
+        self.c = nn.Linear(16, 3)
+
+    def forward(self, z, ids, mask=None, shift=0.0):
+        h = self.words(ids).mean(1) + z
+        h = F.relu(self.a(h + shift))
+        h = h if mask is None else h * mask.exp()
+        return {"logits": self.c(h), "given": [z, None]}
+
+
+def logits_loss(out, y):
+    "A loss that knows what it wants of the results"
+    return F.cross_entropy(out["logits"], y)
+
+
+@pytest.mark.parametrize("how", ("tuple", "dict"))
+def test_a_model_is_called_as_it_wants_to_be(how):
+    "More than one input was turned away"
+    torch.manual_seed(0)
+    model, _, y = Tokens(), *network()[1:]
+    z, ids = torch.randn(12, 8), torch.randint(7, (12, 4))
+    mask = torch.zeros(16).index_fill(0, torch.tensor([3]), -torch.inf)
+    x = (z, ids, mask) if how == "tuple" else dict(ids=ids, z=z, mask=mask)
+    before = model(-z, ids)["logits"].detach()
+    options = dict(schedule=first(2), probe=(x, y))
+    out = Teleporter(model, logits_loss, **options).step(x, y)
+    assert out.accepted and out.objective[1] > 1.2 * out.objective[0]
+    assert type(out.x) is type(x)
+    assert outputs_held(model, lambda m: m(-z, ids)["logits"], before)
+    for error, says, other in (
+        (ValueError, "x.*z.* holds 96 values", dict(z=z * torch.nan, ids=ids)),
+        (TypeError, "x must be a Tensor", dict(shift=1.0)),
+        (ValueError, "at least one sample", (z[:0], ids[:0])),
+    ):
+        with pytest.raises(error, match=says):
+            Teleporter(model, logits_loss, **options).step(other, y)
+
+
+class Writes(nn.Module):
+    "Writes into its input, counts its calls and keeps what it computed"
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.c, self.calls = nn.Linear(8, 16), nn.Linear(16, 3), 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.feat = self.a(x.sub_(1.0))
+        return self.c(F.relu(self.feat))
+
+
+def test_a_forward_pass_leaves_no_trace():
+    "The batch was shifted at each of its calls"
+    model, (_, x, y) = Writes(), network()
+    given = x.clone()
+    group = GL(Wiring([chain("a", "c")], model))
+    tele = Teleporter(model, F.cross_entropy, group, schedule=first(2))
+    for _ in range(2):
+        assert tele.step(x, y).accepted
+    assert torch.equal(x, given)
+    assert model.calls == 0 and not hasattr(model, "feat")
+
+
+class Mixed(nn.Module):
+    "Half of it in another type: autocast inside, or parameters in bfloat16"
+
+    def __init__(self, autocast):
+        super().__init__()
+        self.a, self.c, self.autocast = (
+            nn.Linear(8, 16),
+            nn.Linear(16, 3),
+            autocast,
+        )
+        if not autocast:
+            self.c.bfloat16()
+
+    def forward(self, x):
+        if not self.autocast:
+            return self.c(F.relu(self.a(x)).bfloat16()).float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.c(F.relu(self.a(x))).float()
+
+
+@pytest.mark.parametrize("autocast", (True, False))
+@pytest.mark.parametrize("seed", range(5))
+def test_autocast_inside_forward(seed, autocast):
+    "Four of five seeds were refused, without a word of autocast"
+    torch.manual_seed(seed)
+    model, x, y = Mixed(autocast), torch.randn(64, 8), torch.randint(3, (64,))
+    group = GL(Wiring([chain("a", "c")], model))
+    options = dict(schedule=first(2), search=Random(1.0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x)  # leaves copies of the old weights behind
+        out = Teleporter(model, F.cross_entropy, group, **options).step(x, y)
+    assert out.accepted and out.reason == ""
+    strict = Teleporter(model, F.cross_entropy, group, tol=1e-9, **options)
+    out = strict.step(x, y)  # control: where types are as they look, no excuse
+    assert bool(out.accepted) != autocast
+    assert autocast == ("computed in torch.bfloat16" in out.reason)
