@@ -21,8 +21,9 @@ WIDTH = 82  # columns, what a page shows
 LONGEST_FUNCTION, LONGEST_CLASS = 50, 120  # lines, docstring included
 # lines of the modules of these notebooks together, 2989 without those between
 # their cells; it was 3528 (3352), and should come to 3000
-LONGEST_CORE = 3125
-CORE = (1, 2, 3, 5, 6, 7, 8, 9, 10, 11)  # and 04 beside it, which reads models
+LONGEST_CORE, LONGEST_READING = 3125, 1000
+READING = (4, 5)  # how a model is read, and the rules
+CORE = (1, 2, 3, 6, 7, 8, 9, 10, 11)  # the modules beside them
 READERS = {"wiring", "rules"}  # modules of the core that know layers by name
 MOST_NAMES = 20  # public names of a module
 MOST_BARE = 0.05  # share of annotations that do not say what a container holds
@@ -204,11 +205,13 @@ def exported_cells(pages: list[Page]) -> Iterator[Cell]:
 
 def long_core(pages: list[Page]) -> Iterator[str]:
     "The modules of the core, longest first, where together they are too long"
-    core = [page for page in pages if page.number in CORE]
-    lines = Counter({page.path: module_lines(page) for page in core})
-    if lines.total() > LONGEST_CORE:
-        yield f"the core has {lines.total()} lines of {LONGEST_CORE}"
-        yield from (f"{path}: {n} lines" for path, n in lines.most_common())
+    parts = ("core", CORE, LONGEST_CORE), ("reading", READING, LONGEST_READING)
+    for name, numbers, most in parts:
+        own = [page for page in pages if page.number in numbers]
+        lines = Counter({page.path: module_lines(page) for page in own})
+        if lines.total() > most:
+            yield f"the {name} has {lines.total()} lines of {most}"
+            yield from (f"{path}: {n} lines" for path, n in lines.most_common())
 
 
 def module_lines(page: Page) -> int:
@@ -229,7 +232,7 @@ def module_lines(page: Page) -> int:
 def few_words(pages: list[Page]) -> Iterator[str]:
     "Pages of the core that are code and not prose"
     for page in pages:
-        if page.number not in (*CORE, 4):
+        if page.number not in CORE + READING:
             continue
         characters = len("".join(page.code.split()))
         share = 1000 * page.words / characters
