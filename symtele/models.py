@@ -43,6 +43,7 @@ class LeNet(nn.Module):
         self.out = nn.Linear(84, classes)
 
     def forward(self, x):
+        "Images (n, 1, 28, 28) -> logits (n, classes)"
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         x = F.relu(self.fc1(torch.flatten(x, 1)))
@@ -94,6 +95,7 @@ class SmallResNet(nn.Module):
         self.out = nn.Linear(inputs, classes)
 
     def forward(self, x):
+        "Images (n, 3, 32, 32) -> logits (n, classes)"
         x = self.stages(F.relu(self.norm(self.stem(x))))
         return self.out(x.mean((2, 3)))
 
@@ -134,6 +136,7 @@ class UNet(nn.Module):
         self.out = nn.Conv2d(w, classes, 1)
 
     def forward(self, x):
+        "Images (n, 3, h, w) -> logits of each pixel (n, classes, h, w)"
         top = self.down1(x)
         middle = self.down2(F.max_pool2d(top, 2))
         x = self.widen2(self.bottom(F.max_pool2d(middle, 2)))
@@ -197,6 +200,7 @@ class SmallViT(nn.Module):
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, classes)
 
     def forward(self, x):
+        "Images (n, 3, size, size) -> logits (n, classes)"
         x = self.embed(x).flatten(2).transpose(1, 2) + self.place
         return self.out(self.norm(self.blocks(x)).mean(1))
 
@@ -222,6 +226,7 @@ class GPT(nn.Module):
         self.head.weight = self.word.weight
 
     def forward(self, tokens):
+        "Words (n, t) -> logits of the next ones (n, t, words)"
         places = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.blocks(self.word(tokens) + self.place(places))
         return self.head(self.norm(x))
@@ -301,6 +306,7 @@ class Llama(nn.Module):
         self.head = nn.Linear(width, words, bias=False)
 
     def forward(self, tokens):
+        "Words (n, t) -> logits of the next ones (n, t, words)"
         return self.head(self.norm(self.blocks(self.word(tokens))))
 
 # %% ../nbs/25_models.ipynb #851c687d
@@ -319,6 +325,7 @@ class LoRALinear(nn.Module):
         self.b = nn.Parameter(torch.zeros(base.out_features, rank))
 
     def forward(self, x):
+        "Rows (..., in) -> rows (..., out)"
         return self.base(x) + self.scale * (x @ self.a.T) @ self.b.T
 
 
@@ -338,6 +345,7 @@ class LSTMClassifier(nn.Module):
         self.hidden, self.out = nn.Linear(width, 9), nn.Linear(9, classes)
 
     def forward(self, x):
+        "Sequences (n, t, inputs) -> logits (n, classes)"
         states, _ = self.recurrent(self.embed(x))
         return self.out(F.relu(self.hidden(states[:, -1])))
 
@@ -601,12 +609,11 @@ def _cast(tree: Inputs | Named, dtype: torch.dtype) -> Inputs | Named:
     return pytree.tree_map_only(Tensor, cast, tree)
 
 
-def _cloned(state: Named) -> Named:
-    "Copies laid out row by row: which entries dropout takes depends on that"
-    return {
-        name: t.clone(memory_format=torch.contiguous_format)
-        for name, t in state.items()
-    }
+def _laid_out(model: nn.Module, state: Named) -> Named:
+    """The same numbers row by row, on whose order in memory dropout depends;
+    buffers are copies, since running changes them"""
+    rows = {name: t.contiguous() for name, t in state.items()}
+    return rows | {name: rows[name].clone() for name, _ in model.named_buffers()}
 
 
 @contextmanager
@@ -635,14 +642,14 @@ def _called(model: nn.Module, x: Inputs) -> Tensor | dict[str, Tensor]:
 # %% ../nbs/25_models.ipynb #7037184c
 def outputs(
     model: nn.Module,  # Not modified
-    state: Named,  # All its parameters and buffers; not modified
+    state: Named,  # All its parameters and buffers
     x: Inputs,  # What the model is called with
     train: bool,  # Its mode
 ) -> list[Tensor]:  # All tensors that it returns
     "What a model says with these numbers in it, from one random state"
     dtype = next(t.dtype for t in state.values() if t.is_floating_point())
     with (
-        _holding(model, _cloned(state), train),
+        _holding(model, _laid_out(model, state), train),
         torch.no_grad(),
         torch.random.fork_rng(),
     ):
@@ -695,7 +702,7 @@ def shaken(
 def _settled(model, state, x):
     "The numbers of a model whose statistics are those of one batch"
     norms = [m for m in model.modules() if hasattr(m, "running_mean")]
-    momenta, state = [m.momentum for m in norms], _cloned(state)
+    momenta, state = [m.momentum for m in norms], _laid_out(model, state)
     try:
         for m in norms:
             m.momentum = 1.0
@@ -797,7 +804,11 @@ def _op(reason: str) -> str:
     op, within, _ = reason.removeprefix("told apart by ").partition(" in ")
     return op if within else ""
 
-# %% ../nbs/25_models.ipynb #b334c8c2
+# %% ../nbs/25_models.ipynb #6c8e2497
+def _elements(spaces, kind, rng):
+    return {s.name: draw(s, kind, rng) for s in spaces}
+
+
 def _moved(state, spaces, kind, elements):
     "All numbers of a model after one element, each in its own precision"
     return Blocks(tuple((s, kind) for s in spaces)).move(state, elements)
@@ -826,7 +837,7 @@ def prove(
     "What can be moved in a model, and how much the largest moves change outputs"
     rng = Generator().manual_seed(seed)
     state = shaken(model, x, rng)
-    with _holding(model, _cloned(state), model.training):
+    with _holding(model, _laid_out(model, state), model.training):
         start = time.perf_counter()
         wiring = wire(model, _cast(x, torch.float64))
         seconds = time.perf_counter() - start
@@ -857,9 +868,7 @@ def prove(
 def _compare(model, state, x, spaces, kind, elements, rng):
     "Worst change of the outputs by precision and mode, and that of the control"
     x, worst, control = fresh(x, rng), {}, {}
-    blocks = [
-        {s.name: draw(s, kind, rng) for s in spaces} for _ in range(elements)
-    ]
+    blocks = [_elements(spaces, kind, rng) for _ in range(elements)]
     lame = _one_left_behind(model, state, spaces, kind, rng)
     for precision, dtype in _TYPES.items():
         numbers = _cast(state, dtype)

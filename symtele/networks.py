@@ -278,26 +278,28 @@ def _arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (x if isinstance(x, tuple) else (x,)), {}
 
 
-def _owned(model: nn.Module, w: Named) -> Named:
-    "Each module's own tensors, by its path: one entry for one object"
-    named = [*model.named_buffers(), *model.named_parameters()]
-    first = {id(t): k for k, t in named}
+def _owned(modules: dict[str, nn.Module], w: Named) -> Named:
+    "What replaces each module's own tensors, by its path; buffers by copies"
+    first, own = {}, {}
+    for path, module in modules.items():
+        tensors = [*module._parameters.items(), *module._buffers.items()]
+        for k, t in (pair for pair in tensors if pair[1] is not None):
+            here = f"{path}.{k}" if path else k
+            name = first.setdefault(id(t), here)  # that of a shared tensor
+            if k in module._buffers:
+                own[here] = own[name] if name in own else w.get(name, t).clone()
+            elif name in w:
+                own[here] = w[name]
     if strange := sorted(w.keys() - set(first.values())):
-        has = f"{type(model).__name__} has nothing of that name"
+        has = f"{type(modules['']).__name__} has nothing of that name"
         raise ValueError(f"w holds {strange}, but {has}")
-    own = {}
-    for path, module in model.named_modules():
-        tensors = {**module._buffers, **module._parameters}
-        for k, t in tensors.items():
-            if first.get(id(t)) in w:
-                own[f"{path}.{k}" if path else k] = w[first[id(t)]]
     return own
 
 
 @contextmanager
-def _traceless(model: nn.Module) -> Iterator[None]:
+def _traceless(modules: dict[str, nn.Module]) -> Iterator[None]:
     "Takes back the attributes that a forward pass sets"
-    before = [(vars(m), dict(vars(m))) for m in model.modules()]
+    before = [(vars(m), dict(vars(m))) for m in modules.values()]
     try:
         yield
     finally:
@@ -313,9 +315,9 @@ _WRITES = WeakKeyDictionary()
 
 
 @contextmanager
-def _spared(model: nn.Module, x: Any) -> Iterator[Any]:
+def _spared(modules: dict[str, nn.Module], x: Any) -> Iterator[Any]:
     "The batch, or a copy for a model that writes into it: found out once"
-    modes = tuple(m.training for m in model.modules())
+    model, modes = modules[""], tuple(m.training for m in modules.values())
     known, given = _WRITES.setdefault(model, {}), x
     if known.get(modes, True):
         given = tree_map_only(Tensor, torch.clone, x)
@@ -335,13 +337,13 @@ def run_model(
     x: Any,  # One batch: a Tensor, a tuple or a dict of arguments; not modified
 ) -> Any:  # The model's output
     "The model as a pure function of its parameters"
-    buffers = {k: b.clone() for k, b in model.named_buffers() if k not in w}
     devices = {p.device.index for p in w.values() if p.device.type == "cuda"}
-    own = _owned(model, {**buffers, **w})
+    modules = dict(model.named_modules())
+    own = _owned(modules, w)
     # with ties of its own it undoes two names of a module in the wrong order
     call = partial(torch.func.functional_call, tie_weights=False)
-    with torch.random.fork_rng(devices), _traceless(model):
-        with _spared(model, x) as given:
+    with torch.random.fork_rng(devices), _traceless(modules):
+        with _spared(modules, x) as given:
             return call(model, own, *_arguments(given))
 
 

@@ -365,7 +365,9 @@ def still(f: Facts, x: Value, dims: Iterable[int]) -> Value:
     "A value without the labels along `dims`, which do not move"
     dims = {d % len(x.shape) for d in dims}
     f.stop(t for t in x.labels if touched(t) & dims)
-    return x._replace(labels=tuple(t for t in x.labels if not touched(t) & dims))
+    return Value(
+        x.shape, tuple(t for t in x.labels if not touched(t) & dims), x.name
+    )
 
 
 @rule("""avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d _adaptive_avg_pool2d
@@ -426,7 +428,7 @@ def _prelu(f, x, slope):
     return mul(f, keep(f, x, HOMOGENEOUS), keep(f, slope, ELEMENTWISE))
 
 
-@rule("""bernoulli empty_like zeros_like ones_like full_like rand_like randn_like
+@rule("""empty_like zeros_like ones_like full_like rand_like randn_like
 new_zeros new_empty new_ones new_full new_empty_strided""")
 def _created(f, x, *_):
     return None
@@ -460,19 +462,26 @@ def reshaped(x: Value, shape: Iterable[int]) -> Value:
     return Value(tuple(shape), tuple(labels), x.name)
 
 
-@rule("view _unsafe_view as_strided")
-def _view(f, x, shape, stride=None, *_):
-    if stride and tuple(shape) != x.shape:
-        raise LookupError("other entries")
+@rule("view _unsafe_view")
+def _view(f, x, shape):
     size = math.prod(n for n in shape if n >= 0)
     return reshaped(
         x, [math.prod(x.shape) // size if n < 0 else n for n in shape]
     )
 
 
+@rule("as_strided")
+def _as_strided(f, x, shape, stride, *_):
+    "Another way to walk through the same entries, in the same order"
+    steps = [(n, a, b) for n, a, b in zip(x.shape, x.stride, stride) if n > 1]
+    if tuple(shape) != x.shape or any(a != b for _, a, b in steps):
+        raise LookupError("other entries")
+    return x
+
+
 @rule("""permute transpose t expand squeeze unsqueeze select slice split
 split_with_sizes unbind roll flip repeat pixel_shuffle pixel_unshuffle unsafe_split
-unsafe_split_with_sizes diagonal channel_shuffle native_channel_shuffle tril triu
+unsafe_split_with_sizes channel_shuffle native_channel_shuffle tril triu
 select_scatter slice_scatter stack""")
 def moved(f: Facts, *_: Any, dims: Iterable[int] | None = None) -> list[Value]:
     "An op that only moves entries is run on the labels; written out along `dims`"

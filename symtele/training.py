@@ -441,7 +441,9 @@ def _seen(
     check_input(params, x)
     device = next(iter(params.values())).device.type
     with torch.no_grad(), torch.autocast(device, enabled=False):
-        loss, w = loss_of(tele.model, tele.loss_fn, y)
+        loss = loss_of(tele.model, tele.loss_fn, y)[0]
+        # not copied: nothing writes to them before the move is made
+        w = {k: p.detach() for k, p in params.items()}
         if tele.ranks is not None:
             loss = _averaged(loss, tele.ranks)
         yield loss, w, _mapped(tele, x)
@@ -607,7 +609,7 @@ def _write(
         before, after = out.loss[0], e.args[0]
         return replace(
             out,
-            w=w,
+            w={k: t.clone() for k, t in w.items()},
             buffers=old,
             x=x,
             loss=torch.stack((before, after)),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Units', 'Kinds', 'Rule', 'RULES', 'Value', 'touched', 'pairs', 'Axis', 'Facts', 'solve', 'rule', 'keep_same',
-           'Origin', 'Labelled', 'Reading', 'wire']
+           'Labelled', 'Reading', 'wire']
 
-# %% ../nbs/04_wiring.ipynb #bfc188dd
+# %% ../nbs/04_wiring.ipynb #13a5ca35
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -18,17 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .batch import COMPOSITE, Own, Path, Step
+from .batch import NO_LAYER, SHOWS, Origin, Taps
 from .groups import Named
 from symtele.networks import (
     KINDS,
     Kind,
     Slot,
     Space,
-    Tap,
     Wiring,
     gl,
     perm,
@@ -36,17 +34,19 @@ from symtele.networks import (
     scale,
 )
 
-# %% ../nbs/04_wiring.ipynb #0e65b9b7
+# %% ../nbs/04_wiring.ipynb #d55920eb
 Units = np.ndarray  # int64: +u moves with unit u, -u against it, 0 does not move
 Kinds = frozenset[Kind]
 
 
-class Value(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Value:
     "A tensor as the rules see it"
 
     shape: tuple[int, ...]
     labels: tuple[Tensor, ...] = ()  # Units as int64, each broadcasts to `shape`
     name: str = ""  # Of the parameter or buffer that it is, '' for others
+    stride: tuple[int, ...] = ()  # In memory, where that is known
 
 
 def touched(label: Tensor) -> frozenset[int]:
@@ -273,7 +273,7 @@ def _log_scales(facts: Facts) -> tuple[Units, _Parts]:
             return c, _parts(rounds)
         stopped.append(np.abs(circle[:1, 2]))  # exactness before movement
 
-# %% ../nbs/04_wiring.ipynb #eb57ad17
+# %% ../nbs/04_wiring.ipynb #1ac8d3b1
 def _table(facts: Facts, kind: Kind) -> Units:
     "Axis, position, class and coefficient of each entry that moves, shape (k, 4)"
     c, parts = (
@@ -309,7 +309,7 @@ def _marks(n: int, seed: int) -> Units:
 
 
 def _blocks(facts: Facts, kind: Kind, block_of: Units) -> Iterator[Units]:
-    "Classes that nothing tells apart: tables of shape (copies, classes, members, 4)"
+    "Classes that nothing tells apart, as (copies, classes, members, 4) rows of them"
     t = _table(facts, kind)
     axis, at, unit, q = t.T
     look = np.zeros(facts.n + 1, np.int64)  # on which axes, and how
@@ -380,7 +380,7 @@ def _run(at: Units) -> tuple[int, int, int] | None:
     fits = np.array_equal(at, run.transpose(0, 2, 1, 3).reshape(at.shape))
     return (start, n // after, after) if fits else None
 
-# %% ../nbs/04_wiring.ipynb #8b4fc809
+# %% ../nbs/04_wiring.ipynb #dbdff1cd
 @dataclass(eq=False)
 class _Block:
     "A space under construction: the runs that each kind moves"
@@ -406,7 +406,7 @@ class _Block:
         )
 
     def space(self, facts: Facts, names: Counter[str]) -> Space:
-        "Under the name of the module that makes it, numbered where that has several"
+        "Under the name of the module that makes it, with a number from the second"
         slots, sides = [], {}
         for kind in (perm, scale, gl):  # a side is what scalings and matrices say
             sides |= self.runs.get(kind, {})
@@ -473,16 +473,7 @@ def keep_same(facts: Facts, new: Value, old: Value) -> None:
         else:
             facts.same(a, b)
 
-# %% ../nbs/04_wiring.ipynb #951321d0
-class Origin(NamedTuple):
-    "Where a value comes from, for the batch action"
-
-    below: frozenset[str] = frozenset()  # Parameters that it depends on
-    random: bool = False  # Whether something random came before
-    turned: bool = False  # Whether it is a parameter, transposed
-    path: Path | None = None  # From the layer that makes it
-
-
+# %% ../nbs/04_wiring.ipynb #01f4818d
 class Labelled(torch.Tensor):
     "A tensor that carries its labels; every op that it meets is heard"
 
@@ -504,16 +495,27 @@ class Labelled(torch.Tensor):
             dtype=inner.dtype,
             device=inner.device,
         )
-        new.inner, new.value, new.origin, new.reading = (
-            inner,
-            value,
-            origin,
-            reading,
-        )
+        new.value = replace(value, stride=inner.stride())
+        new.inner, new.origin, new.reading = inner, origin, reading
         return new
 
     def __repr__(self) -> str:
         return f"Labelled{tuple(self.shape)}"
+
+    def tolist(self) -> Any:
+        "As `item` has it: each value is looked at"
+        return [t.tolist() for t in self] if self.ndim else self.item()
+
+    @property
+    def data(self) -> "Labelled":
+        "The same entries"
+        return self.detach()
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        "Other contents: they must move as those before"
+        keep_same(self.reading.facts, _value(new), self.value)
+        self.inner = _inner(new)
 
     @classmethod
     def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
@@ -535,127 +537,11 @@ def _value(a: Any) -> Any:
 def _is_value(a: Any) -> bool:
     return isinstance(a, Value)
 
-# %% ../nbs/04_wiring.ipynb #214bea98
-_SHOWS = set("view _unsafe_view clone alias detach".split())  # the same entries
-_FACTORS = {"mm": slice(0, 2), "addmm": slice(1, 3)}  # where they stand
-_NONE = "it is between no two linear layers"
-_Reader = tuple[Path, str, Origin]  # the path to it, its weight, what it is given
 
+def _listed(a: Any) -> list[Any]:
+    return list(a) if isinstance(a, tuple | list) else [a]
 
-class _Taps(TorchFunctionMode):
-    "Where the batch action may enter, as one pass of a model shows it"
-
-    def __init__(self, parameters: Named):
-        super().__init__()
-        self.parameters = parameters
-        self.linear: set[str] = set()  # Weights of `F.linear`
-        self.uses: Counter[str] = Counter()
-        self.readers: dict[str, list[_Reader]] = defaultdict(
-            list
-        )  # By what they read
-        self.broken: dict[str, str] = {}  # Weight -> the op that ends its path
-
-    def __torch_function__(self, f, types, args=(), kwargs=None):
-        broken, x = dict(self.broken), args[0] if args else None
-        out = f(*args, **(kwargs or {}))
-        if f is nn.functional.linear and isinstance(args[1], Labelled):
-            self.linear.add(args[1].value.name)
-        if f in COMPOSITE and isinstance(x, Labelled) and x.origin.path:
-            path = x.origin.path.then(Step(COMPOSITE[f], f, args[1:]))
-            out.origin, self.broken = out.origin._replace(path=path), broken
-        return out
-
-    def origin(self, name: str, op: Any, args: list[Any], out: Any) -> Origin:
-        "Where the result of an op comes from"
-        heard = [a for a in tree_leaves(args) if isinstance(a, Labelled)]
-        below = frozenset().union(*(a.origin.below for a in heard))
-        chance = any(a.origin.random for a in heard)
-        chance |= torch.Tag.nondeterministic_seeded in op.tags
-        shown = heard[0] if len(heard) == 1 and heard[0].value.name else None
-        if shown is not None and name in ("t", "transpose"):
-            return Origin(below, chance, not shown.origin.turned)
-        if shown is None or name not in _SHOWS:
-            self.uses.update(a.value.name for a in heard)
-        return Origin(below, chance, path=self._path(name, op, args, heard, out))
-
-    def _path(
-        self, name: str, op: Any, args: list[Any], heard: list[Labelled], out: Any
-    ) -> Path | None:
-        "The path of a result; those that end here are noted"
-        factors = args[_FACTORS.get(name, slice(0))]
-        if (
-            factors
-            and isinstance(factors[1], Labelled)
-            and factors[1].origin.turned
-        ):
-            return self._layer(*factors, args[0] if name == "addmm" else None)
-        x, rest = args[0], args[1:]
-        path = x.origin.path if isinstance(x, Labelled) else None
-        others = [a for a in rest if isinstance(a, Labelled)]
-        if path and all(a.value.name in self.parameters for a in others):
-            step = Step(name, op, tuple(self._own(a) for a in rest))
-            if name in _SHOWS and out.shape[-1] == x.shape[-1]:
-                return path
-            if step.invertible:
-                return path.then(step)
-        for a in heard:
-            if a.origin.path:
-                self.broken.setdefault(
-                    a.origin.path.weight, f"{name} has no inverse"
-                )
-        return None
-
-    def _own(self, a: Any) -> Any:
-        "An argument as a step keeps it"
-        if not isinstance(a, Labelled):
-            return a
-        return Own(
-            a.value.name, a.value.shape, self.parameters[a.value.name].detach()
-        )
-
-    def _layer(self, x: Any, weight: Labelled, bias: Any) -> Path | None:
-        "A linear layer ends the path to it and begins one"
-        name = weight.value.name
-        if isinstance(x, Labelled) and x.origin.path:
-            self.readers[x.origin.path.weight].append(
-                (x.origin.path, name, x.origin)
-            )
-        if bias is None:
-            return Path(name, None)
-        known = isinstance(bias, Labelled) and bias.value.name in self.parameters
-        return Path(name, bias.value.name) if known else None
-
-    def why_not(self, space: Space) -> str:
-        "Why the batch action cannot enter a space, '' where it can"
-        own = [s.param for s in space.slots if not s.dual and s.kinds == KINDS]
-        readers = self.readers.get(own[0], []) if own else []
-        if not readers:
-            return self.broken.get((own or [""])[0], _NONE)
-        path = readers[0][0]
-        weights = {path.weight, *(weight for _, weight, _ in readers)}
-        names = weights | ({path.bias} - {None})
-        duals = {s.param for s in space.slots if s.dual}
-        whole = {*own, *duals} == names and weights <= self.linear
-        if any(other != path for other, _, _ in readers):
-            return "its readers see different values"
-        if any(origin.random for _, _, origin in readers):
-            return "what comes before it is random"
-        if not whole or any(self.uses[name] > 1 for name in names):
-            return "parameters are shared"
-        return self.broken.get(path.weight, "")
-
-    def tap(self, space: Space) -> Tap:
-        "Where the batch action enters a space"
-        weight, *bias = [
-            s for s in space.slots if not s.dual and s.kinds == KINDS
-        ]
-        readers = self.readers[weight.param]
-        path = readers[0][0]
-        below = frozenset().union(*(origin.below for _, _, origin in readers))
-        ways = path.apply, path.undo, path.slopes
-        return Tap(weight, bias[0] if bias else None, *ways, below)
-
-# %% ../nbs/04_wiring.ipynb #8365e71d
+# %% ../nbs/04_wiring.ipynb #2356e795
 _LOOKS = set(
     "_local_scalar_dense equal nonzero unique_consecutive _unique2".split()
 )
@@ -668,8 +554,10 @@ class Reading:
     model: nn.Module
     pin: frozenset[int] = frozenset()  # `id`s of parameters that must not move
     facts: Facts = field(default_factory=Facts)
-    taps: list[_Taps] = field(default_factory=list)  # One for each pass
-    where: list[str] = field(default_factory=list)  # The modules that are running
+    taps: list[Taps] = field(default_factory=list)  # One for each pass
+    where: list[str] = field(
+        default_factory=lambda: [""]
+    )  # Modules that are running
     looked: bool = False  # Whether a value was looked at
     plain: set[str] = field(default_factory=set)  # Buffers that ops took for data
 
@@ -682,8 +570,8 @@ class Reading:
         self.looked |= name in _LOOKS
         given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         values = self._ask(name, op, args, kwargs, out)
-        if len(given) == 1 and name in _SHOWS | {"t", "transpose"}:
-            values[0] = values[0]._replace(name=_value(given[0]).name)
+        if len(given) == 1 and name in SHOWS | {"t", "transpose"}:
+            values[0] = replace(values[0], name=_value(given[0]).name)
         origin = self.taps[-1].origin(name, op, list(args), out)
         own = {id(_inner(a)): a for a in given}
 
@@ -692,8 +580,13 @@ class Reading:
                 return t
             if id(t) not in own:
                 return Labelled(t, value, origin, self)
-            a = own[id(t)]  # in place: whoever looks at it must stay right
-            keep_same(self.facts, value, _value(a))
+            a = own[id(t)]
+            if torch.Tag.inplace_view in op.tags:  # no entry changes
+                with torch._C._DisableTorchDispatch():
+                    op(*args, **kwargs)
+                a.value = value
+            else:  # in place: whoever looks at it must stay right
+                keep_same(self.facts, value, _value(a))
             if isinstance(a, Labelled):
                 a.origin = origin
             return a
@@ -706,26 +599,21 @@ class Reading:
         self, name: str, op: Any, args: Any, kwargs: Any, out: Any
     ) -> list[Value]:
         "What the rule of an op says about what it makes"
-        facts, outs = self.facts, out if isinstance(out, tuple | list) else [out]
-        outs = [Value(tuple(getattr(t, "shape", ()))) for t in outs]
-        args, kwargs = tree_map(_value, (args, kwargs))
-        heard = [
-            v for v in tree_leaves((args, kwargs), _is_value) if _is_value(v)
-        ]
+        facts = self.facts
+        outs = [Value(tuple(getattr(t, "shape", ()))) for t in _listed(out)]
+        given = args, kwargs = tree_map(_value, (args, kwargs))
+        heard = [v for v in tree_leaves(given) if _is_value(v)]
         if not any(v.labels for v in heard):
             return outs
 
         def run(pick: Callable[[Value], Any]) -> list[Tensor]:
             "The op on other tensors, and what it makes as a list"
-            others = tree_map(
-                lambda a: pick(a) if _is_value(a) else a,
-                (args, kwargs),
-                is_leaf=_is_value,
+            others, named = tree_map(
+                lambda a: pick(a) if _is_value(a) else a, given
             )
-            made = op(*others[0], **others[1])
-            return list(made) if isinstance(made, tuple | list) else [made]
+            return _listed(op(*others, **named))
 
-        facts.why = f"{name} in {self.where[-1] or 'the model' if self.where else 'the model'}"
+        facts.why = f"{name} in {self.where[-1] or 'the model'}"
         facts.values, facts.run = heard, run
         rest = op._schema.arguments[len(args) :]
         rest = (kwargs.get(a.name, a.default_value) for a in rest)
@@ -738,11 +626,8 @@ class Reading:
         self.plain |= {
             v.name for v in heard if not v.labels
         } - facts.tensors.keys()
-        made = made if isinstance(made, list) else [made]
-        made += [None] * (len(outs) - len(made))
-        return [
-            o._replace(labels=m.labels) if m else o for o, m in zip(outs, made)
-        ]
+        made = [*_listed(made), *[None] * len(outs)]
+        return [Value(o.shape, m.labels) if m else o for o, m in zip(outs, made)]
 
     def listen(
         self, x: Any, train: bool, device: str | None, inputs: bool
@@ -750,7 +635,7 @@ class Reading:
         "One pass in train or eval mode, on the meta device or on the model's own"
         parameters = dict(self.model.named_parameters())
         buffers = dict(self.model.named_buffers())
-        self.taps.append(_Taps(parameters))
+        self.taps.append(Taps(parameters))
         self.facts.buffers = frozenset(buffers)
         shared = _overlapping(parameters)
 
@@ -856,7 +741,7 @@ def _in_mode(model: nn.Module, train: bool) -> Iterator[None]:
         for m, training in was.items():
             m.training = training
 
-# %% ../nbs/04_wiring.ipynb #5afef246
+# %% ../nbs/04_wiring.ipynb #7f72ea5c
 def _reasons(facts: Facts, kind: Kind) -> dict[tuple[str, int], str]:
     "Of each axis, why units on it do not move by a kind"
     group = _components(facts.n + 1, np.abs(_equal(facts, kind)))
@@ -889,11 +774,12 @@ def _finish(reading: Reading) -> Wiring:
             slots = [t for t in s.slots if t.param]
             s = replace(s, name="input", slots=slots, data=True)
         else:
-            taps = [taps.why_not(s) for taps in reading.taps]
-            no_tap = next((words for words in taps if words != ""), None)
+            no_tap = next(
+                filter(None, (taps.why_not(s) for taps in reading.taps)), ""
+            )
             why += (
                 [f"no batch action: {no_tap}"]
-                if no_tap not in (None, _NONE)
+                if no_tap not in ("", NO_LAYER)
                 else []
             )
             s = s if no_tap else replace(s, tap=reading.taps[-1].tap(s))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import distributed, multiprocessing, nn
 from torch.func import grad, jacrev, vmap
 
-from symtele import GL, Random, Teleporter, at, grad_norm, loss_of
+from symtele import GL, Permutation, Random, Teleporter, at, grad_norm, loss_of
 from symtele.batch import BatchGL
 from symtele.groups import dot
 from symtele.objectives import measure
@@ -126,6 +126,11 @@ def train(tele, rank, model):
         optimizer.step()
 
 
+def collapse(land, rng):
+    "Search: every unit becomes the first, which is no permutation"
+    return land.move(0 * land.orbit.zero())
+
+
 def check_refusals(rank):
     "A policy of one's own that parts the ranks; laws that look at the batch"
     model = network()
@@ -145,6 +150,12 @@ def check_refusals(rank):
     before = flat(model)
     with pytest.raises(RuntimeError, match=r"taken back: \['0.bias'\]"):
         tele.step(*batch(rank))
+    assert torch.equal(flat(model), before)
+    crowd = Teleporter(
+        parallel, F.cross_entropy, Permutation(), schedule=at(0), search=collapse
+    )
+    out = crowd.step(*batch(rank))
+    assert not out.accepted and out.drift > 1e-3 and apart(out.loss) == 0
     assert torch.equal(flat(model), before)
     with pytest.raises(ValueError, match="BatchGL looks at the batch.*GL()"):
         Teleporter(parallel, F.cross_entropy, BatchGL(), schedule=at(0))

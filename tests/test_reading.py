@@ -1053,11 +1053,10 @@ def directions(model: nn.Module, x: Tensor, rng: Generator) -> int:
         rows.append(row / row.abs().max())
     values = torch.linalg.svdvals(torch.cat(rows))
     rank = (values > 1e-10 * values[0]).sum().item()
-    assert (
-        rank == unknown or values[rank] < 1e-5 * values[rank - 1]
-    )  # a clear gap
-    within = (sum(n > 1 for n in shape) - 1 for shape in shapes.values())
-    return unknown - rank - sum(max(0, axes) for axes in within)
+    gap = 0 if rank == unknown else values[rank] / values[rank - 1]
+    assert gap < 1e-5
+    counts = Counter(name for name, *_ in axes)
+    return unknown - rank - sum(count - 1 for count in counts.values())
 
 
 def number(name: str, shape: torch.Size, rng: Generator) -> Tensor:
