@@ -269,6 +269,10 @@ _OF_A_MOVE = (  # columns of a move in a results file
 )
 
 
+def _kept_move(move: Row) -> Row:
+    return {column: move[column] for column in _OF_A_MOVE}
+
+
 def _run_training(
     cfg: Config,  # Settings
     arm: str,  # What is done
@@ -302,7 +306,7 @@ def _run_training(
         _price(optimizer, arm, cfg["batch"]),
         advance,
     )
-    moves = [{k: m[k] for k in _OF_A_MOVE} for m in record.pop("moves")]
+    moves = list(map(_kept_move, record.pop("moves")))
     row = {k: rounded(values) for k, values in record.items()}
     test_loss, test_error = _scores(model, data.test_x, data.test_y)
     return row | dict(moves=moves, test_loss=test_loss, test_error=test_error)
