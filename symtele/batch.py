@@ -211,6 +211,7 @@ class Origin(NamedTuple):
 SHOWS = set("view _unsafe_view clone alias detach".split())  # the same entries
 _FACTORS = {"mm": slice(0, 2), "addmm": slice(1, 3)}  # where they stand
 NO_LAYER = "it is between no two linear layers"
+_RANDOM = "what comes before it is random"
 _Reader = tuple[Path, str, Origin]  # the path to it, its weight, what it is given
 
 
@@ -271,11 +272,13 @@ class Taps(TorchFunctionMode):
                 return path
             if step.invertible:
                 return path.then(step)
+        if name.endswith("_like"):  # it asks for no value
+            return None
+        chance = any(a.origin.random for a in heard)
+        why = _RANDOM if chance else f"{name} has no inverse"
         for a in heard:
             if a.origin.path:
-                self.broken.setdefault(
-                    a.origin.path.weight, f"{name} has no inverse"
-                )
+                self.broken.setdefault(a.origin.path.weight, why)
         return None
 
     def _own(self, a: Any) -> Any:
@@ -312,7 +315,7 @@ class Taps(TorchFunctionMode):
         if any(other != path for other, _, _ in readers):
             return "its readers see different values"
         if any(origin.random for _, _, origin in readers):
-            return "what comes before it is random"
+            return _RANDOM
         if not whole or any(self.uses[name] > 1 for name in names):
             return "parameters are shared"
         return self.broken.get(path.weight, "")
