@@ -6,11 +6,32 @@
 __all__ = ['experiments']
 
 # %% ../nbs/53_models.ipynb #9cefb0ec
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import product
 
-from .experiments import Config, Experiment, Row
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn, optim
+from torchvision import datasets
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from .baselines import Arm, Matched
+from .classifier import Images, digits, epoch_of, mnist_root
+from symtele.experiments import (
+    Config,
+    Experiment,
+    Row,
+    gradient_equivalents,
+    rounded,
+    train,
+)
 from .figures import Table, table
-from .models import ZOO, prove
+from .models import ZOO, SmallResNet, SmallViT, prove
+from .networks import GL
+from .searches import Ascent, Stay
+from .training import at, keep, reset, transport
 
 # %% ../nbs/53_models.ipynb #5a05077b
 def _short(tree: dict[str, float]) -> dict[str, float]:
@@ -43,7 +64,6 @@ _reading = Experiment(
     workers=2,
     grows=("models",),
 )
-experiments = [_reading]
 
 # %% ../nbs/53_models.ipynb #9b4f2cce
 def _worst(row: Row, precision: str) -> float | None:
@@ -89,3 +109,238 @@ def _models_table(
         "shares of all parameters; largest change of an output over twenty "
         "elements of each kind; smallest change with one slot left behind",
     )
+
+# %% ../nbs/53_models.ipynb #1cfa490f
+def _cifar_split(train: bool):
+    "CIFAR-10 as folders of JPEG files, or else as torchvision keeps it"
+    folder = mnist_root() / "cifar10" / ("train" if train else "test")
+    if folder.exists():
+        return datasets.ImageFolder(folder)
+    return datasets.CIFAR10(mnist_root(), train, download=False)
+
+
+def _drawn(dataset: datasets.VisionDataset, n: int) -> tuple[Tensor, Tensor]:
+    "Images in a random order, the first `n`, halved, standardised; their labels"
+    order = torch.randperm(len(dataset), generator=Generator().manual_seed(0))
+    pairs = [dataset[i] for i in order[:n].tolist()]
+    x = torch.stack([pil_to_tensor(image) for image, _ in pairs])
+    mean, spread = torch.tensor(
+        [[0.4914, 0.4822, 0.4465], [0.247, 0.2435, 0.2616]]
+    )[..., None, None]
+    x = F.avg_pool2d((x.float() / 255 - mean) / spread, 2)
+    return x, torch.tensor([label for _, label in pairs])
+
+
+@lru_cache
+def _cifar() -> Images:
+    "10,000 images for training, 1,000 for validation, 2,000 for testing"
+    x, y = _drawn(_cifar_split(True), 11000)
+    n = 10000
+    test = _drawn(_cifar_split(False), 2000)
+    return Images("CIFAR-10", x[:n], y[:n], x[n:], y[n:], *test)
+
+
+def _large_digits() -> Images:
+    "The 8×8 digits, 16 pixels wide and in three colours"
+    data = digits()
+
+    def enlarged(x):
+        return F.interpolate(x.view(-1, 1, 8, 8), scale_factor=2).repeat(
+            1, 3, 1, 1
+        )
+
+    return replace(
+        data,
+        x=enlarged(data.x),
+        valid_x=enlarged(data.valid_x),
+        test_x=enlarged(data.test_x),
+    )
+
+
+_IMAGES = {"CIFAR-10": _cifar, "digits": _large_digits}
+
+# %% ../nbs/53_models.ipynb #6f82fba6
+def _arms(state: Callable[..., None]) -> dict[str, Arm | None]:
+    "What is compared; `state`: what becomes of the optimizer's memory"
+    return {
+        "base": None,
+        "cosine": None,
+        "reset": Arm(GL(), Stay(), state=reset),
+        "random": Arm(GL(), Matched(Ascent()), state=state),
+        "GL": Arm(GL(), Ascent(), state=state),
+        "GL, reset": Arm(GL(), Ascent(), state=reset),
+    }
+
+
+@dataclass(frozen=True)
+class _Trained:
+    "A model and how it is trained"
+
+    model: Callable[[], nn.Module]
+    optimizer: Callable[..., optim.Optimizer]
+    arms: dict[str, Arm | None]
+
+
+_TRAINED = {
+    "ResNet, momentum": _Trained(
+        partial(SmallResNet, (8, 16, 32)),
+        partial(optim.SGD, momentum=0.9, weight_decay=5e-4),
+        _arms(transport),
+    ),
+    "ViT, AdamW": _Trained(
+        partial(SmallViT, width=64, depth=2, patch=4, size=16),
+        partial(optim.AdamW, weight_decay=0.05),
+        _arms(keep),
+    ),
+}
+
+# %% ../nbs/53_models.ipynb #0f04d48f
+def _scores(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    "Mean cross-entropy and share of wrong answers, in evaluation mode"
+    model.eval()
+    with torch.no_grad():
+        out = torch.cat([model(part) for part in x.split(500)])
+    model.train()
+    error = (out.argmax(1) != y).float().mean()
+    return F.cross_entropy(out, y).item(), error.item()
+
+
+def _watch(data: Images) -> Callable[[nn.Module], dict[str, float]]:
+    "What is recorded, on 500 images for training and those for validation"
+
+    def look(model):
+        train_loss, _ = _scores(model, data.x[:500], data.y[:500])
+        valid_loss, error = _scores(model, data.valid_x, data.valid_y)
+        return dict(
+            train_loss=train_loss, valid_loss=valid_loss, valid_error=error
+        )
+
+    return look
+
+
+def _annealed(
+    model: nn.Module, optimizer: optim.Optimizer, steps: int
+) -> Callable[[Tensor, Tensor], None]:
+    "A step of training whose rate warms up over a tenth and falls to zero"
+    (lr,) = {group["lr"] for group in optimizer.param_groups}
+    rates = optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, steps, pct_start=0.1, cycle_momentum=False
+    )
+
+    def advance(x, y):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        rates.step()
+
+    return advance
+
+
+@lru_cache
+def _price(optimizer: str, arm: str, batch: int) -> float:
+    "What the move of an arm costs, in gradients of a batch"
+    how = _TRAINED[optimizer]
+    if not how.arms[arm]:
+        return 0.0
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = how.model(), torch.randn(batch, 3, 16, 16)
+    tele = how.arms[arm].teleporter(
+        model,
+        F.cross_entropy,
+        how.optimizer(model.parameters(), lr=0.1),
+        at(0),
+        0.1,
+    )
+    return gradient_equivalents(tele, x, torch.arange(batch) % 10)
+
+# %% ../nbs/53_models.ipynb #95b62cf9
+_OF_A_MOVE = (  # columns of a move in a results file
+    "k",
+    "accepted",
+    "drift",
+    "loss_before",
+    "loss_after",
+    "objective_before",
+    "objective_after",
+    "probe_before",
+    "probe_after",
+    "seconds",
+)
+
+
+def _kept_move(move: Row) -> Row:
+    return {column: move[column] for column in _OF_A_MOVE}
+
+
+def _run_training(
+    cfg: Config,  # Settings
+    arm: str,  # What is done
+    optimizer: str,  # A key of `_TRAINED`
+    lr: float,  # Learning rate
+    seed: int,  # Of the weights, the order of the batches and the search
+) -> Row:  # The record of `train`, and the end on the test set
+    "One training run"
+    data, how = _IMAGES[cfg["data"]](), _TRAINED[optimizer]
+    torch.manual_seed(seed)
+    model = how.model()
+    opt, tele, advance = how.optimizer(model.parameters(), lr=lr), None, None
+    if arm == "cosine":
+        advance = _annealed(
+            model, opt, cfg["epochs"] * cfg["images"] // cfg["batch"]
+        )
+    if how.arms[arm]:
+        probe, when = (data.valid_x[:500], data.valid_y[:500]), at(1)
+        tele = how.arms[arm].teleporter(
+            model, F.cross_entropy, opt, when, lr, probe=probe, seed=seed
+        )
+    record = train(
+        model,
+        F.cross_entropy,
+        opt,
+        epoch_of(cfg, data, seed),
+        cfg["epochs"],
+        _watch(data),
+        tele,
+        cfg["points"],
+        _price(optimizer, arm, cfg["batch"]),
+        advance,
+    )
+    moves = list(map(_kept_move, record.pop("moves")))
+    row = {k: rounded(values) for k, values in record.items()}
+    test_loss, test_error = _scores(model, data.test_x, data.test_y)
+    return row | dict(moves=moves, test_loss=test_loss, test_error=test_error)
+
+
+def _training_jobs(cfg: Config) -> list[Row]:
+    "Every arm at every rate of every model, seed by seed"
+    return [
+        dict(arm=arm, optimizer=optimizer, lr=lr, seed=seed)
+        for seed, (optimizer, rates) in product(
+            cfg["seeds"], cfg["rates"].items()
+        )
+        for lr, arm in product(rates, cfg["arms"])
+    ]
+
+
+_training = Experiment(
+    "models_training",
+    {
+        "arms": ["base", "cosine", "reset", "random", "GL", "GL, reset"],
+        "data": "CIFAR-10",
+        "rates": {
+            "ResNet, momentum": [0.01, 0.03, 0.1, 0.3],
+            "ViT, AdamW": [0.0005, 0.001, 0.002, 0.004],
+        },
+        "images": 2500,
+        "batch": 50,
+        "epochs": 5,
+        "points": [1, 2, 3, 5],
+        "seeds": [0, 1, 2],
+    },
+    _training_jobs,
+    _run_training,
+    workers=1,
+    grows=("seeds", "rates", "arms"),
+)
+experiments = [_reading, _training]
