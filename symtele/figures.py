@@ -446,11 +446,14 @@ def draw_wiring(
     width, height = _draw_parameters(ax, w, edges)
     many = len(w) > 10
     scale = 0.12 if many else 1.3 * len(w) / width
-    lines = -(-len(drawn) // 4) * 0.22 + 0.3
+    longest = max((len(_units(s) + kinds[s.name]) for s in drawn), default=1)
+    columns = int((scale * width + 0.5) / (0.085 * longest + 0.6))
+    columns = max(min(columns, len(drawn), 4), 1)
+    lines = -(-len(drawn) // columns) * 0.22 + 0.3
     fig.set_size_inches(scale * width + 0.5, scale * height + lines)
     fig.subplots_adjust(0.02, 0.02, 0.98, 1 - lines / (scale * height + lines))
     if moving:
-        fig.legend(ncols=min(len(drawn), 4), frameon=False, loc="upper center")
+        fig.legend(ncols=columns, frameon=False, loc="upper center")
     if missing := _summed_up(rest, len(names) - len(w)):
         ax.text(0, -height, missing, va="bottom", fontsize=9)
     ax.axis("off")
@@ -482,7 +485,7 @@ def _draw_parameters(
     "Rectangles in lines, from the top left"
     many = len(w) > 10
     longest = max(len(name) for name in w) + 14
-    below = 0.38 * longest if many else 2.5  # room for names
+    below = 0.42 * longest if many else 2.5  # room for names
     left = top = width = deepest = 0.0
     for name, p in w.items():
         shape, own = tuple(p.shape), edges.get(name, [])

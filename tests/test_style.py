@@ -554,6 +554,7 @@ GATES: dict[str, Callable[[list[Page]], Iterator[str]]] = {
 }
 EXPORT = "#| export\n"
 HEAD = "#| default_exp made"
+CORE_PAGE = "nbs/06_made.ipynb"
 LATER = made("#| default_exp later", path="nbs/06_later.ipynb")
 STUDY = made("#| default_exp study", path="nbs/31_study.ipynb")
 CONTROLS = {  # gate -> a page without the fault, one with it, what is said of it
@@ -578,8 +579,8 @@ CONTROLS = {  # gate -> a page without the fault, one with it, what is said of i
         "nbs/05_made.ipynb:cell 1: f has 51 lines of 50",
     ),
     "core": (
-        [made(HEAD, EXPORT + 3125 * "x\n", "y = 1")],
-        [made(HEAD, EXPORT + 3123 * "x\n", EXPORT + "y = 1")],
+        [made(HEAD, EXPORT + 3125 * "x\n", "y = 1", path=CORE_PAGE)],
+        [made(HEAD, EXPORT + 3123 * "x\n", EXPORT + "y = 1", path=CORE_PAGE)],
         "the core has 3126 lines of 3125",
     ),
     "words": (
@@ -647,6 +648,8 @@ def test_more_faults_are_seen():
     assert list(long_bodies([large])) == [
         "nbs/05_made.ipynb:cell 1: A has 121 lines of 120"
     ]
+    reading = made(HEAD, EXPORT + 1001 * "x\n")
+    assert "the reading has 1001 lines of 1000" in list(long_core([reading]))
     conditions = made("x = 1 if a else 2 if b else 3")
     assert list(nested([conditions])) == [
         "nbs/05_made.ipynb:cell 1:1: IfExp in another"
