@@ -476,20 +476,17 @@ def _report(wiring: Wiring) -> list[_Rows]:
 def _as_text(rows: _Rows) -> str:
     "Columns side by side"
     widths = [min(40, max(map(len, column))) for column in zip(*rows)]
-    lines = [zip(row, widths) for row in rows]
-    return "\n".join(
-        "  ".join(t.ljust(n) for t, n in line).rstrip() for line in lines
-    )
+    lines = (map(str.ljust, row, widths) for row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def _as_html(rows: _Rows) -> str:
     "A table"
-    tags = ["th"] + ["td"] * (len(rows) - 1)
-    cells = (
-        "".join(f"<{tag}>{html.escape(t)}</{tag}>" for t in row)
-        for tag, row in zip(tags, rows)
-    )
-    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+    out, tag = "", "th"
+    for row in rows:
+        cells = (f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+        out, tag = f"{out}<tr>{''.join(cells)}</tr>", "td"
+    return f"<table>{out}</table>"
 
 # %% ../nbs/02_networks.ipynb #22e82c08
 class Move(NamedTuple):

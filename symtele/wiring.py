@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Kinds', 'RULES', 'Value', 'touched', 'pairs', 'Facts', 'solve', 'rule', 'keep_same', 'wire']
 
-# %% ../nbs/04_wiring.ipynb #13a5ca35
+# %% ../nbs/04_wiring.ipynb #f7882864
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .batch import NO_LAYER, SHOWS, Origin, Taps
 from .groups import Named
@@ -72,7 +72,7 @@ def _rows(*labels: Tensor) -> _Units:
     rows = torch.stack(flat, 1).numpy()
     return rows if len(rows) < 1 << 14 else np.unique(rows, axis=0)
 
-# %% ../nbs/04_wiring.ipynb #d1c11173
+# %% ../nbs/04_wiring.ipynb #925466c2
 class _Axis(NamedTuple):
     "An axis of a parameter or buffer: its units are `first`, `first` + 1, ..."
 
@@ -104,20 +104,18 @@ class Facts:
     def tensor(self, name: str, shape: Iterable[int], like: str = "") -> Value:
         "A tensor that moves: units for each axis, new ones or those of `like`"
         if name not in self.tensors:
-            shape = tuple(shape)
-            lines = [
-                (1,) * d + (n,) + (1,) * (len(shape) - d - 1)
-                for d, n in enumerate(shape)
-            ]
-            labels = [
-                self.fresh(*line) for line in lines if max(line) > 1 and not like
-            ]
-            labels = self.tensors[like].labels if like else tuple(labels)
+            twin, shape = self.tensors.get(like), tuple(shape)
+            labels = twin.labels if twin else tuple(self._axis_labels(shape))
             for t in labels:
                 (axis,) = touched(t)
                 self.axes.append(_Axis(name, axis, t.min().item(), t.numel()))
             self.tensors[name] = Value(shape, labels, name)
         return self.tensors[name]
+
+    def _axis_labels(self, shape: tuple[int, ...]) -> Iterator[Tensor]:
+        for d, n in enumerate(shape):
+            if n > 1:
+                yield self.fresh(*(n if i == d else 1 for i in range(len(shape))))
 
     def moving(self, x: Value) -> Value:
         "A buffer with units: it must move along with what it describes"
@@ -383,7 +381,7 @@ def _run(at: _Units) -> tuple[int, int, int] | None:
     fits = np.array_equal(at, run.transpose(0, 2, 1, 3).reshape(at.shape))
     return (start, n // after, after) if fits else None
 
-# %% ../nbs/04_wiring.ipynb #a9670614
+# %% ../nbs/04_wiring.ipynb #6dfc4511
 @dataclass(eq=False)
 class _Block:
     "A space under construction: the runs that each kind moves"
@@ -396,10 +394,10 @@ class _Block:
         "Whether `other`, of one more kind, moves the same units"
         ((kind, runs),) = other.runs.items()
         known = {run for own in self.runs.values() for run in own}
-        if (self.copies, self.size) != (
+        if kind in self.runs or (self.copies, self.size) != (
             other.copies,
             other.size,
-        ) or kind in self.runs:
+        ):
             return False
         sided = [own for k, own in self.runs.items() if k != perm]
         return runs.keys() <= known and all(
@@ -544,7 +542,7 @@ def _is_value(a: Any) -> bool:
 def _listed(a: Any) -> list[Any]:
     return list(a) if isinstance(a, tuple | list) else [a]
 
-# %% ../nbs/04_wiring.ipynb #199c9276
+# %% ../nbs/04_wiring.ipynb #dd730419
 _LOOKS = set(
     "_local_scalar_dense equal nonzero unique_consecutive _unique2".split()
 )
@@ -559,8 +557,8 @@ class _Reading:
     facts: Facts = field(default_factory=Facts)
     taps: list[Taps] = field(default_factory=list)  # One for each pass
     where: list[str] = field(
-        default_factory=lambda: [""]
-    )  # Modules that are running
+        default_factory=["the model"].copy
+    )  # What is running
     looked: bool = False  # Whether a value was looked at
     plain: set[str] = field(default_factory=set)  # Buffers that ops took for data
 
@@ -616,7 +614,7 @@ class _Reading:
             )
             return _listed(op(*others, **named))
 
-        facts.why = f"{name} in {self.where[-1] or 'the model'}"
+        facts.why = f"{name} in {self.where[-1]}"
         facts.values, facts.run = heard, run
         rest = op._schema.arguments[len(args) :]
         rest = (kwargs.get(a.name, a.default_value) for a in rest)
@@ -642,48 +640,34 @@ class _Reading:
         self.facts.buffers = frozenset(buffers)
         shared = _overlapping(parameters)
 
-        def parameter(name: str, t: Tensor) -> _Labelled:
-            value, below = Value(tuple(t.shape), (), name), frozenset()
-            if t.requires_grad:
-                below = frozenset({name})
-                if id(t) not in self.pin and shared.get(name, name):
-                    value = self.facts.tensor(name, t.shape, shared.get(name, ""))
-            own = _Labelled(t.detach().to(device), value, Origin(below), self)
-            own._is_param = True  # for who asks whether it is an `nn.Parameter`
-            return own
+        def carried(t: Tensor, value: Value, own: str = "") -> _Labelled:
+            inner = t.detach().to(device) if device else t.detach().clone()
+            return _Labelled(inner, value, Origin(frozenset({own} - {""})), self)
 
-        def buffer(name: str, t: Tensor) -> _Labelled:
-            value = self.facts.tensors.get(name, Value(tuple(t.shape), (), name))
-            return _Labelled(t.clone().to(device), value, Origin(), self)
-
-        def data(t: Any) -> Any:
-            if not isinstance(t, Tensor):
-                return t
-            labels = (
-                self.facts.tensor("", (1, t.shape[1])).labels if inputs else ()
-            )
-            return _Labelled(
-                t.detach().to(device),
-                Value(tuple(t.shape), labels),
-                Origin(),
-                self,
-            )
-
-        state = {k: parameter(k, t) for k, t in parameters.items()}
-        state |= {k: buffer(k, t) for k, t in buffers.items()}
-        with (
-            _in_mode(self.model, train),
-            _naming(self.model, self.where),
-            self.taps[-1],
-        ):
-            out = run_model(self.model, state, tree_map(data, x))
+        state = {}
+        for name, t in (parameters | buffers).items():
+            value, own = Value(tuple(t.shape), (), name), ""
+            if name in parameters and t.requires_grad:
+                own, like = name, shared.get(name, name)
+                if like and id(t) not in self.pin:
+                    value = self.facts.tensor(name, t.shape, like)
+            state[name] = carried(t, self.facts.tensors.get(name, value), own)
+            # for a model that asks whether it is an `nn.Parameter`
+            state[name]._is_param = name in parameters
+        units = self.facts.tensor("", (1, x.shape[1])).labels if inputs else ()
+        x = tree_map_only(
+            Tensor, lambda t: carried(t, Value(tuple(t.shape), units)), x
+        )
+        around = _in_mode(self.model, train), _naming(self.model, self.where)
+        with around[0], around[1], self.taps[-1]:
+            out = run_model(self.model, state, x)
         self.facts.why = "output of the model"
         self.facts.stop(t for v in _labelled(out) for t in v.value.labels)
         self.facts.why = "a buffer that is read as data"
         for name in self.plain & self.facts.tensors.keys() & buffers.keys():
             self.facts.stop(self.facts.tensors[name].labels)
 
-# %% ../nbs/04_wiring.ipynb #06d0db9b
+# %% ../nbs/04_wiring.ipynb #fa5cdd7b
 def _labelled(out: Any) -> Iterator[_Labelled]:
     "All labelled tensors in an output, whatever holds them"
     for a in tree_leaves(out):
@@ -716,7 +700,7 @@ def _naming(model: nn.Module, where: list[str]) -> Iterator[None]:
     names = {m: name for name, m in model.named_modules()}
 
     def enter(module: nn.Module, args: Any) -> None:
-        where.append(names.get(module, type(module).__name__))
+        where.append(names.get(module) or "the model")
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
         where.pop()
@@ -746,7 +730,7 @@ def _in_mode(model: nn.Module, train: bool) -> Iterator[None]:
         for m, training in was.items():
             m.training = training
 
-# %% ../nbs/04_wiring.ipynb #960745e9
+# %% ../nbs/04_wiring.ipynb #14f68cff
 def _reasons(facts: Facts, kind: Kind) -> dict[tuple[str, int], str]:
     "Of each axis, why units on it do not move by a kind"
     group = _components(facts.n + 1, np.abs(_equal(facts, kind)))
@@ -778,16 +762,12 @@ def _finish(reading: _Reading) -> Wiring:
         if any(not t.param for t in s.slots):
             slots = [t for t in s.slots if t.param]
             s = replace(s, name="input", slots=slots, data=True)
+        elif held := [
+            words for taps in reading.taps if (words := taps.why_not(s))
+        ]:
+            why += [f"no batch action: {held[0]}"] if held[0] != NO_LAYER else []
         else:
-            no_tap = next(
-                filter(None, (taps.why_not(s) for taps in reading.taps)), ""
-            )
-            why += (
-                [f"no batch action: {no_tap}"]
-                if no_tap not in ("", NO_LAYER)
-                else []
-            )
-            s = s if no_tap else replace(s, tap=reading.taps[-1].tap(s))
+            s = replace(s, tap=reading.taps[-1].tap(s))
         spaces.append(replace(s, why="; ".join(why)))
     spaces.sort(key=lambda s: not s.data)
     stays = {}
@@ -802,8 +782,7 @@ def wire(
     *,
     pin: Iterable[str] = (),  # Names of parameters that must not move
     inputs: bool = False,  # Whether the data, of shape (n, d), are a space too
-    train: bool
-    | None = None,  # For one mode alone; None: exact in train and eval
+    train: bool | None = None,  # For one mode alone; None: exact in both
 ) -> Wiring:  # What moves together, by what, and what holds the rest
     "Find the exact symmetries of a model by listening to its forward pass"
     if isinstance(pin, str):
