@@ -884,7 +884,7 @@ _large = Experiment(
     _run_large,
     workers=1,
 )
-experiments.append(large)
+experiments.append(_large)
 
 # %% ../nbs/35_runtime.ipynb #a1c50008
 _LARGE_ARMS = {  # arm -> label, colour
@@ -907,7 +907,7 @@ def _large_costs(row):
 
 
 def _large_table(
-    rows: list[Row],  # Of `large`
+    rows: list[Row],  # Of `_large`
 ) -> Table:  # A line per model and group
     "What a move costs, in training steps, and its peak memory"
     lines = []
@@ -927,7 +927,7 @@ def _large_table(
 
 
 def _draw_large(
-    rows: list[Row],  # Of `large`
+    rows: list[Row],  # Of `_large`
 ) -> Figure:  # Two panels: time, memory
     "Cost of a move on each model and group"
     names = [f"{row['model']}\n{row['group']}" for row in rows]
