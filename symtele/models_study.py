@@ -336,7 +336,7 @@ _training = Experiment(
         "batch": 50,
         "epochs": 5,
         "points": [1, 2, 3, 5],
-        "seeds": [0, 1, 2],
+        "seeds": [0, 1, 2, 3, 4],
     },
     _training_jobs,
     _run_training,
