@@ -168,11 +168,8 @@ def methods(
     cls: ast.ClassDef,
 ) -> list[ast.FunctionDef]:
     "Public methods that say what they do"
-    return [
-        f
-        for f in cls.body
-        if isinstance(f, Definition) and f.name[0] != "_" and ast.get_docstring(f)
-    ]
+    own = [f for f in cls.body if isinstance(f, ast.FunctionDef)]
+    return [f for f in own if f.name[0] != "_" and ast.get_docstring(f)]
 
 
 def class_rows(

@@ -12,6 +12,7 @@ import html
 import io
 import math
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -31,7 +32,7 @@ from PIL import Image
 
 from .experiments import Row
 from .groups import Named, Rule
-from .networks import Wiring
+from .networks import Slot, Space, Wiring
 
 # %% ../nbs/21_figures.ipynb #cb4e5208
 # arm -> (label, colour, line style)
@@ -417,46 +418,118 @@ def switch(
     return shown.add_class("symtele-control").add_class(f"symtele-{name}")
 
 # %% ../nbs/21_figures.ipynb #b71e0002
+_MOST, _PLACES = 20, 64  # Spaces and parameters in one picture
+_ROOM = 110.0  # Width of a line of parameters, in doublings of a size
+_Edge = tuple[Slot, int, str]  # Where it is, how long, its colour
+
+
 def draw_wiring(
     wiring: Wiring,  # The table to draw
     w: Named,  # Parameters by name, for their shapes
     report: dict[str, Rule] | None = None,  # `orbit.report`, for the kinds
 ) -> Figure:  # A rectangle per parameter
-    "Parameters whose moving axes are coloured by space"
-    moving = [s for s in wiring.spaces if s.commutes]
-    kinds = {s.name: "" for s in moving}
+    "Parameters whose moving axes are coloured by space, the first twenty spaces"
+    kinds = {s.name: "" for s in wiring.spaces if s.commutes}
     if report:
-        moving = [s for s in wiring.spaces if report[s.name].kind != "fixed"]
-        kinds = {s.name: f", {report[s.name].kind}" for s in moving}
-    colours = {s.name: f"C{i % 10}" for i, s in enumerate(moving)}
-    edges = {(t.param, t.axis): colours[s.name] for s in moving for t in s.slots}
-    fig, ax = plt.subplots(figsize=(1.3 * len(w) + 1, 3.1), layout="constrained")
-    left = 0.0
-    for name, p in w.items():
-        left += _draw_parameter(ax, left, name, tuple(p.shape), edges)
-    for s in moving:
-        label = f"{s.name}: {s.size} units{kinds[s.name]}"
-        ax.plot([], [], color=colours[s.name], lw=5, label=label)
+        kinds = {k: f", {r.kind}" for k, r in report.items() if r.moves}
+    moving = [s for s in wiring.spaces if s.name in kinds]
+    drawn, rest = moving[:_MOST], moving[_MOST:]
+    edges = defaultdict(list)
+    fig, ax = plt.subplots()
+    for i, s in enumerate(drawn):
+        colour = f"C{i}" if i < 10 else plt.colormaps["tab20"](2 * i - 19)
+        for t in s.slots:
+            edges[t.param].append((t, t.span(s), colour))
+        ax.plot([], [], color=colour, lw=5, label=f"{_units(s)}{kinds[s.name]}")
+    names = [name for name in w if name in edges or not rest]
+    w = {name: w[name] for name in names[:_PLACES]}
+    width, height = _draw_parameters(ax, w, edges)
+    many = len(w) > 10
+    scale = 0.12 if many else 1.3 * len(w) / width
+    longest = max((len(_units(s) + kinds[s.name]) for s in drawn), default=1)
+    columns = int((scale * width + 0.5) / (0.085 * longest + 0.6))
+    columns = max(min(columns, len(drawn), 4), 1)
+    lines = -(-len(drawn) // columns) * 0.22 + 0.3
+    fig.set_size_inches(scale * width + 0.5, scale * height + lines)
+    fig.subplots_adjust(0.02, 0.02, 0.98, 1 - lines / (scale * height + lines))
     if moving:
-        above = dict(loc="upper center", bbox_to_anchor=(0.5, 1.25))
-        ax.legend(ncols=len(moving), frameon=False, **above)
-    ax.set(xlim=(-0.5, left - 0.5), aspect="equal")
-    ax.autoscale_view(scalex=False)
+        fig.legend(ncols=columns, frameon=False, loc="upper center")
+    if missing := _summed_up(rest, len(names) - len(w)):
+        ax.text(0, -height, missing, va="bottom", fontsize=9)
     ax.axis("off")
     return fig
 
 
-def _draw_parameter(ax, left, name, shape, edges):
-    "A rectangle with its name below; returns the room it takes"
-    rows = math.log2(1 + (shape[0] if shape else 1))
-    columns = math.log2(1 + (shape[1] if len(shape) > 1 else 0.4))
-    box = Rectangle((left, -rows), columns, rows, fc="0.93", ec="0.6", lw=1)
+def _units(space: Space) -> str:
+    "A space in a few words"
+    copies = f"{space.copies} × " if space.copies > 1 else ""
+    return f"{space.name}: {copies}{space.size} units"
+
+
+def _summed_up(spaces: list[Space], places: int) -> str:
+    "How many spaces, and places of others, are not drawn; '' where all are"
+    if not spaces:
+        return f"not drawn: {places} more parameters" if places else ""
+    sizes = Counter(_units(s).partition(": ")[2] for s in spaces)
+    parts = [f"{n} of {units}" for units, n in sizes.most_common(6)]
+    more = ", and others" if len(sizes) > 6 else ""
+    also = f"; {places} more parameters of those that are" if places else ""
+    return f"not drawn: {len(spaces)} more spaces, {', '.join(parts)}{more}{also}"
+
+# %% ../nbs/21_figures.ipynb #6d2f18bb
+def _draw_parameters(
+    ax: Axes,  # Gets the rectangles
+    w: Named,  # Parameters by name
+    edges: dict[str, list[_Edge]],  # Those of a parameter that move
+) -> tuple[float, float]:  # Width and height of it all
+    "Rectangles in lines, from the top left"
+    many = len(w) > 10
+    longest = max(len(name) for name in w) + 14
+    below = 0.42 * longest if many else 2.5  # room for names
+    left = top = width = deepest = 0.0
+    for name, p in w.items():
+        shape, own = tuple(p.shape), edges.get(name, [])
+        rows, columns = _sides(shape, own)
+        room = max(_doublings(shape, columns), 0.6 if many else 1.6) + 1.1
+        if left + room > _ROOM:
+            left, top, deepest = 0.0, top - deepest - below - 1, 0.0
+        _draw_parameter(ax, (left, top), name, shape, own, many)
+        left, width = left + room, max(width, left + room)
+        deepest = max(deepest, _doublings(shape, rows))
+    height = deepest + below + 2 - top
+    ax.set(xlim=(-0.5, width), ylim=(-height, 0.5), aspect="equal")
+    return width, height
+
+
+def _sides(shape, edges):
+    "Which axes are rows and columns: those that move, then the others"
+    own = dict.fromkeys(sorted(t.axis for t, _, _ in edges))
+    axes = sorted(list(own | dict.fromkeys(range(len(shape))))[:2])
+    return (*axes, None, None)[:2]
+
+
+def _doublings(shape, axis):
+    "How long a side is"
+    return math.log2(1 + (0.4 if axis is None else shape[axis]))
+
+
+def _draw_parameter(ax, corner, name, shape, edges, many):
+    "A rectangle with its name below"
+    left, top = corner
+    sides = _sides(shape, edges)
+    rows, columns = (_doublings(shape, axis) for axis in sides)
+    box = Rectangle((left, top - rows), columns, rows, fc="0.93", ec="0.6", lw=1)
     ax.add_patch(box)
-    sides = {0: ([left, left], [-rows, 0]), 1: ([left, left + columns], [0, 0])}
-    for axis, ends in sides.items():
-        if colour := edges.get((name, axis)):
+    for slot, n, colour in sorted(edges, key=lambda edge: edge[0].axis):
+        if slot.axis in sides:
+            whole = shape[slot.axis]
+            a, b = slot.start / whole, (slot.start + n) / whole
+            ends = [left, left], [top - a * rows, top - b * rows]
+            if slot.axis == sides[1]:
+                ends = [left + a * columns, left + b * columns], [top, top]
             ax.plot(*ends, color=colour, lw=5, solid_capstyle="butt")
-    label = f"{name}\n{'×'.join(map(str, shape))}"
-    middle = left + columns / 2
-    ax.text(middle, -rows - 0.25, label, ha="center", va="top", fontsize=8)
-    return max(columns, 1.6) + 1.1
+    label = name, "×".join(map(str, shape))
+    look = dict(ha="center", va="top", fontsize=7 if many else 8)
+    text = (" " if many else "\n").join(label)
+    where = left + columns / 2, top - rows - 0.4
+    ax.text(*where, text, rotation=90 if many else 0, **look)

@@ -686,7 +686,7 @@ def shaken(
     for name, _ in model.named_parameters():
         t = state[name]
         if t.ndim < 2:
-            state[name] = t + 0.3 * noise(t)
+            state[name] = t / 2 + 0.3 * noise(t)  # halved: rounding grows less
         elif not t.std(correction=0) > 0:
             state[name] = t + noise(t) / t[0].numel() ** 0.5
     state = _settled(model, state, x)

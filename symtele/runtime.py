@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -20,9 +21,10 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision import models
 
 from symtele.baselines import (
     Formula,
@@ -43,8 +45,8 @@ from symtele.experiments import (
     in_turn,
 )
 from .figures import LOOK, STYLE, Table, table
-from .networks import GL
-from .searches import Ascent
+from .networks import GL, Permutation, Scaling
+from .searches import Ascent, Random
 from .training import Teleporter, at, every
 
 # %% ../nbs/35_runtime.ipynb #fe5dbbce
@@ -734,6 +736,216 @@ def _practice_table(
         for row in rows
     ]
     return table(lines, dict(zip(list(lines[0])[1:], (".1f", ".4%", ".3%"))))
+
+# %% ../nbs/35_runtime.ipynb #a1c50002
+class _Block(nn.Module):
+    "Causal attention, then two linear layers, each after a norm"
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.join = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = (
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+        )
+
+    def forward(self, x):
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.join(h.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class _Gpt(nn.Module):
+    "Tokens to logits of the next ones, embeddings tied"
+
+    def __init__(self, vocabulary, tokens, layers, width, heads):
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.places = nn.Embedding(tokens, width)
+        self.blocks = nn.Sequential(
+            *(_Block(width, heads) for _ in range(layers))
+        )
+        self.norm = nn.LayerNorm(width)
+        for embedding in (self.tokens, self.places):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, i):
+        x = self.tokens(i) + self.places.weight[: i.shape[1]]
+        return F.linear(self.norm(self.blocks(x)), self.tokens.weight)
+
+# %% ../nbs/35_runtime.ipynb #a1c50003
+def _resnet(size):
+    "A ResNet-18, with a batch of noise"
+    x = torch.randn(size["batch"], 3, size["pixels"], size["pixels"])
+    return models.resnet18(), x, torch.randint(1000, (size["batch"],))
+
+
+def _vit(size):
+    "A ViT with patches of 16 pixels; a new one's head is zero, and stops it all"
+    names = dict(layers="num_layers", heads="num_heads", width="hidden_dim")
+    shape = {theirs: size[ours] for ours, theirs in names.items()}
+    mlp = dict(patch_size=16, mlp_dim=4 * size["width"])
+    model = models.VisionTransformer(size["pixels"], **mlp, **shape)
+    nn.init.normal_(model.heads.head.weight, std=0.02)
+    x = torch.randn(size["batch"], 3, size["pixels"], size["pixels"])
+    return model, x, torch.randint(1000, (size["batch"],))
+
+
+def _gpt(size):
+    "A GPT of 1,024 places, with a batch of noise"
+    shape = size["layers"], size["width"], size["heads"]
+    tokens = (2, size["batch"], size["tokens"])
+    i, y = torch.randint(size["vocabulary"], tokens)
+    return _Gpt(size["vocabulary"], 1024, *shape), i, y
+
+
+_LARGE = {"ResNet-18": _resnet, "ViT-B/16": _vit, "GPT, 124 M": _gpt}
+_GROUPS = {"Scaling": Scaling, "Permutation": Permutation, "GL": GL}
+_SEARCHES = {"random": Random(1.0), "step": Ascent(1), "search": Ascent()}
+
+
+def _entropy(out, y):
+    "Cross-entropy of images, or of all tokens"
+    return F.cross_entropy(out.flatten(0, -2), y.flatten())
+
+
+def _large_runs(model, x, y, group):
+    "A training step, and every move of a group, always from the same weights"
+    start = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+
+    def train():
+        optimizer.zero_grad()
+        _entropy(model(x), y).backward()
+        optimizer.step()
+
+    def move(tele):
+        with torch.no_grad():
+            for p, begin in zip(model.parameters(), start):
+                p.copy_(begin)
+        assert tele.step(x, y).accepted
+
+    runs = dict(train=train)
+    for arm, search in _SEARCHES.items():
+        if arm == "random" or group != "Permutation":
+            how = dict(schedule=_always, search=search)
+            tele = Teleporter(model, _entropy, _GROUPS[group](), **how)
+            runs[arm] = partial(move, tele)
+    return runs
+
+# %% ../nbs/35_runtime.ipynb #a1c50004
+def _run_large(
+    cfg: Config,  # Settings
+    model: str,  # Name of the model
+    group: str,  # Name of the group
+) -> Row:  # Quartiles of seconds, and of their ratios; bytes at the peaks
+    "A training step and the moves of one group, in turn"
+    torch.manual_seed(0)
+    net, x, y = _LARGE[model](cfg["sizes"][model])
+    runs = _large_runs(net, x, y, group)
+    row = in_turn(runs, cfg["rounds"], unit="train")
+    own = sum(p.nbytes for p in net.parameters())
+    peaks = {f"bytes_{arm}": own + peak_memory(runs[arm]) for arm in runs}
+    return row | peaks | dict(parameters=own // 4)
+
+
+def _large_jobs(cfg):
+    "Every group that moves a model: a ResNet has no linear path"
+    return [
+        dict(model=model, group=group)
+        for model in cfg["sizes"]
+        for group in _GROUPS
+        if group != "GL" or model != "ResNet-18"
+    ]
+
+
+_large = Experiment(
+    "runtime_large",
+    dict(
+        rounds=3,
+        sizes={
+            "ResNet-18": dict(batch=32, pixels=224),
+            "ViT-B/16": dict(batch=4, pixels=224, layers=12, heads=12, width=768),
+            "GPT, 124 M": dict(
+                batch=2,
+                tokens=128,
+                layers=12,
+                heads=12,
+                width=768,
+                vocabulary=50257,
+            ),
+        },
+    ),
+    _large_jobs,
+    _run_large,
+    workers=1,
+)
+experiments.append(_large)
+
+# %% ../nbs/35_runtime.ipynb #a1c50008
+_LARGE_ARMS = {  # arm -> label, colour
+    "random": ("a random element", "#777777"),
+    "step": ("one step of the closed slope", "#1f77b4"),
+    "search": ("the default search", "#2ca02c"),
+}
+
+
+def _large_costs(row):
+    "Arm -> training steps, and peak memory in that of a training step"
+    return {
+        arm: (
+            row[f"seconds_ratio_{arm}"][1],
+            row[f"bytes_{arm}"] / row["bytes_train"],
+        )
+        for arm in _LARGE_ARMS
+        if f"bytes_{arm}" in row
+    }
+
+
+def _large_table(
+    rows: list[Row],  # Of `_large`
+) -> Table:  # A line per model and group
+    "What a move costs, in training steps, and its peak memory"
+    lines = []
+    for row in rows:
+        line = {"model": row["model"], "group": row["group"]}
+        line["training step, s"] = row["seconds_train"][1]
+        line["its memory, MB"] = row["bytes_train"] / 1e6
+        costs = _large_costs(row)
+        for arm, (label, _) in _LARGE_ARMS.items():
+            if arm in costs:
+                line[label] = costs[arm][0]
+        line["memory"] = max(memory for _, memory in costs.values())
+        lines.append(line)
+    labels = [label for label, _ in _LARGE_ARMS.values()]
+    formats = dict.fromkeys((*labels, "training step, s"), ".1f")
+    return table(lines, formats | {"its memory, MB": ".0f", "memory": ".2f"})
+
+
+def _draw_large(
+    rows: list[Row],  # Of `_large`
+) -> Figure:  # Two panels: time, memory
+    "Cost of a move on each model and group"
+    names = [f"{row['model']}\n{row['group']}" for row in rows]
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, 2, figsize=(9.5, 4.2), sharey=True)
+    for i, row in enumerate(rows):
+        for j, (arm, costs) in enumerate(_large_costs(row).items()):
+            label, colour = _LARGE_ARMS[arm]
+            place = dict(y=i + 0.26 * (j - 1), height=0.24, color=colour)
+            for ax, cost in zip(axes, costs):
+                ax.barh(width=cost, label=label if i == 0 else None, **place)
+    for ax, what in zip(axes, ("time", "peak memory")):
+        ax.axvline(1, color="k", lw=0.8)
+        ax.set(xlabel=f"{what}, in that of a training step")
+    axes[0].set_yticks(range(len(rows)), names)
+    axes[0].invert_yaxis()
+    _legend(fig, axes[0], 3)
+    return fig
 
 # %% ../nbs/35_runtime.ipynb #511a418e
 fig6_short = Experiment(

@@ -35,7 +35,6 @@ from symtele.models import (
     shares,
 )
 from symtele.networks import Blocks, Kind, Slot, Space, Wiring, gl, perm, scale
-from symtele.rules import affine
 from symtele.wiring import RULES, wire
 
 DOUBLE = torch.float64
@@ -873,7 +872,7 @@ def test_a_slot_left_behind_is_seen():
 WRONG = {  # Rules that let too much through
     "relu": lambda f, x: x,
     "_softmax": lambda f, x, *_: x,
-    "native_layer_norm": lambda f, x, shape, w, b, *_: [affine(f, x, w, b)],
+    "native_layer_norm": lambda f, x, *_: [x],
     "add": lambda f, a, b, **_: a,
 }
 
@@ -1278,6 +1277,66 @@ def test_ordinary_models_move(name, kind, share):
     "`GL finds nothing to move (fc: it is the output of the model)`"
     make, data = ZOO[name]
     exact(make(), data(), share, kind)
+
+
+def other_strides(layers, x):
+    "Of the same shape, but other entries"
+    y = layers["a"](x).relu().contiguous()
+    return layers["b"](y.as_strided(y.shape, (1, 4)))
+
+
+def drawn_by_values(layers, x):
+    return layers["b"](torch.bernoulli(layers["a"](x).sigmoid()))
+
+
+def trace(layers, x):
+    return layers["b"](layers["a"](x)) + torch.einsum("ii->", layers["c"].weight)
+
+
+def written_to_data(layers, x):
+    y = layers["a"](x).relu()
+    z = torch.zeros_like(y)
+    z.data = y
+    return layers["b"](z)
+
+
+def layout_in_place(layers, x):
+    y = layers["a"](x).relu()
+    y.t_()
+    return layers["b"](y.mT)
+
+
+def asked_as_list(layers, x):
+    return layers["b"](layers["a"](x).relu()) * sum(layers["a"].bias.tolist())
+
+
+def larger(layers, x):
+    return layers["b"](torch.maximum(layers["a"](x), layers["c"](x)))
+
+
+def with_itself(layers, x):
+    y = layers["a"](x)
+    return layers["b"](y + y)
+
+
+CORNERS = (
+    other_strides,
+    drawn_by_values,
+    trace,
+    written_to_data,
+    layout_in_place,
+    asked_as_list,
+    larger,
+    with_itself,
+)
+
+
+@pytest.mark.parametrize("f", CORNERS)
+def test_corners(f):
+    "Each of them was read wrongly, or not at all"
+    torch.manual_seed(0)
+    layers = {name: nn.Linear(8, 8) for name in "abc"}
+    exact(Tiny(f, **layers), torch.randn(4, 8), 0)
 
 
 # An op of one's own

@@ -19,7 +19,7 @@ from symtele.batch import BatchGL, LeastSquares
 from symtele.groups import Orthogonal
 from symtele.networks import GL, Permutation, Scaling
 from symtele.objectives import lookahead, loss_of
-from symtele.searches import Ascent, Random
+from symtele.searches import Ascent, Random, Sample
 from symtele.teleporting import teleport
 from symtele.training import Teleporter, at, every, first, keep, reset, transport
 from symtele.wiring import wire
@@ -350,6 +350,18 @@ def test_resumed_is_uninterrupted(name, tmp_path):
     assert bits(dict(other["model"])) != bits(dict(whole["model"]))
 
 
+class Twice(nn.Module):
+    "Calls a layer twice: what it reads and what it makes is one space"
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = net((5, 6), (6, 6), (6, 3))
+
+    def forward(self, x):
+        h = F.leaky_relu(self.a(x), 0.1)
+        return self.c(F.leaky_relu(self.b(F.leaky_relu(self.b(h), 0.1)), 0.1))
+
+
 class Branch(nn.Module):
     "A graph that depends on values"
 
@@ -429,6 +441,18 @@ BAD = {  # what is wrong: (what to change, what the message must say)
     ),
     "model linear": (dict(model=net((5, 3))), "GL finds nothing to move"),
     "model branches": (dict(model=Branch()), "GL finds nothing to move"),
+    "model twice": (
+        dict(model=Twice(), group=BatchGL()),
+        "BatchGL finds no layer for its batch action.*parameters are shared",
+    ),
+    "model dropout": (
+        dict(
+            model=net((5, 6), nn.Tanh(), nn.Dropout(0.5), (6, 3)),
+            group=Permutation(),
+            search=Sample(2),
+        ),
+        "Permutation finds nothing.*told apart by mul in 2.*No group here",
+    ),
     "loss float": (
         reduced(lambda e: e.mean().item()),
         "loss must return a Tensor, got float",
@@ -512,6 +536,22 @@ def test_bad_input_changes_nothing(what):
         call()
     assert everything(model, optimizer, tele) == before
     assert "Original traceback" not in str(error.value)  # a tracer's words
+
+
+def test_a_layer_called_twice_moves():
+    "By what its two uses share; a matrix for each would not keep the loss"
+    model = Twice()
+    old, loss = params(model), loss_by_hand(model)
+    tele = Teleporter(model, F.mse_loss, schedule=at(0), search=Random(0.5))
+    assert tele.step(X, Y).accepted
+    assert moved(model, old) == [
+        "a.weight",
+        "a.bias",
+        "b.weight",
+        "b.bias",
+        "c.weight",
+    ]
+    assert near(loss_by_hand(model), loss, 1e-12)
 
 
 M = mlp()
