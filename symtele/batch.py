@@ -35,10 +35,8 @@ from symtele.networks import (
 )
 
 # %% ../nbs/03_batch.ipynb #c0e4f1ea
-INVERSE: dict[str, Callable[..., Tensor]] = {}  # Op -> (h, *rest) -> z
-COMPOSITE: dict[
-    Callable[..., Tensor], str
-] = {}  # Function of several ops -> name
+INVERSE = {}  # Op -> (h, *rest) -> z
+COMPOSITE = {}  # Function of several ops -> name
 
 
 def undoes(
@@ -111,7 +109,7 @@ def _undo_celu(h, alpha=1.0):
 class Own:
     "A parameter that an activation learns"
 
-    name: str
+    name: str  # In the model
     shape: tuple[int, ...]  # As the activation wants it
     tensor: Tensor = field(compare=False)  # The model's own
 
@@ -124,7 +122,7 @@ class Step(NamedTuple):
     "One activation between a layer and what reads it"
 
     name: str  # Of the op, as in `INVERSE`
-    op: Callable[..., Any]
+    op: Callable[..., Any]  # It itself
     rest: tuple[Any, ...] = ()  # Its other arguments
 
     def run(self, z: Tensor, w: Named) -> Tensor:
@@ -155,7 +153,7 @@ class Step(NamedTuple):
 
 # %% ../nbs/03_batch.ipynb #b1c29c65
 _Slopes = Callable[..., tuple[Tensor, Tensor | None]]
-SLOPES: dict[str, _Slopes] = {}  # Op -> (z, *rest) -> σ'(z), σ''(z)
+SLOPES = {}  # Op -> (z, *rest) -> σ'(z), σ''(z)
 
 
 def _leaky_slopes(z, slope=0.01):
@@ -172,7 +170,7 @@ class Path:
 
     weight: str  # Name of its weight
     bias: str | None  # Of its bias
-    steps: tuple[Step, ...] = ()
+    steps: tuple[Step, ...] = ()  # In order
 
     def then(self, step: Step) -> "Path":
         "With one more activation"
@@ -223,7 +221,10 @@ def _is_heard(a: Any) -> bool:
 class Taps(TorchFunctionMode):
     "Where the batch action may enter, as one pass of a model shows it"
 
-    def __init__(self, parameters: Named):
+    def __init__(
+        self,
+        parameters: Named,  # Of the model, by name
+    ):
         super().__init__()
         self.parameters = parameters
         self.linear: set[str] = set()  # Weights of `F.linear`

@@ -28,10 +28,10 @@ from symtele.experiments import (
     train,
 )
 from .figures import Table, table
-from .models import ZOO, SmallResNet, SmallViT, prove
 from .networks import GL
 from .searches import Ascent, Stay
 from .training import at, keep, reset, transport
+from .zoo import ZOO, SmallResNet, SmallViT, prove
 
 # %% ../nbs/53_models.ipynb #5a05077b
 def _short(tree: dict[str, float]) -> dict[str, float]:

@@ -23,7 +23,11 @@ HOMOGENEOUS = frozenset({scale, perm})
 ELEMENTWISE = frozenset({perm})
 
 
-def keep(f: Facts, x: Value, kinds: Kinds) -> Value:
+def keep(
+    f: Facts,  # Gets what the op says
+    x: Value,  # What the op is given
+    kinds: Kinds,  # Those that pass it
+) -> Value:
     "The value, after an op on entries one by one that lets `kinds` through"
     f.stop(x.labels, KINDS - kinds)
     return x
@@ -86,7 +90,10 @@ def _narrowed(label: Tensor) -> Tensor:
     return label
 
 
-def reshaped(x: Value, shape: Iterable[int]) -> Value:
+def reshaped(
+    x: Value,  # In any shape
+    shape: Iterable[int],  # Of as many entries
+) -> Value:
     "The same entries in another shape"
     shape, labels = tuple(shape), []
     same = [a == b for a, b in zip(x.shape, shape)]
@@ -104,7 +111,11 @@ def _parted(x: Value, dims: Iterable[int]) -> tuple[_Labels, _Labels]:
     return along, tuple(t for t in x.labels if not touched(t) & dims)
 
 
-def still(f: Facts, x: Value, dims: Iterable[int]) -> Value:
+def still(
+    f: Facts,  # Gets what the op says
+    x: Value,  # What the op is given
+    dims: Iterable[int],  # Counted from either end
+) -> Value:
     "The value without the labels along `dims`, which do not move"
     along, others = _parted(x, dims)
     f.stop(along)
@@ -115,7 +126,12 @@ _RIGID = LINEAR - ELEMENTWISE
 
 
 @rule("add sub rsub")
-def add(f: Facts, x: Any, y: Any, *_: Any) -> Value:
+def add(
+    f: Facts,  # Gets what the op says
+    x: Any,  # A value or a number
+    y: Any,  # Another
+    *_: Any,  # What sums take besides
+) -> Value:
     "A sum: both sides move alike; beside what does not move only permutations do"
     if not isinstance(x, Value) or not isinstance(y, Value):
         v, number = (x, y) if isinstance(x, Value) else (y, x)
@@ -164,7 +180,7 @@ def _masked_fill(f, x, mask, value):
 
 # %% ../nbs/05_rules.ipynb #e269d77c
 def contract(
-    f: Facts,
+    f: Facts,  # Gets what the op says
     x: Value,  # One factor
     y: Value,  # The other
     dims: Sequence[_Dims],  # Of x, of y and of the result
@@ -197,7 +213,11 @@ def contract(
 
 
 @rule("mul")
-def mul(f: Facts, x: Any, y: Any) -> Value:
+def mul(
+    f: Facts,  # Gets what the op says
+    x: Any,  # A value or a number
+    y: Any,  # Another
+) -> Value:
     "A product of entries: log-scales add"
     if isinstance(x, Value) and isinstance(y, Value):
         return contract(f, x, y, _broadcast(x, y))
@@ -261,7 +281,11 @@ def _convolution(f, x, w, b, stride, padding, dilation, transposed, more, groups
     return _affine(f, y, None, _lying(b, ndim))
 
 # %% ../nbs/05_rules.ipynb #4e55e3c3
-def normalised(f: Facts, x: Value, dims: Iterable[int]) -> Value:
+def normalised(
+    f: Facts,  # Gets what the op says
+    x: Value,  # What the op is given
+    dims: Iterable[int],  # Over which it normalises, counted from either end
+) -> Value:
     "Entries divided by what those along `dims` decide, without regard to order"
     dims = {d % len(x.shape) for d in dims}
     for t in _parted(x, dims)[0]:
@@ -306,13 +330,13 @@ def _softmax(f, x, dim, *_):
 
 
 def attention(
-    f: Facts,
-    q: Value,  # Shape (n, heads, places, features), as `k` and `v`
-    k: Value,
-    v: Value,
-    dropout: float = 0.0,
-    causal: bool = False,
-    mask: Any = None,
+    f: Facts,  # Gets what the op says
+    q: Value,  # Queries, shape (n, heads, places, features)
+    k: Value,  # Keys, perhaps of fewer heads
+    v: Value,  # Values, as many
+    dropout: float = 0.0,  # Rate, of the probabilities
+    causal: bool = False,  # Whether later places are hidden
+    mask: Any = None,  # What is added to the scores, a value or None
 ) -> Value:
     "softmax(q kᵀ + mask) v: queries with keys and values with what reads them"
     k, v = (_for_each_query(x, q.shape[1] // k.shape[1]) for x in (k, v))
@@ -348,7 +372,13 @@ for _name, _arguments in _KERNELS.items():
         return attention(f, q, k, v, **given)
 
 # %% ../nbs/05_rules.ipynb #10473b1f
-def reduced(f: Facts, x: Value, dims: Any, keepdim: bool, kinds: Kinds) -> Value:
+def reduced(
+    f: Facts,  # Gets what the op says
+    x: Value,  # What the op is given
+    dims: Any,  # Those that end, one or several; None: all
+    keepdim: bool,  # Whether they stay, with size 1
+    kinds: Kinds,  # Those that pass it
+) -> Value:
     "What is left without some dims; units along these change places at most"
     dims = [dims] if isinstance(dims, int) else dims or range(len(x.shape))
     dims = {d % len(x.shape) for d in dims}
@@ -466,7 +496,11 @@ def _as_strided(f, x, shape, stride, offset=None):
 split_with_sizes unsafe_split unsafe_split_with_sizes unbind stack roll flip
 repeat tril triu pixel_shuffle pixel_unshuffle channel_shuffle
 native_channel_shuffle select_scatter slice_scatter""")
-def moved(f: Facts, *_: Any, dims: Iterable[int] | None = None) -> list[Value]:
+def moved(
+    f: Facts,  # Gets what the op says
+    *_: Any,  # The op's arguments, which `f` has
+    dims: Iterable[int] | None = None,  # To write labels out along; None: all
+) -> list[Value]:
     "The op, run on the labels of what it is given, written out along `dims`"
     rows = []
     for i in range(max(len(v.labels) for v in f.values)):

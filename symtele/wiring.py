@@ -33,7 +33,7 @@ from symtele.networks import (
     scale,
 )
 
-# %% ../nbs/04_wiring.ipynb #07a90bcd
+# %% ../nbs/04_wiring.ipynb #13adc831
 _Units = np.ndarray  # int64: +u moves with unit u, -u against it, 0 does not move
 Kinds = frozenset[Kind]
 
@@ -42,13 +42,15 @@ Kinds = frozenset[Kind]
 class Value:
     "A tensor as the rules see it"
 
-    shape: tuple[int, ...]
-    labels: tuple[Tensor, ...] = ()  # _Units as int64, each broadcasts to `shape`
+    shape: tuple[int, ...]  # Of the tensor
+    labels: tuple[Tensor, ...] = ()  # Units as int64, each broadcasts to `shape`
     name: str = ""  # Of the parameter or buffer that it is, '' for others
     stride: tuple[int, ...] = ()  # In memory, where that is known
 
 
-def touched(label: Tensor) -> frozenset[int]:
+def touched(
+    label: Tensor,  # One of a value's
+) -> frozenset[int]:  # Numbers of dims
     "The dims along which a label varies"
     return frozenset(d for d, n in enumerate(label.shape) if n > 1)
 
@@ -72,7 +74,7 @@ def _rows(*labels: Tensor) -> _Units:
     rows = torch.stack(flat, 1).numpy()
     return rows if len(rows) < 1 << 14 else np.unique(rows, axis=0)
 
-# %% ../nbs/04_wiring.ipynb #925466c2
+# %% ../nbs/04_wiring.ipynb #ec9cb594
 class _Axis(NamedTuple):
     "An axis of a parameter or buffer: its units are `first`, `first` + 1, ..."
 
@@ -86,15 +88,17 @@ class _Axis(NamedTuple):
 class Facts:
     "What the ops of a model say about its units; rules only append to it"
 
-    n: int = 0  # _Units so far, 1 to n
+    n: int = 0  # Units so far, 1 to n
     tensors: dict[str, Value] = field(default_factory=dict)  # Those with units
-    axes: list[_Axis] = field(default_factory=list)
+    axes: list[_Axis] = field(default_factory=list)  # Theirs
     equal: list[tuple[Kinds, _Units]] = field(
         default_factory=list
     )  # Shape (k, 2)
     sums: list[_Units] = field(default_factory=list)  # Of log-scales, o = a + b
     told: list[tuple[_Units, str]] = field(default_factory=list)  # Unit and key
-    stops: list[tuple[Kinds, _Units, str]] = field(default_factory=list)
+    stops: list[tuple[Kinds, _Units, str]] = field(
+        default_factory=list
+    )  # By an op
     duals: list[_Units] = field(default_factory=list)  # Of weights that read
     why: str = ""  # The op that is heard, and the module it happens in
     values: list[Value] = field(default_factory=list)  # What it is given
@@ -449,9 +453,9 @@ def solve(
     found.sort(key=lambda b: min(min(runs) for runs in b.runs.values()))
     return [b.space(facts, names) for b in found]
 
-# %% ../nbs/04_wiring.ipynb #5c704482
+# %% ../nbs/04_wiring.ipynb #cac1c968
 _Rule = Callable[..., Any]  # (facts, *arguments of the op) -> what it makes
-RULES: dict[str, _Rule] = {}  # Name of an op -> its rule
+RULES = {}  # Name of an op -> its rule
 
 
 def rule(
@@ -466,7 +470,11 @@ def rule(
     return add
 
 
-def keep_same(facts: Facts, new: Value, old: Value) -> None:
+def keep_same(
+    facts: Facts,  # Gets them
+    new: Value,  # What is written
+    old: Value,  # What was there
+) -> None:
     "What is written over something must move as that does"
     for a, b in pairs(new.labels, old.labels, range(len(new.shape))):
         if a is None or b is None:

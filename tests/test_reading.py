@@ -21,7 +21,9 @@ from torch.func import functional_call, jacrev
 from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
-from symtele.models import (
+from symtele.networks import Blocks, Kind, Slot, Space, Wiring, gl, perm, scale
+from symtele.wiring import RULES, wire
+from symtele.zoo import (
     GPT,
     ZOO,
     Llama,
@@ -34,8 +36,6 @@ from symtele.models import (
     prove,
     shares,
 )
-from symtele.networks import Blocks, Kind, Slot, Space, Wiring, gl, perm, scale
-from symtele.wiring import RULES, wire
 
 DOUBLE = torch.float64
 KINDS = (perm, scale, gl)
