@@ -667,7 +667,7 @@ class _Reading:
         for name in self.plain & self.facts.tensors.keys() & buffers.keys():
             self.facts.stop(self.facts.tensors[name].labels)
 
-# %% ../nbs/04_wiring.ipynb #fa5cdd7b
+# %% ../nbs/04_wiring.ipynb #7c1437e6
 def _labelled(out: Any) -> Iterator[_Labelled]:
     "All labelled tensors in an output, whatever holds them"
     for a in tree_leaves(out):
@@ -717,17 +717,23 @@ def _naming(model: nn.Module, where: list[str]) -> Iterator[None]:
 @contextmanager
 def _in_mode(model: nn.Module, train: bool) -> Iterator[None]:
     "Within it a model is in train or eval mode, and nothing is hidden in one op"
-    was = {m: m.training for m in model.modules()}
+    modes = {m: m.training for m in model.modules()}
+    own = [
+        (v, dict(v)) for m in modes for v in vars(m).values() if type(v) is dict
+    ]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        for m in was:
+        for m in modes:
             m.training = train
         with torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for m, training in was.items():
+        for now, was in own:
+            now.clear()
+            now.update(was)
+        for m, training in modes.items():
             m.training = training
 
 # %% ../nbs/04_wiring.ipynb #14f68cff

@@ -873,7 +873,7 @@ WRONG = {  # Rules that let too much through
     "relu": lambda f, x: x,
     "_softmax": lambda f, x, *_: x,
     "native_layer_norm": lambda f, x, *_: [x],
-    "add": lambda f, a, b, **_: a,
+    "add": lambda f, a, b, *_: a,
 }
 
 
@@ -1005,7 +1005,7 @@ TINY = {
     # All rotations, and the size.
     "RMSNorm without weight": (lambda: between(bare()), (6, 3), 7, 7),
     # Turns of each pair of coordinates; their scalings are found.
-    "Llama": (partial(Llama, 5, 4, 1, 2, 1), WORDS, 30, 2),
+    "Llama": (partial(Llama, 5, 8, 1, 2, 1), WORDS, 68, 2),
     # A key's bias adds the same to all scores of a query.
     "attention by einsum": (
         zoo("attention by einsum", width=4, heads=2),
