@@ -193,7 +193,12 @@ def contract(
     inner, outer = zip(_parted(x, summed), _parted(y, summed))
     for left, right in pairs(*inner, summed):
         if left is None or right is None:
-            f.stop([right if left is None else left])
+            t, other = (left, y) if right is None else (right, x)
+            held = other.name and not other.labels
+            words = (
+                f": {other.name!r} is pinned or does not train" if held else ""
+            )
+            f.stop([t], more=words)
             continue
         f.same(left, -right)
         f.apart(left, kept)

@@ -74,7 +74,7 @@ def _rows(*labels: Tensor) -> _Units:
     rows = torch.stack(flat, 1).numpy()
     return rows if len(rows) < 1 << 14 else np.unique(rows, axis=0)
 
-# %% ../nbs/04_wiring.ipynb #ec9cb594
+# %% ../nbs/04_wiring.ipynb #3cd34cfa
 class _Axis(NamedTuple):
     "An axis of a parameter or buffer: its units are `first`, `first` + 1, ..."
 
@@ -154,10 +154,12 @@ class Facts:
             shape = [n if d in dims else 1 for d, n in enumerate(label.shape)]
             self.tell(label, torch.arange(math.prod(shape)).reshape(shape))
 
-    def stop(self, labels: Iterable[Tensor], kinds: Kinds = KINDS) -> None:
-        "Units that an op does not let move"
+    def stop(
+        self, labels: Iterable[Tensor], kinds: Kinds = KINDS, more: str = ""
+    ) -> None:
+        "Units that an op does not let move; `more` says why, behind its name"
         units = [np.abs(_rows(t)[:, 0]) for t in labels] if kinds else []
-        self.stops += [(kinds, u, self.why) for u in units]
+        self.stops += [(kinds, u, self.why + more) for u in units]
 
     def stop_unheard(self) -> None:
         "Units that no op has met may be met on another input"
