@@ -552,7 +552,7 @@ def _is_value(a: Any) -> bool:
 def _listed(a: Any) -> list[Any]:
     return list(a) if isinstance(a, tuple | list) else [a]
 
-# %% ../nbs/04_wiring.ipynb #dd730419
+# %% ../nbs/04_wiring.ipynb #135f4a7c
 _LOOKS = set(
     "_local_scalar_dense equal nonzero unique_consecutive _unique2".split()
 )
@@ -629,7 +629,14 @@ class _Reading:
         rest = op._schema.arguments[len(args) :]
         rest = (kwargs.get(a.name, a.default_value) for a in rest)
         try:
-            made = RULES[name](facts, *args, *rest)
+            made = _listed(RULES[name](facts, *args, *rest)) + [None] * len(outs)
+            made = [
+                Value(o.shape, m.labels) if m else o for o, m in zip(outs, made)
+            ]
+            if any(
+                t.expand(v.shape).ndim > t.ndim for v in made for t in v.labels
+            ):
+                raise LookupError("labels of another shape")
         except Exception:  # a form that the rule does not know, or no rule
             facts.why += ", which no rule knows"
             facts.stop(t for v in heard for t in v.labels)
@@ -637,8 +644,7 @@ class _Reading:
         self.plain |= {
             v.name for v in heard if not v.labels
         } - facts.tensors.keys()
-        made = [*_listed(made), *[None] * len(outs)]
-        return [Value(o.shape, m.labels) if m else o for o, m in zip(outs, made)]
+        return made
 
     def listen(
         self, x: Any, train: bool, device: str | None, inputs: bool
