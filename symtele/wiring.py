@@ -484,7 +484,7 @@ def keep_same(
         else:
             facts.same(a, b)
 
-# %% ../nbs/04_wiring.ipynb #ad910e74
+# %% ../nbs/04_wiring.ipynb #20ad12a9
 class _Labelled(torch.Tensor):
     "A tensor that carries its labels; every op that it meets is heard"
 
@@ -549,10 +549,22 @@ def _is_value(a: Any) -> bool:
     return isinstance(a, Value)
 
 
+def _rerun(
+    op: Any, given: Any
+) -> Callable[[Callable[[Value], Tensor]], list[Tensor]]:
+    "The op on tensors picked for its values; what it makes, as a list"
+
+    def run(pick: Callable[[Value], Tensor]) -> list[Tensor]:
+        args, kwargs = tree_map(lambda a: pick(a) if _is_value(a) else a, given)
+        return _listed(op(*args, **kwargs))
+
+    return run
+
+
 def _listed(a: Any) -> list[Any]:
     return list(a) if isinstance(a, tuple | list) else [a]
 
-# %% ../nbs/04_wiring.ipynb #135f4a7c
+# %% ../nbs/04_wiring.ipynb #b414beac
 _LOOKS = set(
     "_local_scalar_dense equal nonzero unique_consecutive _unique2".split()
 )
@@ -617,15 +629,8 @@ class _Reading:
         if not any(v.labels for v in heard):
             return outs
 
-        def run(pick: Callable[[Value], Any]) -> list[Tensor]:
-            "The op on other tensors, and what it makes as a list"
-            others, named = tree_map(
-                lambda a: pick(a) if _is_value(a) else a, given
-            )
-            return _listed(op(*others, **named))
-
         facts.why = f"{name} in {self.where[-1]}"
-        facts.values, facts.run = heard, run
+        facts.values, facts.run = heard, _rerun(op, given)
         rest = op._schema.arguments[len(args) :]
         rest = (kwargs.get(a.name, a.default_value) for a in rest)
         try:
