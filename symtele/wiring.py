@@ -206,9 +206,13 @@ def _signed(n: int, pairs: _Units) -> tuple[_Units, _Units]:
 
 def _classes(facts: Facts, kind: Kind, pairs: _Units, *stopped: _Units) -> _Units:
     "±(smallest relative) of each unit, 0 where it may not move, shape (n+1,)"
-    c, dead = _signed(facts.n, pairs)
     if kind == perm:  # which has no sides
-        c, dead = _components(facts.n + 1, np.abs(pairs)), np.zeros(len(c), bool)
+        c, dead = (
+            _components(facts.n + 1, np.abs(pairs)),
+            np.zeros(facts.n + 1, bool),
+        )
+    else:
+        c, dead = _signed(facts.n, pairs)
     stops = [units for kinds, units, _ in facts.stops if kind in kinds]
     for units in (*stops, *stopped, np.zeros(1, int)):
         dead[np.abs(c[units])] = True
@@ -281,13 +285,8 @@ def _log_scales(facts: Facts) -> tuple[_Units, _Parts]:
         stopped.append(np.abs(circle[:1, 2]))  # exactness before movement
 
 # %% ../nbs/04_wiring.ipynb #4f296204
-def _table(facts: Facts, kind: Kind) -> _Units:
+def _table(facts: Facts, kind: Kind, c: _Units, parts: _Parts) -> _Units:
     "Axis, position, class and coefficient of each entry that moves, shape (k, 4)"
-    c, parts = (
-        _log_scales(facts)
-        if kind == scale
-        else (_classes(facts, kind, _equal(facts, kind)), {})
-    )
     # permutations have no sides, but whoever asks for readers wants them
     side = _signed(facts.n, _equal(facts, gl))[0] if kind == perm else c
     turn = np.ones(len(c), int)
@@ -317,7 +316,11 @@ def _marks(n: int, seed: int) -> _Units:
 
 def _blocks(facts: Facts, kind: Kind, block_of: _Units) -> Iterator[_Units]:
     "Classes that nothing tells apart, of shape (copies, classes, members, 4)"
-    t = _table(facts, kind)
+    if kind == scale:
+        c, parts = _log_scales(facts)
+    else:
+        c, parts = _classes(facts, kind, _equal(facts, kind)), {}
+    t = _table(facts, kind, c, parts)
     axis, at, unit, q = t.T
     look = np.zeros(facts.n + 1, np.int64)  # on which axes, and how
     np.add.at(
@@ -330,11 +333,10 @@ def _blocks(facts: Facts, kind: Kind, block_of: _Units) -> Iterator[_Units]:
             key, unit, _marks(block_of.max() + 1, 1)[block_of[first[axis] + at]]
         )
     else:
-        c = np.abs(_classes(facts, kind, _equal(facts, kind)))
         for i, (rows, _) in enumerate(facts.told):
             np.add.at(
                 key,
-                c[rows[:, 0]],
+                np.abs(c)[rows[:, 0]],
                 _marks(rows[:, 1].max() + 1, i + 2)[rows[:, 1]],
             )
     t = t[np.lexsort((at, q, axis, unit, key[unit], look[unit]))]
