@@ -394,10 +394,9 @@ class Wiring:
                 moved[t.param, t.axis] |= set(range(t.start, t.start + n))
         stays = {k: math.prod(shape) for k, shape in sizes.items()}
         total = sum(stays.values())
-        for name, axis in moved.keys() & {
-            (k, d) for k in sizes for d in range(9)
-        }:
-            stays[name] *= 1 - len(moved[name, axis]) / sizes[name][axis]
+        for (name, axis), places in moved.items():
+            if name in stays:  # and is no buffer
+                stays[name] *= 1 - len(places) / sizes[name][axis]
         return 1 - sum(stays.values()) / max(total, 1)
 
     def __repr__(self) -> str:

@@ -765,20 +765,8 @@ def shares(
     wiring: Wiring,  # Of `wire`, with its model
 ) -> dict[str, float]:  # Name of a kind, or "any" -> share, 0 to 1
     "Which part of all numbers in a model's parameters each kind moves"
-    parameters = dict(wiring.model.named_parameters())
-    total = sum(p.numel() for p in parameters.values())
-    asked = {kind.name: {kind} for kind in _KINDS} | {"any": {*_KINDS}}
-    found = {}
-    for name, kinds in asked.items():
-        moved = {}
-        for space in wiring.spaces:
-            for slot in space.slots if kinds & space.commutes else ():
-                if slot.param in parameters and kinds & slot.kinds:
-                    shape = parameters[slot.param].shape
-                    mask = moved.get(slot.param, torch.zeros(shape, dtype=bool))
-                    moved[slot.param] = slot.apply(mask, space, torch.ones_like)
-        found[name] = sum(mask.sum().item() for mask in moved.values()) / total
-    return found
+    asked = {kind.name: (kind,) for kind in _KINDS} | {"any": _KINDS}
+    return {name: wiring.share(*kinds) for name, kinds in asked.items()}
 
 # %% ../nbs/25_zoo.ipynb #1f19b464
 def _held(wiring: Wiring) -> dict[str, dict[str, int]]:
