@@ -18,7 +18,13 @@ from torchvision import datasets
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .baselines import Arm, Matched
-from .classifier import Images, digits, epoch_of, mnist_root
+from symtele.classifier import (
+    OF_A_MOVE,
+    Images,
+    digits,
+    epoch_of,
+    mnist_root,
+)
 from symtele.experiments import (
     Config,
     Experiment,
@@ -255,22 +261,8 @@ def _price(optimizer: str, arm: str, batch: int) -> float:
     return gradient_equivalents(tele, x, torch.arange(batch) % 10)
 
 # %% ../nbs/53_models.ipynb #95b62cf9
-_OF_A_MOVE = (  # columns of a move in a results file
-    "k",
-    "accepted",
-    "drift",
-    "loss_before",
-    "loss_after",
-    "objective_before",
-    "objective_after",
-    "probe_before",
-    "probe_after",
-    "seconds",
-)
-
-
 def _kept_move(move: Row) -> Row:
-    return {column: move[column] for column in _OF_A_MOVE}
+    return {column: move[column] for column in OF_A_MOVE}
 
 
 def _run_training(
