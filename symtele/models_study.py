@@ -18,14 +18,9 @@ from torchvision import datasets
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .baselines import Arm, Matched
-from symtele.classifier import (
-    OF_A_MOVE,
-    Images,
-    digits,
-    epoch_of,
-    mnist_root,
-)
+from .classifier import Images, digits, epoch_of, mnist_root
 from symtele.experiments import (
+    OF_A_MOVE,
     Config,
     Experiment,
     Row,
