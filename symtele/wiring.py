@@ -207,10 +207,8 @@ def _signed(n: int, pairs: _Units) -> tuple[_Units, _Units]:
 def _classes(facts: Facts, kind: Kind, pairs: _Units, *stopped: _Units) -> _Units:
     "±(smallest relative) of each unit, 0 where it may not move, shape (n+1,)"
     if kind == perm:  # which has no sides
-        c, dead = (
-            _components(facts.n + 1, np.abs(pairs)),
-            np.zeros(facts.n + 1, bool),
-        )
+        n = facts.n + 1
+        c, dead = _components(n, np.abs(pairs)), np.zeros(n, bool)
     else:
         c, dead = _signed(facts.n, pairs)
     stops = [units for kinds, units, _ in facts.stops if kind in kinds]
@@ -444,9 +442,8 @@ def solve(
             if not runs or (size < 2 and kind != scale):
                 continue
             for block in group if kind == perm else ():
-                block_of[first[block[..., 0]] + block[..., 1]] = (
-                    block_of.max() + 1
-                )
+                units = first[block[..., 0]] + block[..., 1]
+                block_of[units] = block_of.max() + 1
             new = _Block(copies, size, {kind: runs})
             old = next((b for b in found if b.takes(new)), None)
             if old:
