@@ -9,6 +9,7 @@ from setuptools import setup
 config = configparser.ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
+dask = shlex.split(cfg["dask_requirements"])
 
 setup(
     name=cfg["lib_name"],
@@ -26,6 +27,9 @@ setup(
     python_requires=f">={cfg['min_python']}",
     zip_safe=False,
     install_requires=shlex.split(cfg["requirements"]),
-    extras_require={"dev": shlex.split(cfg["dev_requirements"])},
+    extras_require={
+        "dask": dask,
+        "dev": dask + shlex.split(cfg["dev_requirements"]),
+    },
     entry_points={"nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
 )

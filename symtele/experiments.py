@@ -14,15 +14,29 @@ import json
 import math
 import os
 import platform
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+    wait,
+)
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -295,13 +309,11 @@ def save_run(
     path: str | Path,  # The old file stays until the new one is whole
     cfg: Config,  # Settings
     rows: list[Row],  # One per job
-    made: Iterable[dict[str, str | int]] = (),  # Environments of earlier rows
+    made: Iterable[Row] = (),  # Environments of the rows; (): this one
 ):
-    "Write a results file; this environment is added to those it names"
-    path, made, now = Path(path), list(made), environment()
+    "Write a results file, which names the environments its rows were made in"
+    path, made = Path(path), list(made) or [environment()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    if now not in made:
-        made.append(now)
     text = json.dumps(
         dict(config=cfg, environments=made, rows=rows), separators=(",", ":")
     )
@@ -328,32 +340,126 @@ def load_run(
     return file["rows"]
 
 # %% ../nbs/20_experiments.ipynb #4d134bc0
-def _run_jobs(run_one, cfg, jobs, workers) -> Iterator[tuple[Row, Row]]:
-    "Pairs of job and result, as they finish"
-    if workers == 0:
-        for job in jobs:
-            yield job, run_one(cfg, **job)
-        return
-    pool = ProcessPoolExecutor(
-        workers or os.cpu_count(),
-        mp_context=get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(1,),
-    )
-    waiting, error = {pool.submit(run_one, cfg, **job): job for job in jobs}, None
+_TURN = threading.RLock()
+
+
+def _in_job(job):
+    return f"in the job {job}"
+
+
+def _run_job(run_one, cfg, job, _) -> tuple[Row, Row]:
+    "A row and its environment; an error of the job names it"
+    with _TURN:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return run_one(cfg, **job), environment()
+        except Exception as error:
+            error.add_note(_in_job(job))
+            raise
+        finally:
+            torch.set_num_threads(threads)
+
+# %% ../nbs/20_experiments.ipynb #4d134bc3
+class _Here(Executor):
+    "This process"
+
+    def submit(self, f, /, *args):
+        "A future that is done: the call has been made"
+        future = Future()
+        future.set_result(f(*args))
+        return future
+
+
+def _process():
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
+
+class _Processes(Executor):
+    "Processes of this machine, the end of one costs only the call that it had"
+
+    def __init__(self, workers):
+        self._threads, self._idle = ThreadPoolExecutor(workers), SimpleQueue()
+        for _ in range(workers):
+            self._idle.put(_process())
+
+    def submit(self, f, /, *args):
+        "The future of a call in one of the processes"
+        return self._threads.submit(self._call, f, args)
+
+    def _call(self, f, args, tries=3):
+        process = self._idle.get()
+        try:
+            return process.submit(f, *args).result()
+        except BrokenExecutor:
+            process = _process()
+            if tries == 1:
+                raise
+        finally:
+            self._idle.put(process)
+        return self._call(f, args, tries - 1)
+
+    def shutdown(self, wait=True, **options):
+        "End the processes when they have nothing left to do"
+        self._threads.shutdown(wait, **options)
+        while not self._idle.empty():
+            self._idle.get().shutdown(wait)
+
+# %% ../nbs/20_experiments.ipynb #4d134bc6
+def _run_jobs(run_one, cfg, jobs, executor, at_once, keep):
+    "`keep(job, row, environment)` as rows come; raise where one does not"
+    todo, running, lost = deque(jobs), {}, []
     try:
-        for future in as_completed(waiting):
-            error = future.exception()
-            if error:
-                break
-            yield waiting.pop(future), future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)  # what is running ends
-    for future, job in waiting.items():
-        if not future.cancelled() and not future.exception():
-            yield job, future.result()
-    if error:
-        raise error
+        while todo or running:
+            while todo and len(running) < at_once:
+                job = todo.popleft()
+                call = (
+                    run_one,
+                    cfg,
+                    job,
+                    uuid4().hex,
+                )  # Dask runs equal calls once
+                running[executor.submit(_run_job, *call)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                try:
+                    result = future.result()
+                except Exception as error:
+                    if _in_job(job) in getattr(error, "__notes__", ()):
+                        raise
+                    lost.append((job, error))
+                else:
+                    keep(job, *result)
+    except (Exception, KeyboardInterrupt):
+        begun = {f: job for f, job in running.items() if not f.cancel()}
+        for future in as_completed(begun):
+            if not (future.cancelled() or future.exception()):
+                keep(begun[future], *future.result())
+        raise
+    if lost:
+        job, error = lost[0]
+        raise RuntimeError(
+            f"lost {len(lost)} of {len(jobs)} jobs, such as {job}: {error!r}; "
+            "the other rows are kept, another run tries again"
+        ) from error
+
+
+@contextmanager
+def _runner(executor, workers):
+    "An executor, and how many jobs it is given at once"
+    if executor is not None and not isinstance(executor, Executor):
+        raise TypeError(
+            "executor must be a concurrent.futures.Executor, such as "
+            f"client.get_executor() of a Dask client, got {executor!r}"
+        )
+    if executor is not None:
+        yield executor, workers or math.inf
+    elif workers == 0:
+        yield _Here(), 1
+    else:
+        workers = workers or os.cpu_count()
+        with _Processes(workers) as processes:
+            yield processes, workers
 
 # %% ../nbs/20_experiments.ipynb #e1f79890
 def grid(
@@ -379,13 +485,14 @@ class Experiment:
     config: Config  # Settings
     jobs: Callable[[Config], list[Row]]  # Settings -> arguments of each job
     run_one: Callable[..., Row]  # `run_one(config, **job)`, imported by its name
-    workers: int | None = None  # Processes; None: one per core, 0: this one
+    workers: int | None = None  # Jobs at once; None: one per core, 0: no process
     grows: tuple[str, ...] = ("seeds",)  # Settings that only list jobs
 
     def run(
         self,
         folder: str | Path = "results",  # Where the file is or goes
         workers: int | None = None,  # None: those of the experiment
+        executor: Executor | None = None,  # Of the jobs; None: processes here
     ) -> list[Row]:  # One per job: the job, and what `run_one` returned
         "Run the jobs that the file does not have yet"
         path, rows, made = self._path(folder), [], []
@@ -394,18 +501,23 @@ class Experiment:
             made = self.made(folder)
         todo = self._missing(rows, path)
         workers = self.workers if workers is None else workers
-        results = _run_jobs(self.run_one, self.config, todo, workers)
         bar = tqdm(
-            results,
-            self.name,
+            desc=self.name,
             total=len(todo) + len(rows),
             initial=len(rows),
             leave=False,
             disable=bool(os.environ.get("TQDM_DISABLE")),
         )
-        for job, row in bar:
+
+        def keep(job, row, environment):
             rows.append(job | row)
+            if environment not in made:
+                made.append(environment)
             save_run(path, self.config, self.sort(rows), made)
+            bar.update()
+
+        with bar, _runner(executor, workers) as runner:
+            _run_jobs(self.run_one, self.config, todo, *runner, keep)
         return self.sort(rows)
 
     def load(self, folder: str | Path = "results") -> list[Row]:
@@ -498,12 +610,13 @@ def reproduce(
     names: list[str],  # Modules of symtele, such as "mnist"
     into: str | Path,  # Folder for the new results
     against: str | Path = "nbs/results",  # Folder of the committed ones
+    executor: Executor | None = None,  # Of the jobs; None: processes here
 ) -> int:  # How many experiments differ
     "Recompute experiments and say where they differ from the committed results"
     differ = 0
     for name in names:
         for e in importlib.import_module(f"symtele.{name}").experiments:
-            committed, rows = e.load(against), e.run(into)
+            committed, rows = e.load(against), e.run(into, executor=executor)
             found = differences(rows, committed)
             differ += bool(found)
             said = "every number agrees, seconds and drifts aside"
@@ -515,6 +628,28 @@ def reproduce(
     return differ
 
 # %% ../nbs/20_experiments.ipynb #22d200f9
+@contextmanager
+def _dask(address):
+    "The executor of a Dask cluster; None without an address"
+    if address is None:
+        yield None
+        return
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise SystemExit(
+            "--dask needs Dask: pip install symtele[dask]"
+        ) from error
+    try:
+        client = Client(address)
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"--dask {address} reaches no Dask scheduler: {error}"
+        ) from error
+    with client:
+        yield client.get_executor()
+
+
 def _main(argv=None):
     "Command line of `python -m symtele.experiments`"
     p = argparse.ArgumentParser(
@@ -531,8 +666,15 @@ def _main(argv=None):
         default="nbs/results",
         help="folder of the committed results",
     )
+    p.add_argument(
+        "--dask",
+        metavar="ADDRESS",
+        help="of a Dask scheduler, whose workers run the jobs",
+    )
     a = p.parse_args(argv)
-    if reproduce(a.names, a.into, a.against):
+    with _dask(a.dask) as executor:
+        differ = reproduce(a.names, a.into, a.against, executor)
+    if differ:
         raise SystemExit("They differ.")
 
 
