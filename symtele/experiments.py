@@ -376,7 +376,7 @@ def _process():
 
 
 class _Processes(Executor):
-    "Processes of this machine, the end of one costs only the call that it had"
+    "Processes of this machine; one that is killed costs only the call it had"
 
     def __init__(self, workers):
         self._threads, self._idle = ThreadPoolExecutor(workers), SimpleQueue()
@@ -413,12 +413,8 @@ def _run_jobs(run_one, cfg, jobs, executor, at_once, keep):
         while todo or running:
             while todo and len(running) < at_once:
                 job = todo.popleft()
-                call = (
-                    run_one,
-                    cfg,
-                    job,
-                    uuid4().hex,
-                )  # Dask runs equal calls once
+                # Unlike any other call, since Dask runs equal ones once
+                call = run_one, cfg, job, uuid4().hex
                 running[executor.submit(_run_job, *call)] = job
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
@@ -430,18 +426,20 @@ def _run_jobs(run_one, cfg, jobs, executor, at_once, keep):
                     lost.append((job, error))
                 else:
                     keep(job, *result)
+            if 2 < len(lost) == len(jobs) - len(todo) - len(running):
+                break  # nothing has come
+        if lost:
+            job, error = lost[0]
+            raise RuntimeError(
+                f"lost {len(lost)} of {len(jobs)} jobs, such as {job}: "
+                f"{error!r}; the other rows are kept, another run tries again"
+            ) from error
     except (Exception, KeyboardInterrupt):
         begun = {f: job for f, job in running.items() if not f.cancel()}
         for future in as_completed(begun):
             if not (future.cancelled() or future.exception()):
                 keep(begun[future], *future.result())
         raise
-    if lost:
-        job, error = lost[0]
-        raise RuntimeError(
-            f"lost {len(lost)} of {len(jobs)} jobs, such as {job}: {error!r}; "
-            "the other rows are kept, another run tries again"
-        ) from error
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +19,12 @@ from test_tree import ROOT, run
 
 from symtele import experiments
 from symtele.experiments import Experiment, environment, grid
-from symtele.mlp import rates
+from symtele.whitening_study import linear
 
 COMMITTED = ROOT / "nbs/results"
-ARMS = dict.fromkeys(("base", "random", "teleport"), [1e-4, 7e-4])
-SMALL = dict(seeds=[0, 1], keep=[0, 3, 6], rates=dict(GD=ARMS, momentum=ARMS))
-sweep = replace(rates, config=SMALL)  # of the paper's regression
-UNLUCKY = dict(arm="teleport", optimizer="GD", lr=1e-4)
-DOOMED = dict(arm="random", optimizer="GD", lr=7e-4)
+SMALL = linear.config | dict(lrs=[0.01], steps=20, seeds=[0])
+sweep = replace(linear, config=SMALL)  # deep linear networks, with teleports
+UNLUCKY, *_, DOOMED = linear.jobs(SMALL)[1:8]
 
 
 def die():
@@ -46,7 +44,7 @@ def live_or_die(cfg, **job):
         with open(folder / "tries", "a") as tries:
             tries.write("x")
         die()
-    return rates.run_one(cfg, **job)
+    return linear.run_one(cfg, **job)
 
 
 def mortal(folder):
@@ -60,15 +58,10 @@ def saved(folder, experiment):
     return json.loads((folder / f"{experiment.name}.json").read_text())["rows"]
 
 
-def told(rows):
-    "The text of rows in a results file, seconds aside"
-    return [json.dumps({k: r[k] for k in r if k != "seconds"}) for r in rows]
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     "What the rows of the sweep are in one process"
-    return told(sweep.run(tmp_path_factory.mktemp("alone"), workers=0))
+    return sweep.run(tmp_path_factory.mktemp("alone"), workers=0)
 
 
 def tries_of_the_doomed(folder, alone, after, **options):
@@ -78,7 +71,7 @@ def tries_of_the_doomed(folder, alone, after, **options):
     e = mortal(folder)
     doomed = re.escape(str(DOOMED))
     with pytest.raises(
-        RuntimeError, match=f"lost 1 of 12 jobs, such as {doomed}"
+        RuntimeError, match=f"lost 1 of 14 jobs, such as {doomed}"
     ):
         e.run(folder, **options)
     rows = saved(folder, e)
@@ -89,7 +82,7 @@ def tries_of_the_doomed(folder, alone, after, **options):
     assert raised.value.__notes__ == [f"in the job {DOOMED}"]
     (folder / "raises").rename(folder / "spared")
     again = e.run(folder, **options | after)
-    assert told(again) == alone
+    assert again == alone
     assert [r for r in again if e.job(r) != DOOMED] == rows
     return len((folder / "tries").read_text())
 
@@ -100,17 +93,24 @@ def test_processes_that_die(tmp_path, alone):
     assert (tmp_path / "died").exists()
 
 
-def broken():
-    raise OSError("no such worker")
+class Dead(Executor):
+    "Loses whatever it is given"
+
+    given = 0
+
+    def submit(self, *call):
+        self.given += 1
+        future = Future()
+        future.set_exception(OSError("no workers"))
+        return future
 
 
-def test_an_executor_that_breaks(tmp_path):
-    "Loses all that it was given, which the next run makes"
-    with (
-        ThreadPoolExecutor(1, initializer=broken) as threads,
-        pytest.raises(RuntimeError, match="lost 8 of 8 .*BrokenThreadPool"),
-    ):
-        draws.run(tmp_path, executor=threads)
+def test_an_executor_that_loses_all(tmp_path):
+    "Is asked no more after three jobs; the next run makes them"
+    dead = Dead()
+    with pytest.raises(RuntimeError, match="lost 3 of 8 .*'seed': 0.*no workers"):
+        draws.run(tmp_path, 1, dead)
+    assert dead.given == 3
     assert len(draws.run(tmp_path, workers=0)) == 8
 
 
@@ -138,7 +138,7 @@ def test_dask_workers_that_die(tmp_path, alone, client):
     (tmp_path / "spared").touch()
     workers = set(client.run(os.getpid).values())
     rows = mortal(tmp_path).run(tmp_path, executor=client.get_executor())
-    assert told(rows) == alone
+    assert rows == alone
     assert (tmp_path / "died").exists()
     client.wait_for_workers(2)
     left = workers & set(client.run(os.getpid).values())
@@ -208,7 +208,7 @@ def test_threads_take_turns(tmp_path, alone, monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     with ThreadPoolExecutor(4) as threads:
-        assert told(sweep.run(tmp_path, executor=threads)) == alone
+        assert sweep.run(tmp_path, executor=threads) == alone
         rows = draws.run(tmp_path, executor=threads)
         assert rows == draws.run(tmp_path / "alone", workers=0)
         assert {r["threads"] for r in rows} == {1}
@@ -216,6 +216,21 @@ def test_threads_take_turns(tmp_path, alone, monkeypatch):
         monkeypatch.setattr(experiments, "_TURN", nullcontext())  # control
         assert rows != draws.run(tmp_path / "mixed", executor=threads)
     torch.set_num_threads(before)
+
+
+def test_rows_name_the_machine_that_made_them(tmp_path, monkeypatch):
+    "Which is another one where a worker is"
+
+    def named():
+        return dict(machine=threading.current_thread().name)
+
+    monkeypatch.setattr(experiments, "environment", named)
+    few = replace(draws, jobs=lambda cfg: grid(seed=range(1)))
+    few.run(tmp_path, workers=0)
+    with ThreadPoolExecutor(1, thread_name_prefix="worker") as threads:
+        draws.run(tmp_path, executor=threads)
+    made = [dict(machine="MainThread"), dict(machine="worker_0")]
+    assert draws.made(tmp_path) == made
 
 
 class Counting(ThreadPoolExecutor):
