@@ -165,7 +165,9 @@ def test_command_line_on_dask(tmp_path, cluster):
     (tmp_path / f"{name}.json").write_text(json.dumps(file))
     module = "python", "-m", "symtele.experiments", "test_functions"
     options = "--into", str(tmp_path), "--dask", cluster.scheduler_address
+    before = cluster.scheduler.transition_counter
     printed = run(*module, *options, cwd=ROOT, package=ROOT)
+    assert cluster.scheduler.transition_counter > before  # they were made there
     assert printed.count("every number agrees") == 3
     made = json.loads((tmp_path / f"{name}.json").read_text())["environments"]
     assert made == [dict(torch="older"), environment()]
@@ -178,7 +180,7 @@ def test_dask_is_not_there(monkeypatch):
         experiments._main(["mlp", "--dask", "tcp://127.0.0.1:1"])
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nowhere://a"])
+@pytest.mark.parametrize("address", ["nowhere://a", "tcp://127.0.0.1:1"])
 def test_dask_does_not_answer(address):
     "The error names the address"
     import dask
