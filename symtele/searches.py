@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from .groups import need
-from .objectives import Landscape
+from .objectives import GradNorm, Landscape, Lookahead
 
 # %% ../nbs/07_searches.ipynb #217a553d
 Search = Callable[[Landscape, Generator], Landscape]  # or with `init` and `step`
@@ -181,6 +181,11 @@ class Ascent:
         radius = land.orbit.zero().new_tensor(self.max_norm)
         capped = self.growth not in (None, math.inf)
         cap = self.growth * land.gsq if capped else None
+        if capped and isinstance(land.objective, GradNorm | Lookahead):
+            rise = getattr(land.objective, "lr", 1.0) * (cap - land.gsq)
+            reach = rise / land.slope().norm()
+            # as it was where the slope is zero or nan, or no growth is allowed
+            radius = torch.where(reach > 0, reach.minimum(radius), radius)
         for _ in range(self.steps):
             there = land.climb(norm=radius)
             ok = there.height > land.height  # False for nan
