@@ -155,11 +155,11 @@ class GreatCircle:
 # %% ../nbs/07_searches.ipynb #be5e2fa3
 @dataclass(frozen=True)
 class Ascent:
-    "Search: a trust region along the slope, or plain gradient ascent with a rate"
+    "Search: a trust region, first as wide as the slope allows, or a fixed rate"
 
     steps: int = 10  # Candidates (or plain steps), at least 1
     lr: float | None = None  # None: trust region. Otherwise a fixed rate
-    max_norm: float = 0.5  # Largest norm of the element in one step
+    max_norm: float = 0.5  # Largest norm of a step; the first may be less
     growth: float | None = 2.0  # Largest growth of ‖∇L‖², at least 1; None: any
 
     def __post_init__(self):
@@ -182,9 +182,9 @@ class Ascent:
         capped = self.growth not in (None, math.inf)
         cap = self.growth * land.gsq if capped else None
         if capped and isinstance(land.objective, GradNorm | Lookahead):
-            rise = getattr(land.objective, "lr", 1.0) * (cap - land.gsq)
-            reach = rise / land.slope().norm()
-            # as it was where the slope is zero or nan, or no growth is allowed
+            steepness = land.slope().norm()
+            reach = 4 * (self.growth - 1) * land.height.abs() / steepness
+            # zero where no growth is allowed, nan on level ground
             radius = torch.where(reach > 0, reach.minimum(radius), radius)
         for _ in range(self.steps):
             there = land.climb(norm=radius)

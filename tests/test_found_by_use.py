@@ -2,6 +2,7 @@
 failed. What is shown on a page (own kinds, pinned trunks, trained searches,
 resumed runs, moves that are undone) is checked there."""
 
+import math
 import pickle
 import pkgutil
 import pydoc
@@ -27,12 +28,14 @@ from symtele import (
     first,
     grad_norm,
     landscape,
+    lookahead,
     loss_of,
     reset,
     rosenbrock,
     teleport,
     wire,
 )
+from symtele.baselines import speed_problem, squared
 from symtele.networks import Slot, Space, Wiring, perm, scale
 
 
@@ -193,6 +196,91 @@ def test_an_ascent_without_a_cap_asks_for_no_gradient():
     land = landscape(group.orbit(w), rosenbrock.loss, height)
     end = Ascent(5, growth=None)(land, torch.Generator())
     assert "gsq" not in land.known and "gsq" not in end.known
+
+
+def test_an_ascent_climbs_on_a_deep_network():
+    """All ten candidates were refused, halved from max_norm. The control is the
+    same objective as one's own, of whose growth nothing is known"""
+    model, x, y = speed_problem((128,) * 9, 128)
+    loss, w = loss_of(model, squared, y)
+    group = BatchGL(wire(model, x))
+
+    def own(loss, w):
+        return grad_norm(loss, w)
+
+    def climbed(objective):
+        out = teleport(loss, w, group, x, objective=objective)
+        assert out.accepted
+        return out.steps.item(), (out.objective[1] / out.objective[0]).item()
+
+    for objective in (grad_norm, lookahead(1e-6)):
+        steps, growth = climbed(objective)
+        assert steps and growth > 1.5
+    assert climbed(own) == (0, 1)
+
+
+class Level:
+    "Ground of one height and one slope, on which an ascent only looks"
+
+    def __init__(self, height, slope, objective=grad_norm):
+        self.orbit = Rotation(rosenbrock).orbit(plane()[0])
+        self.height = torch.tensor(height, dtype=torch.float64)
+        self.gsq = self.height.abs()
+        self.objective, self.steepness, self.looked = objective, slope, []
+
+    def slope(self):
+        return self.orbit.zero() + self.steepness
+
+    def climb(self, norm):
+        self.looked.append(norm.item())
+        return self
+
+    def choose(self, ok, other):
+        return self
+
+
+@pytest.mark.parametrize(
+    "height, slope, growth, begin",
+    [
+        (1.0, 8.0, 2.0, 0.5),  # just as far as max_norm
+        (1.0, 100.0, 2.0, 0.04),
+        (1.0, -100.0, 3.0, 0.08),
+        (1.0, 100.0, 1.0, 0.5),  # no growth is allowed
+        (1.0, 100.0, None, 0.5),  # nor is there a cap
+        (1.0, 100.0, math.inf, 0.5),
+        (1.0, 0.0, 2.0, 0.5),
+        (0.0, 0.0, 2.0, 0.5),
+        (0.0, 1.0, 2.0, 0.5),
+        (1.0, math.inf, 2.0, 0.5),
+        (1.0, math.nan, 2.0, 0.5),
+        (math.inf, 1.0, 2.0, 0.5),
+        (math.nan, 1.0, 2.0, 0.5),
+    ],
+)
+def test_an_ascent_begins_where_the_slope_says(height, slope, growth, begin):
+    "A radius of zero or nan would stay so"
+    land = Level(height, slope)
+    Ascent(3, growth=growth)(land, torch.Generator())
+    assert land.looked == pytest.approx([begin, begin / 2, begin / 4], 1e-12)
+
+
+def test_an_ascent_knows_whose_slope_it_is():
+    "The decrease ahead may be negative; of one's own objective nothing is known"
+    for objective, begin in ((lookahead(0.1), 0.04), (lambda loss, w: 0, 0.5)):
+        land = Level(-1.0, 100.0, objective)
+        Ascent(1)(land, torch.Generator())
+        assert land.looked == pytest.approx([begin], 1e-12)
+
+
+def test_many_ascents_begin_each_where_its_own_slope_says():
+    "One of the two is near its cap, the other far"
+    starts = torch.tensor([[-1.0, -1.0], [0.0, 0.5]], dtype=torch.float64)
+
+    def go(w):
+        return teleport(rosenbrock.loss, w, Rotation(rosenbrock)).w
+
+    alone = torch.stack([go(w) for w in starts])
+    assert torch.allclose(torch.func.vmap(go)(starts), alone, 1e-12, 0)
 
 
 def test_a_firing_is_asked_about_without_firing():
