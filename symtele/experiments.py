@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import random
 import threading
 import time
 from collections import deque
@@ -253,30 +254,38 @@ def train(
     return record.columns()
 
 # %% ../nbs/20_experiments.ipynb #0716d972
+_Parts = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # Name -> seconds
+
+
 def in_turn(
     runs: dict[str, Callable[[], Any]],  # Name -> what is timed
     rounds: int,  # How often, after one to warm up
     steps: int = 1,  # In a call
     unit: str | None = None,  # A name: its seconds in a round are the unit of it
     wait: Callable[[], Any] | None = None,  # `torch.cuda.synchronize` on a GPU
+    parts: _Parts | None = None,  # Makes more of the seconds of every round
 ) -> dict[str, list[float]]:  # "seconds_" + name -> quartiles, and ratios
     "Time several things in turn, so that a noisy machine is noisy for all"
-    wait = wait or (lambda: None)
+    wait, order = wait or (lambda: None), random.Random(0)
     seconds = {k: [] for k in runs}
     for _ in range(rounds + 1):
-        for k, run in runs.items():
+        # in another order, or what follows a long run always has cold caches
+        for k, run in order.sample([*runs.items()], len(runs)):
             wait()
             began = time.perf_counter()
             run()
             wait()
             seconds[k].append((time.perf_counter() - began) / steps)
-    times = {f"seconds_{k}": torch.tensor(v[1:]) for k, v in seconds.items()}
+    times = {k: torch.tensor(v[1:]) for k, v in seconds.items()}
+    if parts:
+        times |= parts(times)
     if unit:
-        one = times[f"seconds_{unit}"]
-        for k in runs:
-            times[f"seconds_ratio_{k}"] = times[f"seconds_{k}"] / one
+        times |= {f"ratio_{k}": t / times[unit] for k, t in times.items()}
     quartiles = torch.tensor([0.25, 0.5, 0.75])
-    return {k: rounded(v.quantile(quartiles).tolist()) for k, v in times.items()}
+    return {
+        f"seconds_{k}": rounded(t.quantile(quartiles).tolist())
+        for k, t in times.items()
+    }
 
 # %% ../nbs/20_experiments.ipynb #12c6fc06
 def processor() -> str:

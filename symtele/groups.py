@@ -49,6 +49,7 @@ class Orbit:
     law: Any  # How the action depends on the parameters; may be left out
     discrete: bool = False  # Whether elements are int64 permutations
     period: float | None = None  # Where a circle of unit elements closes
+    kept_as: ClassVar[str] = "at"  # The field that holds the element
 
     def check(self, xi: Tensor) -> None:
         "Raise unless `xi` has the shape and type of an element of this orbit"
@@ -66,6 +67,10 @@ class Orbit:
     def to(self, xi: Tensor) -> "Orbit":
         "The same orbit seen from `act(xi)`"
         raise NotImplementedError
+
+    def seen_from(self, at: Any) -> "Orbit":
+        "The same orbit at another element, as its `at` has it"
+        return replace(self, **{self.kept_as: at})
 
     def draw(self, rng: Generator) -> Tensor:
         "Standard normal coordinates, or a uniform permutation, shape (size,)"

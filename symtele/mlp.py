@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+from torch.nn.functional import leaky_relu
 
 from symtele.baselines import (
     FULL_BATCH_OPTIMIZERS,
@@ -587,43 +588,179 @@ sweep = Experiment(
     _run_sweep,
 )
 
+# %% ../nbs/32_mlp.ipynb #c05f7a11
+_leaky_backward = torch.ops.aten.leaky_relu_backward
+
+
+def _gate(t, h, slope=0.1):
+    "t σ'(z), from h = σ(z); a slope of 10 divides by σ'"
+    return _leaky_backward(t, h, slope, True)
+
+
+def _plus(h):
+    "The left inverse of activations"
+    if h.shape[0] == h.shape[1]:
+        return torch.linalg.inv(h)
+    q, r = torch.linalg.qr(h)
+    return torch.linalg.solve_triangular(r, q.T, upper=True)
+
+
+def _fitted(weight, h, z):
+    "The weight nearest to another that makes z of h"
+    if h.shape[0] == h.shape[1]:
+        return torch.linalg.solve_ex(h, z, left=False)[0]
+    q, r = torch.linalg.qr(h)
+    missing = z - weight @ h
+    missing = torch.linalg.solve_triangular(r, missing, upper=True, left=False)
+    return weight + missing @ q.T
+
+# %% ../nbs/32_mlp.ipynb #c05f7a13
+class _Floor:
+    "The state of an ascent of a chain: activations, weights, left inverses"
+
+    def __init__(self, weights, x, y, rate):
+        self.start, self.weights, self.h = weights, list(weights), [x]
+        for weight in weights[:-1]:
+            self.h.append(leaky_relu(weight @ self.h[-1], 0.1))
+        self.output = weights[-1] @ self.h[-1]
+        error = self.output - y
+        self.inputs, self.errors = x.T @ x, error.T @ error
+        self.rate, self.b, self.top_slopes = rate, error.T @ weights[-1], []
+        self.plus = [None, *map(_plus, self.h[1:-1])]
+        self.full = len(x) == x.shape[1]  # as many samples as units
+        if not self.full:
+            self.z = [leaky_relu(h, 10) for h in self.h[1:]]
+
+    def slopes(self):
+        "½ ∂‖∇L‖²/∂T of every space, from the data up"
+        h, top = self.h, len(self.h) - 1
+        b, delta, slopes = {top: self.b.T}, {}, {}
+        for k in range(top, 0, -1):
+            delta[k] = _gate(b[k], h[k])
+            if k > 1:
+                b[k - 1] = self.weights[k - 1].T @ delta[k]
+        h_dot, bend = _gate(delta[1] @ self.inputs, h[1]), None
+        for k in range(1, top):
+            own = delta[k + 1] @ h[k].T
+            t = (own.T @ own).addmm_(b[k], h_dot.T, alpha=-1)
+            slopes[k] = t if bend is None else t.addmm_(bend, h[k].T)
+            bend = _gate(delta[k + 1] @ (self.plus[k] @ h_dot).T, h[k + 1], 10)
+            z_dot = (own @ h[k]).addmm_(self.weights[k], h_dot)
+            h_dot = _gate(z_dot, h[k + 1])
+        t = torch.addmm(bend, h[top], self.errors) @ h[top].T
+        slopes[top] = t.addmm_(b[top], h_dot.T, alpha=-1)
+        return slopes
+
+    def divided(self, rows, slope):
+        "Rows times (I + rate T)⁻¹, to second order"
+        first = torch.addmm(rows, rows, slope, alpha=-self.rate)
+        return torch.addmm(rows, first, slope, alpha=-self.rate)
+
+    def step(self):
+        "Move by one step of the ascent"
+        slopes, h = self.slopes(), self.h
+        self.h = [h[0]]
+        for k, slope in slopes.items():
+            self.h.append(torch.addmm(h[k], slope, h[k], alpha=self.rate))
+        *middle, (top, slope) = slopes.items()
+        self.b = self.divided(self.b, slope)
+        self.top_slopes.append(slope)
+        for k, slope in middle:
+            z, plus = leaky_relu(self.h[k + 1], 10), self.plus[k]
+            if self.full:
+                self.plus[k] = self.divided(plus, slope)
+                self.weights[k] = z @ self.plus[k]
+                continue
+            weight = torch.addmm(self.weights[k], z - self.z[k], plus)
+            rows = self.divided(torch.cat((weight, plus)), slope)
+            self.weights[k], self.plus[k] = rows.split((len(z), len(plus)))
+            self.z[k] = z
+
+    def fitted(self):
+        "The weights that read the last activations as the first were read"
+        last = self.start[-1]
+        if not self.full:
+            for slope in self.top_slopes:
+                last = self.divided(last, slope)
+        near = [self.start[0], *self.weights[1:-1], last]
+        z = [leaky_relu(h, 10) for h in self.h[1:]]
+        return [*map(_fitted, near, self.h, [*z, self.output])]
+
+
+def _floor_ascent(
+    weights: list[Tensor],  # Of three layers or more, from the data up
+    x: Tensor,  # Inputs in columns, no more than there are units anywhere
+    y: Tensor,  # Targets in columns
+    rate: float,  # As in `Ascent(steps, lr=rate)`
+    steps: int,  # Of the ascent
+) -> list[Tensor]:  # The new weights
+    "Where an exact ascent of ‖∇L‖² goes, by its bare arithmetic"
+    with torch.inference_mode():
+        floor = _Floor(weights, x, y, 2 * rate)  # by slopes of a half
+        for _ in range(steps):
+            floor.step()
+        return floor.fitted()
+
 # %% ../nbs/32_mlp.ipynb #af3e1334
 class _Net(NamedTuple):
     "A network whose teleports are timed"
 
     widths: tuple[int, ...]  # From the data up
     samples: int  # In the batch
-    aim: float  # Most training steps an ascent step should cost
 
 
 _NETS = {
-    "4-5-6-7-8": _Net((5, 6, 7, 8), 4, 0.5),
-    "64, 3 layers": _Net((64,) * 4, 64, 0.7),
-    "128, 3": _Net((128,) * 4, 128, 1.1),
-    "256, 3": _Net((256,) * 4, 256, 1.6),
-    "128, 5": _Net((128,) * 6, 128, 1.6),
-    "128, 8": _Net((128,) * 9, 128, 1.9),
-    "784-16-10-10, batch 20": _Net((784, 16, 10, 10), 20, 0.7),
-    "batch 200": _Net((784, 16, 10, 10), 200, 0.8),
+    "4-5-6-7-8": _Net((5, 6, 7, 8), 4),
+    "64, 3 layers": _Net((64,) * 4, 64),
+    "128, 3": _Net((128,) * 4, 128),
+    "256, 3": _Net((256,) * 4, 256),
+    "128, 5": _Net((128,) * 6, 128),
+    "128, 8": _Net((128,) * 9, 128),
+    "784-16-10-10, batch 20": _Net((784, 16, 10, 10), 20),
+    "batch 200": _Net((784, 16, 10, 10), 200),
 }
+_STEP_AIM = 1.4  # Floors of a further step, at most
+_ONCE_AIM = 4  # Training steps of what is there once, at most
+_SEED_AIM = 0.3  # Training steps a seed of a teleport of many, at most
+
+
+def _parts(
+    seconds: dict[str, Tensor],  # Of ascents, and of those of twice the steps
+    steps: int,  # Of the shorter, by which all are divided
+) -> dict[str, Tensor]:  # Of a further step, and of what is there once
+    "What ascents of two lengths say of their parts, round by round"
+    parts = {}
+    for name in (k for k in ("fixed", "floor") if k in seconds):
+        whole, twice = seconds[name], seconds[f"{name}_twice"]
+        parts[f"{name}_step"] = twice - whole
+        parts[f"{name}_once"] = steps * (2 * whole - twice)
+    return parts
 
 
 def _run_speed(
     cfg: Config,  # Settings
     net: str,  # A key of `_NETS`
-) -> Row:  # Seconds, quartiles: of a training step, per ascent step of teleports
-    "What teleports cost beside training steps of the same network, in turn"
-    problem, steps = speed_problem(*_NETS[net][:2]), cfg["ascent"]
-    rate = small_rate(*problem, steps)
+) -> Row:  # Quartiles: seconds, and ratios to a training step
+    "What teleports and their floor cost beside training steps, in turn"
+    (widths, samples), steps = _NETS[net], cfg["ascent"]
+    model, x, y = problem = speed_problem(widths, samples)
+    rate = small_rate(*problem, 2 * steps)
     runs = speed_runs(*problem, steps, rate)
-    runs["single"] = speed_runs(*problem, 1, rate)["fixed"]
-    return in_turn(runs, cfg["rounds"], steps)
+    runs["fixed_twice"] = speed_runs(*problem, 2 * steps, rate)["fixed"]
+    if samples <= min(widths):
+        weights = [p.detach() for p in model.parameters()]
+        columns = x.T.contiguous(), y.T.contiguous()
+        floor = partial(_floor_ascent, weights, *columns, rate)
+        runs |= dict(floor=partial(floor, steps))
+        runs |= dict(floor_twice=partial(floor, 2 * steps))
+    parts = partial(_parts, steps=steps)
+    return in_turn(runs, cfg["rounds"], steps, "train", parts=parts)
 
 
 def _run_seeds(
     cfg: Config,  # Settings
     seeds: int,  # How many
-) -> Row:  # Seconds, quartiles over the rounds
+) -> Row:  # Quartiles: seconds a seed, and ratios to a training step
     "A teleport for many seeds of the small problem, one by one and in one batch"
     problems = [speed_problem((5, 6, 7, 8), 4, seed) for seed in range(seeds)]
     model, w, x, y = _stacked(problems)
@@ -640,7 +777,9 @@ def _run_seeds(
     def batch():
         vmap(one)(w, x, y)
 
-    return in_turn(dict(loop=loop, batch=batch), cfg["rounds"] // 4)
+    runs = dict(train=speed_runs(*problems[0], seeds, 1e-5)["train"])
+    runs |= dict(loop=loop, batch=batch)
+    return in_turn(runs, cfg["rounds"] // 4, seeds, "train")
 
 
 _speed = Experiment(
@@ -660,31 +799,43 @@ _many_seeds = Experiment(
 experiments = [rates, curves, _loops, sweep, _safety, _speed, _many_seeds]
 
 # %% ../nbs/32_mlp.ipynb #b74f5ee9
+def _reached(value, aim):
+    "Whether a number came down to its aim"
+    return "reached" if value <= aim else "not reached"
+
+
 def _speed_lines(
-    rows: list[Row],  # Of `speed`
-    steps: int,  # Of an ascent
+    rows: list[Row],  # Of `_speed`
 ) -> list[Row]:  # A line per network
-    "Costs of an ascent step in training steps, from medians"
+    "Medians in training steps, and the aims where there is a floor"
     lines = []
     for r in rows:
-        names = ("train", "fixed", "single", "trust", "formula")
-        seconds = {name: r[f"seconds_{name}"][1] for name in names}
-        cost = {name: s / seconds["train"] for name, s in seconds.items()}
-        aim = _NETS[r["net"]].aim
-        lines.append(
-            {
-                "network": r["net"],
-                "µs of a training step": 1e6 * seconds["train"],
-                "fixed": cost["fixed"],
-                "each more": steps
-                * (cost["fixed"] - cost["single"])
-                / (steps - 1),
-                "trust": cost["trust"],
-                "formula": cost["formula"],
-                "aim": aim,
-                "": "" if cost["fixed"] <= aim else "not reached",
-            }
-        )
+        cost = {k: v[1] for k, v in r.items() if k.startswith("seconds_ratio")}
+        cost = {k.removeprefix("seconds_ratio_"): v for k, v in cost.items()}
+        step, once = cost["fixed_step"], cost["fixed_once"]
+        line = {
+            "network": r["net"],
+            "µs of a training step": 1e6 * r["seconds_train"][1],
+            "a further step": step,
+            "its floor": None,
+            "floors": None,
+            f"aim {_STEP_AIM}": None,
+            "once": once,
+            "once, floor": None,
+            f"aim {_ONCE_AIM}": None,
+            "whole": cost["fixed"],
+            "whole, floor": None,
+            "trust": cost["trust"],
+            "formula": cost["formula"],
+        }
+        if "floor" in cost:
+            floors = step / cost["floor_step"]
+            line["its floor"], line["floors"] = cost["floor_step"], floors
+            line["once, floor"] = cost["floor_once"]
+            line["whole, floor"] = cost["floor"]
+            line[f"aim {_STEP_AIM}"] = _reached(floors, _STEP_AIM)
+            line[f"aim {_ONCE_AIM}"] = _reached(once, _ONCE_AIM)
+        lines.append(line)
     return lines
 
 
@@ -692,17 +843,17 @@ def _speed_table(
     lines: list[Row],  # Of `_speed_lines`
 ) -> Table:
     "The same as a table"
-    columns = ("fixed", "each more", "trust", "formula")
-    formats = dict.fromkeys(columns, ".2f")
-    formats |= {"µs of a training step": ".0f", "aim": "g"}
-    return table(lines, formats, "Cost of an ascent step in training steps")
+    numbers = [k for k in lines[0] if k != "network" and "aim" not in k]
+    formats = dict.fromkeys(numbers, ".2f") | {"µs of a training step": ".0f"}
+    said = "Costs in training steps; whole, trust and formula per ascent step"
+    return table(lines, formats, said)
 
 # %% ../nbs/32_mlp.ipynb #1d513c0b
 def _main():
     "Command line of `python -m symtele.mlp`: what a teleport costs here"
     with tempfile.TemporaryDirectory() as folder:
         rows = _speed.run(folder)
-    print(_speed_table(_speed_lines(rows, _speed.config["ascent"])))
+    print(_speed_table(_speed_lines(rows)))
 
 
 if __name__ == "__main__" and "__file__" in globals():

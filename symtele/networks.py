@@ -90,20 +90,24 @@ def _matrix_solve(e: Tensor, t: Tensor) -> Tensor:
 def matrix_undo(
     t: Tensor,  # T, shape (d, d)
     rows: Tensor,  # Shape (n, d)
+    rate: float = 1.0,  # Of the step: it is `rate` times T
+    size: float
+    | None = None,  # Norm of the step, if known and not differentiated
 ) -> Tensor:  # Shape (n, d)
-    "Each row times (I+T)⁻¹"
-    if groups.differentiated(t):
-        return rows @ torch.linalg.inv_ex(_plus_one(t))[0]
-    size = t.norm().item() if readable(t) else math.inf
+    "Each row times (I + rate T)⁻¹"
+    if size is None:
+        if groups.differentiated(t):
+            return rows @ torch.linalg.inv_ex(_plus_one(t * rate))[0]
+        size = (t * rate).norm().item() if readable(t) else math.inf
     if not size < 0.5:
-        return torch.linalg.solve_ex(_plus_one(t), rows, left=False)[0]
-    small, sign = 16 * torch.finfo(t.dtype).eps, -1
+        return torch.linalg.solve_ex(_plus_one(t * rate), rows, left=False)[0]
+    small, by = 16 * torch.finfo(t.dtype).eps, -rate
     while size**4 > small:
-        rows = torch.addmm(rows, rows, t, alpha=sign)
-        t, size, sign = t @ t, size * size, 1
+        rows = torch.addmm(rows, rows, t, alpha=by)
+        t, size, by = t @ t, size * size, by * by
     y, error = rows, size
     while error > small:
-        y, error = torch.addmm(rows, y, t, alpha=sign), error * size
+        y, error = torch.addmm(rows, y, t, alpha=by), error * size
     return y
 
 
@@ -234,7 +238,7 @@ class Tap:
     bias: Slot | None  # What is added to z, one entry a unit
     sigma: Callable[[Tensor, Named], Tensor]  # (z, w) -> h, shape kept
     inverse: Callable[[Tensor, Named], Tensor]  # (h, w) -> z, NaN out of range
-    slopes: Callable | None = None  # z -> (σ'(z), σ''(z) or None for 0)
+    gate: Callable | None = None  # (x, z, ±1) -> x σ'(z)^±1, if σ''(z) is 0
     below: frozenset[str] | None = None  # Parameters h depends on, if known
 
 
@@ -278,34 +282,36 @@ def _arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (x if isinstance(x, tuple) else (x,)), {}
 
 
-def _owned(modules: dict[str, nn.Module], w: Named) -> Named:
-    "What replaces each module's own tensors, by its path; buffers by copies"
-    first, own = {}, {}
+def _put(modules: dict[str, nn.Module], w: Named) -> None:
+    "Give each module its tensors from `w`, and copies of its buffers"
+    first, copies = {}, {}
+
+    def find(t: Tensor | None, here: str) -> Tensor | None:
+        return t if t is None else w.get(first.setdefault(id(t), here), t)
+
     for path, module in modules.items():
-        tensors = [*module._parameters.items(), *module._buffers.items()]
-        for k, t in (pair for pair in tensors if pair[1] is not None):
-            here = f"{path}.{k}" if path else k
-            name = first.setdefault(id(t), here)  # that of a shared tensor
-            if k in module._buffers:
-                own[here] = own[name] if name in own else w.get(name, t).clone()
-            elif name in w:
-                own[here] = w[name]
+        at = f"{path}." if path else ""
+        own = {k: find(t, at + k) for k, t in module._parameters.items()}
+        kept = {k: find(t, at + k) for k, t in module._buffers.items()}
+        for k, t in kept.items():  # one that is shared has one copy
+            kept[k] = t if t is None else copies.setdefault(id(t), t.clone())
+        vars(module).update(_parameters=own, _buffers=kept)
     if strange := sorted(w.keys() - set(first.values())):
         has = f"{type(modules['']).__name__} has nothing of that name"
         raise ValueError(f"w holds {strange}, but {has}")
-    return own
 
 
 @contextmanager
 def _traceless(modules: dict[str, nn.Module]) -> Iterator[None]:
     "Takes back the attributes that a forward pass sets"
-    before = [(vars(m), dict(vars(m))) for m in modules.values()]
+    before = [(vars(m), vars(m).copy()) for m in modules.values()]
     try:
         yield
     finally:
         for now, old in before:
-            for name in now.keys() - old.keys():
-                del now[name]
+            if len(now) > len(old):
+                for name in now.keys() - old.keys():
+                    del now[name]
             now.update(old)
 
 
@@ -339,25 +345,35 @@ def run_model(
     "The model as a pure function of its parameters"
     devices = {p.device.index for p in w.values() if p.device.type == "cuda"}
     modules = dict(model.named_modules())
-    own = _owned(modules, w)
-    # with ties of its own it undoes two names of a module in the wrong order
-    call = partial(torch.func.functional_call, tie_weights=False)
     with torch.random.fork_rng(devices), _traceless(modules):
+        _put(modules, w)
         with _spared(modules, x) as given:
-            return call(model, own, *_arguments(given))
+            args, named = _arguments(given)
+            return model(*args, **named)
 
 
 class _Inputs(TorchFunctionMode):
     "Keeps what is given to linear layers, by names of their weights"
 
-    def __init__(self, names: dict[int, str]):
+    def __init__(self, names: Iterable[str]):
         super().__init__()
-        self.names, self.seen = names, {}
+        self.wanted, self.names, self.seen, self.calls = names, {}, {}, 0
+
+    def of(self, w: Named) -> "_Inputs":
+        "The same, for layers that have weights from `w`"
+        self.names = {id(w[name]): name for name in self.wanted}
+        return self
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         if f is nn.functional.linear and id(args[1]) in self.names:
             self.seen[self.names[id(args[1])]] = args[0]
+            self.calls += 1
         return f(*args, **(kwargs or {}))
+
+    @property
+    def once(self) -> bool:
+        "Whether each of the layers was called once"
+        return self.calls == len(self.wanted) == len(self.seen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -375,12 +391,17 @@ class Wiring:
         if twice := {n for n in names if names.count(n) > 1}:
             raise ValueError(f"Wiring has two spaces named {sorted(twice)}")
 
+    def inputs(self, spaces: list[Space]) -> _Inputs:
+        "What notes, while a model runs, what layers around some spaces are given"
+        names = {s.reader for s in spaces}
+        return _Inputs(names | {s.tap.weight.param for s in spaces if s.tap})
+
     def given(self, spaces: list[Space], w: Named, x: Tensor) -> Named:
         "Run the model once: what layers around some spaces are given on a batch"
-        names = {s.reader for s in spaces}
-        names |= {s.tap.weight.param for s in spaces if s.tap}
-        layers = _Inputs({id(w[name]): name for name in names})
-        with layers:
+        if x is None or self.model is None:
+            needs = "activations need a batch and a wiring with its model"
+            raise ValueError(f"{needs}, got x = {x} and model = {self.model}")
+        with self.inputs(spaces).of(w) as layers:
             run_model(self.model, w, x)
         return layers.seen
 
@@ -595,18 +616,13 @@ class Blocks:
         "What `transform` needs"
         return [Move(s, k, a[s.name], k.slots(s)) for s, k in self.spaces]
 
-    def move(self, w: Named, a: Named, first: Callable | None = None) -> Named:
-        "`w` after `a`, rounded once; `first(wide, a)` may change the wide copy"
-        new, a = w, dict(a)
+    def move(self, w: Named, a: Named) -> Named:
+        "`w` after `a`, rounded once"
+        a = dict(a)
         for s, kind in self.spaces:
             if kind.near is not None and s.slots:
                 a[s.name] = kind.near(a[s.name], w[s.slots[0].param].dtype)
-        if first:
-            owned = {t.param for s, _ in self.spaces for t in s.slots}
-            new = {k: wide(t) if k in owned else t for k, t in w.items()}
-            first(new, a)
-        moved = transform(new, self.moves(a), once=True)
-        return {k: t.to(w[k].dtype) for k, t in moved.items()}
+        return transform(w, self.moves(a), once=True)
 
 # %% ../nbs/02_networks.ipynb #2d0095e3
 @dataclass(frozen=True, eq=False)
@@ -619,14 +635,22 @@ class NetworkOrbit(Orbit):
     law: "Linear"  # How the action depends on the parameters, or another law
     start: Named  # Parameters where the orbit began
     batch: Any  # The batch there
-    at: Named  # Element from there to here, by blocks
+    way: Any  # Element from there to here by blocks, what finds it, or None
     stats: Named  # The model's buffers there, those that move along
     along: Blocks  # How they move
+    kept_as: ClassVar[str] = "way"
 
     @property
     def size(self) -> int:
         "How many numbers an element has"
-        return sum(t.numel() for t in self.at.values())
+        return sum(map(math.prod, self.blocks.shapes.values()))
+
+    @cached_property
+    def at(self) -> Named:
+        "Element from the start to here, by blocks"
+        if self.way is None:
+            return self.blocks.zero(next(iter(self.start.values())).device)
+        return self.way if isinstance(self.way, dict) else self.way.at()
 
     @cached_property
     def discrete(self) -> bool:
@@ -636,21 +660,24 @@ class NetworkOrbit(Orbit):
     @cached_property
     def still(self) -> bool:
         "Whether this is where the orbit began, as far as can be seen from here"
-        at = self.at.values()
-        able = self.law.keeps_identity and not self.discrete and groups.plain(*at)
-        return able and not any(t.any() for t in at)
+        if self.way is None or not self.law.keeps_identity:
+            return self.law.keeps_identity
+        able = not self.discrete and groups.plain(*self.at.values())
+        return able and not any(t.any() for t in self.at.values())
 
     @cached_property
     def w(self) -> Named:
         "Parameters here, in the dtype of the start"
+        if hasattr(self.way, "w"):
+            return self.way.w()
         if self.still:
             return self.start
-        return self.blocks.move(self.start, self.at, self.law.first(self))
+        return self.law.act(self, self.start, self.at)
 
     @cached_property
     def buffers(self) -> Named:
         "The model's buffers that move along, here; {} for most models"
-        if self.still or not self.stats:
+        if not self.stats or self.still:
             return self.stats
         start = {k: wide(t) for k, t in self.stats.items()}
         moved = transform(start, self.along.moves(self.at))
@@ -664,7 +691,7 @@ class NetworkOrbit(Orbit):
     @property
     def element(self) -> Tensor:
         "The way from the start to here, shape (size,)"
-        return self.join(self.at)
+        return self.blocks.join(self.at)
 
     def split(self, xi: Tensor) -> Named:
         "A flat element as blocks, by name of the space"
@@ -676,7 +703,7 @@ class NetworkOrbit(Orbit):
         return self.blocks.join(blocks)
 
     def zero(self) -> Tensor:
-        return self.join(self.blocks.zero(next(iter(self.at.values())).device))
+        return self.join(replace(self, way=None).at)
 
     def draw(self, rng: Generator) -> Tensor:
         if not self.discrete:
@@ -689,11 +716,11 @@ class NetworkOrbit(Orbit):
 
     def to(self, xi: Tensor) -> "NetworkOrbit":
         a = self.split(xi)
-        return replace(self, at=a if self.still else self.blocks.then(self.at, a))
+        return self.seen_from(a if self.still else self.blocks.then(self.at, a))
 
     def act_on(self, xi: Tensor, w: Named) -> Named:
         "`w` after `xi`; differentiable in both"
-        return self.blocks.move(w, self.split(xi), self.law.first(self, w))
+        return self.law.act(self, w, self.split(xi))
 
     def pull(self, xi: Tensor, c: Named) -> Named:
         "J⁻ᵀc: a covector here, seen from `act(xi)` (Z22 Prop. 5.1)"
@@ -715,13 +742,8 @@ class NetworkOrbit(Orbit):
     @property
     def hidden(self) -> Named:
         "Space -> what its reader gets on the batch: h → g h along the orbit"
-        model = self.wiring.model
         spaces = [s for s in self.wiring.spaces if s.reader]
-        if self.x is None or model is None:
-            needs = "hidden needs a batch and a wiring with its model"
-            raise ValueError(f"{needs}, got x = {self.x} and model = {model}")
-        here = {**self.w, **self.buffers}
-        seen = self.wiring.given(spaces, here, self.x)
+        seen = self.wiring.given(spaces, {**self.w, **self.buffers}, self.x)
         return {s.name: seen[s.reader] for s in spaces}
 
 # %% ../nbs/02_networks.ipynb #fdc174dc
@@ -731,8 +753,9 @@ class Linear:
     carries = True  # Whether a gradient moves along the orbit without the loss
     keeps_identity = True  # Whether the zero element leaves parameters alone
 
-    def first(self, orbit: NetworkOrbit, w: Named | None = None) -> None:
-        "What changes parameters before their slots move: nothing"
+    def act(self, orbit: NetworkOrbit, w: Named, a: Named) -> Named:
+        "Parameters after an element"
+        return orbit.blocks.move(w, a)
 
     def pull(self, orbit: NetworkOrbit, a: Named, c: Named, power: int) -> Named:
         "A covector after an element (Z22 Prop. 5.1)"
@@ -742,6 +765,18 @@ class Linear:
 def _subclasses(cls: type) -> Iterable[type]:
     for sub in cls.__subclasses__():
         yield from (sub, *_subclasses(sub))
+
+
+def _check_bound(group: "NetworkGroup", w: Named) -> None:
+    "Raise unless a group is bound, to a wiring that fits"
+    name = type(group).__name__
+    if group.wiring is None:
+        use = f"use {name}(wire(model, x)), or {name}().on(wiring)"
+        raise ValueError(f"{name}() has no wiring yet: {use}")
+    if not isinstance(w, dict):
+        moves = f"{name} moves a dict of parameters by name"
+        raise TypeError(f"{moves}, got {type(w).__name__}")
+    group.wiring.check(w)
 
 
 @dataclass(frozen=True)
@@ -764,17 +799,26 @@ class NetworkGroup:
         "What was decided about some shapes, so that it need not be decided again"
         return {}
 
-    def orbit(self, w: Named, x: Any = None) -> NetworkOrbit:
+    def hear(self, w: Named, x: Any) -> _Inputs | None:
+        "What notes what layers around taps are given, if that matters"
+        _check_bound(self, w)
+        model, name = self.wiring.model, type(self).__name__
+        if self._tapped and (x is None or model is None):
+            needs = "it needs the batch x and a wiring with its model"
+            got = f"x = {x if x is None else type(x).__name__}, model = {model}"
+            raise ValueError(f"{name} reads activations: {needs}, got {got}")
+        return self.wiring.inputs(self._tapped) if self._tapped else None
+
+    def orbit(
+        self, w: Named, x: Any = None, heard: _Inputs | None = None
+    ) -> NetworkOrbit:
         "The orbit of `w` for a batch, samples first; raises if nothing moves"
-        name = type(self).__name__
-        if self.wiring is None:
-            use = f"use {name}(wire(model, x)), or {name}().on(wiring)"
-            raise ValueError(f"{name}() has no wiring yet: {use}")
-        if not isinstance(w, dict):
-            moves = f"{name} moves a dict of parameters by name"
-            raise TypeError(f"{moves}, got {type(w).__name__}")
-        self.wiring.check(w)
-        seen, stats = self._listen(w, x), self._stats(w)
+        seen = {}
+        if heard is not None and heard.once:
+            seen = {k: t.detach() for k, t in heard.seen.items()}
+        elif self.hear(w, x) is not None:
+            seen = self.wiring.given(self._tapped, w, x)
+        stats = self._stats(w)
         key = tuple((k, t.shape) for d in (w, seen) for k, t in d.items())
         if key not in self.plans:
             report, every = self._decide(seen)
@@ -782,8 +826,7 @@ class NetworkGroup:
         report, blocks, along = self.plans[key]
         taps = [kind.tap for _, kind in blocks.spaces if kind.tap]
         law = taps[0].law(blocks, seen) if taps else Linear()
-        at = blocks.zero(next(iter(w.values())).device)
-        where = dict(start=w, batch=x, at=at, stats=stats, along=along)
+        where = dict(start=w, batch=x, way=None, stats=stats, along=along)
         return NetworkOrbit(self.wiring, blocks, dict(report), law, **where)
 
     def _stats(self, w: Named) -> Named:
@@ -795,18 +838,13 @@ class NetworkGroup:
         buffers = self.wiring.model.named_buffers()
         return {k: b.clone() for k, b in buffers if k in names}
 
-    def _listen(self, w: Named, x: Any) -> Named:
-        "What the layers around taps are given on the batch, if that matters"
-        model, name = self.wiring.model, type(self).__name__
+    @cached_property
+    def _tapped(self) -> list[Space]:
+        "The spaces whose activations matter"
         taps = any(kind.tap for kind in self.prefer)
         tapped = [s for s in self.wiring.spaces if s.tap and taps]
-        if all(gl in self.prefer and gl in s.commutes for s in tapped):
-            return {}
-        if x is None or model is None:
-            needs = "it needs the batch x and a wiring with its model"
-            got = f"x = {x if x is None else type(x).__name__}, model = {model}"
-            raise ValueError(f"{name} reads activations: {needs}, got {got}")
-        return self.wiring.given(tapped, w, x)
+        linear = all(gl in self.prefer and gl in s.commutes for s in tapped)
+        return [] if linear else tapped
 
     def _decide(self, seen: Named) -> tuple[dict[str, Rule], Blocks]:
         report, moving = {}, []

@@ -10,6 +10,7 @@ __all__ = ['grad_norm', 'CLOSED', 'Measured', 'check_loss', 'measure', 'unwrap',
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -53,22 +54,27 @@ def check_loss(
 def measure(
     loss: Loss,  # `(w) -> ()` or `(T,)`
     w: Params,  # Parameters; not modified
+    hear: Callable[[Params], Any] = nullcontext,  # Entered while it runs once
 ) -> Measured:
     "The loss, its gradient, and what rounding of the parameters could do to it"
-    leaves, tree = pytree.tree_flatten(w)
+    whole = isinstance(w, Tensor)
+    named = {"w": w} if whole else w
 
     def rounding(c: Params) -> Tensor:
-        pairs = zip(leaves, pytree.tree_leaves(c))
-        return sum(torch.linalg.vector_norm(p * g, 1) for p, g in pairs)
+        pairs = ((named[k], g) for k, g in ({"w": c} if whole else c).items())
+        return sum((p * g).abs().sum() for p, g in pairs)
 
-    if plain(*leaves):
+    if plain(*named.values()):
         with torch.enable_grad():
-            own = [t.detach().requires_grad_() for t in leaves]
-            value = loss(pytree.tree_unflatten(own, tree))
+            own = {k: t.detach().requires_grad_() for k, t in named.items()}
+            here = own["w"] if whole else own
+            with hear(here):
+                value = loss(here)
         check_loss(value)
         if not value.ndim and value.requires_grad:
-            slopes = torch.autograd.grad(value, own, materialize_grads=True)
-            c = pytree.tree_unflatten(slopes, tree)
+            leaves = list(own.values())
+            slopes = torch.autograd.grad(value, leaves, materialize_grads=True)
+            c = slopes[0] if whole else dict(zip(own, slopes))
             return Measured(value.detach(), c, rounding(c))
     value, back = vjp(loss, w)
     check_loss(value)
@@ -225,6 +231,10 @@ class Landscape:
     known: dict[str, Any]  # What has been found here, by name: "orbit" at least
     steps: Tensor | int = 0  # Moves so far
     closed: ClassVar[bool] = False  # Whether slopes come from a closed form
+    carried: ClassVar[bool] = (
+        False  # Whether J follows from the gradient it began
+    )
+    later: ClassVar[bool] = False  # Whether it can still be found without that
     keeps: ClassVar[tuple[str, ...]] = ("height", "gradient")  # By `choose`
 
     @staticmethod
@@ -277,6 +287,11 @@ class Landscape:
             self.known["slope"] = self.find_slope()
         return self.known["slope"]
 
+    @property
+    def steepness(self) -> Tensor:
+        "Norm of the slope, shape ()"
+        return self.slope().norm()
+
     def find_slope(self) -> Tensor:
         "The slope, worked out"
         return grad(self)(self.orbit.zero())
@@ -304,7 +319,8 @@ class Landscape:
 
     def elsewhere(self, **known: Any) -> "Landscape":
         "One move further, with what is known there"
-        return replace(self, steps=self.steps + 1, known=known)
+        same = self.loss, self.objective, self.start
+        return type(self)(*same, known, self.steps + 1)
 
     def knowing(self, **known: Any) -> "Landscape":
         "The same landscape, with values that need not be found again"
@@ -321,8 +337,9 @@ class Landscape:
         a, b = self.known, other.known
         both = [k for k in self.keeps if k in a and k in b]
         known = {k: pytree.tree_map(pick, a[k], b[k]) for k in both}
-        at = pytree.tree_map(pick, self.orbit.at, other.orbit.at)
-        known["orbit"] = replace(self.orbit, at=at)
+        if "chain" not in known:
+            at = pytree.tree_map(pick, self.orbit.at, other.orbit.at)
+            known["orbit"] = self.orbit.seen_from(at)
         steps = torch.where(ok, other.steps, self.steps)
         return replace(self, known=known, steps=steps)
 

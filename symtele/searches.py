@@ -182,8 +182,7 @@ class Ascent:
         capped = self.growth not in (None, math.inf)
         cap = self.growth * land.gsq if capped else None
         if capped and isinstance(land.objective, GradNorm | Lookahead):
-            steepness = land.slope().norm()
-            reach = 4 * (self.growth - 1) * land.height.abs() / steepness
+            reach = 4 * (self.growth - 1) * land.height.abs() / land.steepness
             # zero where no growth is allowed, nan on level ground
             radius = torch.where(reach > 0, reach.minimum(radius), radius)
         for _ in range(self.steps):

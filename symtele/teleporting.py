@@ -40,6 +40,15 @@ _LEVERAGE = 100.0  # how much larger that term may be at the new parameters
 _HELD = 1e-2  # share of the loss beyond which no rounding is an excuse
 
 
+def _tensors(tree: Any) -> list[Tensor]:
+    "The tensors of a tree; dicts of them are what is met most"
+    if isinstance(tree, dict | list):
+        values = tree.values() if isinstance(tree, dict) else tree
+        return [t for v in values for t in _tensors(v)]
+    leaves = [tree] if isinstance(tree, Tensor) else tree_leaves(tree)
+    return [t for t in leaves if isinstance(t, Tensor)]
+
+
 def drift_bound(
     before: Measured,  # At the old parameters
     after: Measured,  # At the new ones
@@ -47,18 +56,25 @@ def drift_bound(
     eps: float = 0.0,  # Of the type the loss is computed in, if that is lower
 ) -> Tensor:  # Largest |ΔL| that counts as rounding, shape of the loss
     "How much the loss may change before a move is refused"
-    held = (before.loss, *tree_leaves(before.gradient))
-    eps = max(eps, *(torch.finfo(t.dtype).eps for t in held))
-    capped = after.rounding.clamp(max=_LEVERAGE * before.rounding)
-    rounding = _ROUNDING * eps * torch.maximum(before.rounding, capped)
-    size = before.loss.abs()
+    types = {t.dtype for t in (before.loss, *_tensors(before.gradient))}
+    eps = max(eps, *map(_eps, types))
+    size, rounding = before.loss.abs(), before.rounding
+    if after is not before:
+        capped = after.rounding.clamp(max=_LEVERAGE * rounding)
+        rounding = torch.maximum(rounding, capped)
+    rounding = _ROUNDING * eps * rounding
     if tol is not None:
         return tol * size + rounding
     return torch.minimum(eps ** (2 / 3) * size + rounding, _HELD * size.sum())
 
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
 # %% ../nbs/08_teleporting.ipynb #ef960808
 OK, DRIFT, NONFINITE, STILL = range(4)
 _STATIC = ("report", "slope", "why", "seconds")
+_Later = Tensor | Callable[[], Tensor]  # a value, or what finds it
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,17 +85,31 @@ class Teleported:
     buffers: Named  # The model's, those that move along; {} for most models
     x: Any  # The batch, moved where the data move too
     loss: Tensor  # Before and after the move that was tried, (2,) or (2, T)
-    objective: Tensor  # Before and after, shape (2,)
+    heights: _Later  # Objective before and after
     drift: Tensor  # |ΔL|/|L|, the largest over tasks, shape ()
     accepted: Tensor  # Whether the loss held, bool
     code: Tensor  # OK, DRIFT, NONFINITE or STILL
     steps: Tensor  # Moves the search made
     evals: Tensor  # Calls of the loss, with or without its gradient
-    element: Tensor | None  # The move that was tried; None where w is one Tensor
+    way: _Later | None  # Element that was tried
     report: dict[str, Rule]  # Space -> how it moves, and why
     slope: str  # "closed" or "autograd"
     why: str = ""  # What else is known of a refusal
     seconds: float | None = None  # Wall-clock, None under vmap
+
+    @property
+    def objective(self) -> Tensor:
+        "Before and after the move that was tried, shape (2,)"
+        return self.heights() if callable(self.heights) else self.heights
+
+    @property
+    def element(self) -> Tensor | None:
+        "The move that was tried; None where w is one Tensor"
+        return self.way() if callable(self.way) else self.way
+
+    def __getstate__(self) -> dict[str, Any]:
+        found = dict(heights=self.objective, way=self.element)
+        return vars(self) | found
 
     @property
     def reason(self) -> str:
@@ -112,9 +142,10 @@ class Teleported:
 
 
 def _flatten(t: Teleported) -> tuple[list[Any], tuple[list[str], dict[str, Any]]]:
-    names = [k for k, v in vars(t).items() if k not in _STATIC and v is not None]
-    rest = {k: v for k, v in vars(t).items() if k not in names}
-    return [getattr(t, k) for k in names], (names, rest)
+    fields = t.__getstate__()
+    rest = {k: v for k, v in fields.items() if k in _STATIC or v is None}
+    names = [k for k in fields if k not in rest]
+    return [fields[k] for k in names], (names, rest)
 
 
 def _unflatten(values: list[Any], context: tuple[list[str], dict]) -> Teleported:
@@ -235,8 +266,9 @@ class _Counted:
 
     def __call__(self, *args: Any) -> Tensor:
         "The loss"
-        tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
-        self.calls += max(_standing_for(t, self.level) for t in tensors)
+        inside = _functorch.peek_interpreter_stack() is not None
+        stands = [_standing_for(t, self.level) for t in _tensors(args) if inside]
+        self.calls += max(stands, default=1)
         value = self.loss(*args)
         check_loss(value)
         return value
@@ -248,7 +280,7 @@ def _check_start(loss: Loss, w: Params, m: Measured) -> None:
     if known is False:
         found = f"loss is {m.loss.tolist()} at the parameters given"
         raise ValueError(f"{found}; it must be finite")
-    if known is None or any(t.any() for t in tree_leaves(m.gradient)):
+    if known is None or any(t.any() for t in _tensors(m.gradient)):
         return
     with torch.enable_grad():
         value = loss(tree_map(lambda t: t.detach().requires_grad_(), w))
@@ -256,20 +288,43 @@ def _check_start(loss: Loss, w: Params, m: Measured) -> None:
         raise ValueError("loss does not depend on w, so every move would keep it")
 
 # %% ../nbs/08_teleporting.ipynb #db642075
-def _all_finite(*tensors: Tensor) -> Tensor:
+_Ok = bool | Tensor  # a Tensor where it cannot be looked at
+
+
+def _all_finite(*tensors: Tensor) -> _Ok:
     known = finite(*tensors)
     if known is not None:
-        return torch.tensor(known, device=tensors[0].device)
+        return known
     return torch.stack([t.isfinite().all() for t in tensors]).all()
 
 
-def _either(ok: Tensor, new: Any, old: Any) -> Any:
+def _leafwise(f: Callable[[Any, Any], Any], new: Any, old: Any) -> Any:
+    "A function of two trees, leaf by leaf"
+    if isinstance(new, dict):
+        return {k: _leafwise(f, t, old[k]) for k, t in new.items()}
+    return f(new, old) if isinstance(new, Tensor) else tree_map(f, new, old)
+
+
+def _either(ok: _Ok, new: Any, old: Any) -> Any:
     "`new` where `ok`, else `old`: one of the two, or a `where` under `vmap`"
-    if not isinstance(new, Tensor):  # what a model is called with may hold others
-        return new
-    if not readable(ok):
-        return torch.where(ok, new, old)
-    return new if ok else old
+    if isinstance(ok, bool):
+        return new if ok else old
+
+    def pick(
+        a: Any, b: Any
+    ) -> Any:  # what a model is called with may hold others
+        return torch.where(ok, a, b) if isinstance(a, Tensor) else a
+
+    return _leafwise(pick, new, old)
+
+
+def _fresh(new: Any, old: Any) -> Any:
+    "The same values, none in the memory of `old`"
+
+    def copy(a: Any, b: Any) -> Any:
+        return a.clone() if isinstance(a, Tensor) and a is b else a
+
+    return _leafwise(copy, new, old)
 
 
 _PURE = "gave two values for the same parameters: it must be pure"
@@ -314,16 +369,19 @@ def _look_again(loss: Loss, w: Params, before: Measured) -> torch.dtype | None:
     return lowest if _eps(lowest) > max(map(_eps, shown)) else None
 
 
-def _eps(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps
-
-
 def _held(
-    loss: Loss, w: Params, two: tuple[Measured, Measured], tol: float | None
+    loss: Loss,
+    w: Params,
+    two: tuple[Measured, Measured | Callable[[], Measured]],
+    change: Tensor,
+    tol: float | None,
 ) -> tuple[Tensor, str]:
     "Whether the loss held, and what else is known where it did not"
     before, after = two
-    change, why = (after.loss - before.loss).abs(), ""
+    held = (change <= drift_bound(before, before, tol)).all()
+    if readable(held) and held:
+        return held, ""
+    after, why = after() if callable(after) else after, ""
     held = (change <= drift_bound(before, after, tol)).all()
     if not readable(held) or held:
         return held, why
@@ -334,23 +392,28 @@ def _held(
     return held, why
 
 
-def _kept(ok: Tensor, new: Any, old: Any) -> Any:
-    "`new` where `ok`, else `old`, which shares no memory with what was given"
-    t = _either(ok, new, old)
-    return t.clone() if isinstance(t, Tensor) and t is old else t
-
-
 def _lean(start: Landscape, end: Landscape) -> tuple[Landscape, Landscape]:
     "Both ends of a search without gradients, before another one needs the room"
-    m = start.start
-    none = tree_map(lambda t: t.new_empty(0), m.gradient)  # of the same types
-    bare = replace(m, gradient=none, tasks=None)
+    m, there = start.start, dict(orbit=end.orbit)
+    if end.carried and not (end.later and readable(m.loss)):
+        there["height"] = end.height
+    there |= {k: end.known[k] for k in ("here", "height") if k in end.known}
+    none = [t.new_empty(0) for t in _tensors(m.gradient)]  # of the same types
+    bare = Measured(m.loss, none, m.rounding)
     began = dict(orbit=start.orbit, height=start.height, here=bare)
-    here = {k: end.known[k] for k in ("here",) if k in end.known}
-    return (
-        replace(start, start=bare, known=began),
-        replace(end, start=bare, known=dict(orbit=end.orbit) | here),
-    )
+    return replace(start, start=bare, known=began), replace(end, known=there)
+
+
+def _heights(before: Tensor, end: Landscape, fine: _Ok) -> Tensor:
+    "The objective before and after a move"
+    height = end.height
+    return torch.stack((before, _either(fine, height, height * math.nan)))
+
+
+def _code(ok: Tensor, fine: _Ok) -> Tensor:
+    "What became of a move"
+    refused = torch.where(torch.as_tensor(fine), DRIFT, NONFINITE)
+    return torch.where(ok, OK, refused)
 
 
 def _judge(
@@ -359,43 +422,63 @@ def _judge(
     "The end of a search held against the bound: the record but for its seconds"
     (w, x), orbit = given, end.orbit
     here, there = (getattr(o, "buffers", {}) for o in (start.orbit, orbit))
-    old, new = (w, here, x), (orbit.w, there, orbit.x)
-    moved = tree_leaves(new[:2] if orbit.x is x else new)
-    fine = _all_finite(*(t for t in moved if isinstance(t, Tensor)))
-    at, buffers, batch = tree_map(partial(_either, fine), new, old)
+    old, new = [w, here, x], [orbit.w, there, orbit.x]
+    fine = _all_finite(*_tensors(new if orbit.x is not x else new[:2]))
+    at, buffers, batch = _either(fine, new, old)
     loss, again = fixed(start.loss, batch, buffers), fixed(start.loss, x, here)
-    # a search that measured the place where it stopped has done this
-    before, after = start.here, end.known.get("here") or measure(loss, at)
-    after = replace(after, loss=torch.where(fine, after.loss, math.nan))
-    objective = start.objective.known(after, loss, at)
-    objective = torch.where(fine, objective, math.nan)
-    change = (after.loss - before.loss).abs()
-    held, why = _held(again, w, (before, after), tol)
-    fine = fine & _all_finite(after.loss)
-    ok = fine & held
+    # a search that measured where it stopped has done this
+    before, after = start.here, end.known.get("here")
+    if after is None and not end.carried:
+        after = measure(loss, at)
+    if not end.carried:
+        end = end.knowing(height=end.objective.known(after, loss, at))
+    value = after.loss if after else loss(at)
+    value = _either(fine, value, value * math.nan)
+    change = (value - before.loss).abs()
+    after = after or partial(measure, loss, at)
+    held, why = _held(again, w, (before, after), change, tol)
+    fine = fine & _all_finite(value)
+    ok = held & fine
     smallest = torch.finfo(before.loss.dtype).tiny
     drift = (change / before.loss.abs().clamp_min(smallest)).max()
-    if readable(ok):
+    known = readable(ok)
+    if known:
         _check_objective(start, again, w)
-    w, buffers, batch = tree_map(partial(_kept, ok), new, old)
+    if not (known and ok):
+        new = _either(bool(ok) if known else ok, new, old)
+    w, buffers, batch = map(_fresh, new, old)
+    way, heights = None, partial(_heights, start.height, end, fine)
+    if hasattr(type(orbit), "element"):
+        way = partial(getattr, orbit, "element") if known else orbit.element
     return Teleported(
         w=w,
         buffers=buffers,
         x=batch,
-        loss=torch.stack((before.loss, after.loss)),
-        objective=torch.stack((start.height, objective)),
+        loss=torch.stack((before.loss, value)),
+        heights=heights if known and end.later else heights(),
         drift=drift,
         accepted=ok,
-        code=torch.where(ok, OK, torch.where(fine, DRIFT, NONFINITE)),
+        code=_code(ok, fine),
         steps=torch.as_tensor(end.steps, device=drift.device),
         evals=torch.as_tensor(start.loss.calls, device=drift.device),
-        element=getattr(orbit, "element", None),
+        way=way,
         report=orbit.report,
         slope="closed" if start.closed else "autograd",
         why=why,
     )
 
 # %% ../nbs/08_teleporting.ipynb #1eaf8b6f
+def _look(group: Any, loss: Loss, w: Params, x: Any) -> tuple[Orbit, Measured]:
+    "The orbit and the loss where it begins, from one pass where that is enough"
+    if not hasattr(group, "hear"):
+        return group.orbit(w, x), measure(loss, w)
+    heard = group.hear(w, x)
+    if heard is None:
+        return group.orbit(w, x), measure(loss, w)
+    before = measure(loss, w, heard.of)
+    return group.orbit(w, x, heard), before
+
+
 def travel(
     loss: Loss,  # As in `teleport`
     w: Params,  # As in `teleport`
@@ -415,7 +498,7 @@ def travel(
     here = fixed(loss, x)
     learns = isinstance(search, nn.Module) and torch.is_grad_enabled()
     with nullcontext() if learns else torch.no_grad():
-        orbit, before = group.orbit(w, x), measure(here, w)
+        orbit, before = _look(group, here, w, x)
         _check_start(here, w, before)
         start = landscape(orbit, loss, objective, before)
         start = start.knowing(gradient=before.gradient, here=before)

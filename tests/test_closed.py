@@ -131,7 +131,7 @@ def errors(land, loss, x):
 
 def curved(link):
     "Whether a link of the batch law has a σ'' worth the name"
-    if link.kind != batch or link.slopes[1] is None:
+    if link.kind != batch or link.slopes is None:
         return False
     return bool(link.slopes[1].abs().max() > 0.01)
 
@@ -139,7 +139,8 @@ def curved(link):
 def flattened(land):
     "The landscape without σ''"
     links = tuple(
-        link._replace(slopes=(link.slopes[0], None)) for link in land.chain.links
+        link._replace(slopes=link.slopes and (link.slopes[0], 0 * link.slopes[1]))
+        for link in land.chain.links
     )
     return replace(land, known={"chain": land.chain._replace(links=links)})
 

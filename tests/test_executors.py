@@ -309,6 +309,8 @@ def interrupt(cfg, n):
 
 def test_interrupted(tmp_path):
     "What was finished or running is saved, and a further run makes the rest"
+    # what a shell starts in the background ignores the signal
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     e = Experiment("stops", {}, lambda cfg: grid(n=range(9)), interrupt)
     with ThreadPoolExecutor(1) as threads, pytest.raises(KeyboardInterrupt):
         e.run(tmp_path, 1, threads)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Generator, nn
 from torch.func import grad
 
 import symtele
@@ -36,6 +36,7 @@ from symtele import (
     wire,
 )
 from symtele.baselines import speed_problem, squared
+from symtele.groups import check_close
 from symtele.networks import Slot, Space, Wiring, perm, scale
 
 
@@ -219,6 +220,23 @@ def test_an_ascent_climbs_on_a_deep_network():
     assert climbed(own) == (0, 1)
 
 
+def test_slopes_of_many_are_those_of_each():
+    "At the identity a branch on a value that is zero would lose the derivative"
+    rng = Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    xs = torch.randn(3, 4, 5, dtype=torch.float64, generator=rng)
+    loss, w = loss_of(model, F.mse_loss, torch.ones(4, 3, dtype=torch.float64))
+    group = BatchGL(wire(model, xs[0]))
+
+    def slopes(x):
+        land = landscape(group.orbit(w, x), loss, lookahead(0.1))
+        further = land.climb(norm=torch.tensor(1e-3, dtype=torch.float64))
+        return land.slope(), further.slope()
+
+    for many, alone in zip(torch.func.vmap(slopes)(xs), zip(*map(slopes, xs))):
+        check_close(many, torch.stack(alone), 1e-9)
+
+
 class Level:
     "Ground of one height and one slope, on which an ascent only looks"
 
@@ -226,10 +244,8 @@ class Level:
         self.orbit = Rotation(rosenbrock).orbit(plane()[0])
         self.height = torch.tensor(height, dtype=torch.float64)
         self.gsq = self.height.abs()
-        self.objective, self.steepness, self.looked = objective, slope, []
-
-    def slope(self):
-        return self.orbit.zero() + self.steepness
+        self.steepness = torch.tensor(abs(slope), dtype=torch.float64)
+        self.objective, self.looked = objective, []
 
     def climb(self, norm):
         self.looked.append(norm.item())
