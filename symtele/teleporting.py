@@ -470,9 +470,7 @@ def _judge(
 # %% ../nbs/08_teleporting.ipynb #1eaf8b6f
 def _look(group: Any, loss: Loss, w: Params, x: Any) -> tuple[Orbit, Measured]:
     "The orbit and the loss where it begins, from one pass where that is enough"
-    if not hasattr(group, "hear"):
-        return group.orbit(w, x), measure(loss, w)
-    heard = group.hear(w, x)
+    heard = group.hear(w, x) if hasattr(group, "hear") else None
     if heard is None:
         return group.orbit(w, x), measure(loss, w)
     before = measure(loss, w, heard.of)
