@@ -257,7 +257,7 @@ def entry(
             "",
             f"[source]({source}){{style='float:right; font-size:smaller'}}",
             "",
-            f"### {name}",
+            f"#### {name}",
             "",
             "```python",
             call(name, rows),

@@ -173,7 +173,7 @@ def strays(pages):
         whole = "\n".join(shown(cells))
         named = rf"\[`(\w+)(?:\(\))?`\]\({SITE}nbs/([\w.]+)"
         for name, to in set(re.findall(named, whole)):
-            if to != address(cells) and re.search(rf"^### {name}$", whole, re.M):
+            if to != address(cells) and re.search(rf"^#### {name}$", whole, re.M):
                 yield path, name, to
 
 
@@ -234,7 +234,7 @@ def entries(cells):
     "Public name -> its entry; of a value, its definition must be there too"
     found = {}
     for cell in cells:
-        title = re.search(r"^### (\w+)$", text(cell), re.M)
+        title = re.search(r"^#### (\w+)$", text(cell), re.M)
         if cell["cell_type"] == "markdown" and SOURCE in text(cell) and title:
             found[title[1]] = text(cell)
     code = "\n".join(text(c) for c in cells if c["cell_type"] == "code")
@@ -330,7 +330,7 @@ def test_missing_entries_are_seen(pages):
     cells = pages["nbs/06_objectives.ipynb"]
     assert "Learning rate η" in entries(cells)["Lookahead"]
     assert "measure" in entries(cells)
-    fewer = [c for c in cells if "### measure" not in text(c)]
+    fewer = [c for c in cells if "#### measure" not in text(c)]
     assert "measure" not in entries(fewer)
     assert not mute(entries(cells), "measure")
     words = "Parameters; not modified"
