@@ -231,12 +231,79 @@ def method(
     return f'- <code id="{anchor}">{escape(shown)}</code>{returns}: {what}'
 
 
+def uses(
+    source: str,  # Of a cell
+) -> list[tuple[str, str]]:
+    "(name, line) for each statement of one line that calls a name, in its order"
+    try:
+        tree, lines = ast.parse(source), source.splitlines()
+    except SyntaxError:  # a magic of IPython
+        return []
+    found, todo = [], list(tree.body)
+    while todo:
+        node = todo.pop(0)
+        if isinstance(node, ast.With | ast.For) and not expects_failure(node):
+            todo += node.body
+        if isinstance(node, ast.Expr | ast.Assign | ast.Assert):
+            line = lines[node.lineno - 1].strip()
+            calls = [c.func for c in ast.walk(node) if isinstance(c, ast.Call)]
+            names = {ast.unparse(f).split(".")[-1] for f in calls}
+            if node.lineno == node.end_lineno:
+                found += [(name, line) for name in names]
+    return found
+
+
+@cache
+def examples(
+    path: str,  # Of a notebook, from the root
+) -> dict[
+    str, str
+]:  # Name -> the shortest line that calls it, no check if it can
+    "How the page of a module uses names"
+    nb = json.loads((get_config().config_path / path).read_text(encoding="utf-8"))
+    found = {}
+    for cell in nb["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or re.match(r"#\| *(export|hide)", source):
+            continue
+        for name, line in uses(source):
+            found.setdefault(name, []).append(line)
+
+    def plainest(line):
+        return line.startswith(("assert", "test_", "check_")), len(line)
+
+    return {name: min(lines, key=plainest) for name, lines in found.items()}
+
+
+FACE = ("nbs/00_own_model.ipynb", "nbs/index.ipynb")  # Where else a word is used
+
+
+def example(
+    name: str,  # Of a function or class
+    path: str,  # Of the notebook that defines it, from the root
+) -> str:  # Empty where no page uses it
+    "A line that uses a name, run with the page that it is from"
+    pages = (examples(page) for page in (path, *FACE))
+    return next((page[name] for page in pages if name in page), "")
+
+
+def folded(
+    summary: str,  # HTML
+    lines: list[str],  # Markdown
+) -> list[str]:
+    "Lines that open on a click, none where there are none"
+    if not any(lines):
+        return []
+    head = f'<details class="symtele-more"><summary>{summary}</summary>'
+    return ["", head, "", *lines, "", "</details>"]
+
+
 def entry(
     module: str,  # With the package before it
     name: str,  # Of a function or class
-    url: str,  # Where the source of the package is
+    path: str,  # Of the notebook that defines it, from the root
 ) -> str:
-    "The API entry: source, signature, what it is, parameters, public methods"
+    "The API entry: signature, what it is, an example, parameters, public methods"
     defined, says = parsed(module)
     node = defined[name]
     listed, returns = [], []
@@ -250,13 +317,11 @@ def entry(
             returns = [("**returns**", typed(node.returns), comment)]
     given = [row for row in rows if row.name != "*"]
     cells = [(f"<code>{row.name}</code>", row.type, row.says) for row in given]
-    source = f"{url}/{module.replace('.', '/')}.py#L{node.lineno}"
+    used = example(name, path)
+    shown = ["", "For example", "", "```python", used, "```"] if used else []
+    what = "Parameters and methods" if listed else "Parameters"
     return "\n".join(
         [
-            "---",
-            "",
-            f"[source]({source}){{style='float:right; font-size:smaller'}}",
-            "",
             f"#### {name}",
             "",
             "```python",
@@ -264,9 +329,8 @@ def entry(
             "```",
             "",
             prose(ast.get_docstring(node) or ""),
-            *table(cells + returns),
-            "",
-            *listed,
+            *shown,
+            *folded(what, [*table(cells + returns), "", *listed]),
         ]
     )
 
@@ -280,11 +344,39 @@ def assigned(
     return [part.id for part in parts if isinstance(part, ast.Name)]
 
 
+def anchored(
+    names: list[str],  # Public, that a cell defines
+) -> str:
+    "Where links to names lead, on a page that tells a story"
+    return "".join(f'<span id="{n}" class="symtele-name"></span>' for n in names)
+
+
+def fold(
+    source: str,  # Of a cell
+    summary: str,  # What stands on it
+) -> str:
+    "Source that opens on a click"
+    quoted = json.dumps(summary, ensure_ascii=False)
+    return f"#| code-fold: true\n#| code-summary: {quoted}\n{source}"
+
+
+STUDIES = 30  # Pages with at least this number tell a story, the others explain
+
+
+def number(
+    path: str,  # Of a notebook
+) -> int:  # -1 where it has none
+    "Its place in the order of reading"
+    found = re.match(r"\d+", Path(path).name)
+    return int(found[0]) if found else -1
+
+
 class ApiEntries(Processor):
     """What stands on a page for an exported cell: entries made from the package
-    itself, the source folded beneath; tables of values stay open. nbdev's own way
-    executes the cells again, where a dataclass has lost its comments and a name
-    two modules share is the first one's, and drops all source."""
+    itself, the source folded beneath; tables of values stay open. On the page of
+    a study the folded source is all. nbdev's own way executes the cells again,
+    where a dataclass has lost its comments and a name two modules share is the
+    first one's, and drops all source."""
 
     def begin(self):
         "Put entries in the place of exported cells"
@@ -293,6 +385,8 @@ class ApiEntries(Processor):
         if not names:
             return
         self.module = f"{get_config().lib_name}.{names[0]}"
+        root = get_config().config_path
+        self.path = Path(self.nb.path_).relative_to(root).as_posix()
         self.nb.cells = [new for c in self.nb.cells for new in self.replaced(c)]
         links = self.links()
         for cell in self.nb.cells:
@@ -317,24 +411,112 @@ class ApiEntries(Processor):
         body = ast.parse(cell.source).body
         if any(isinstance(s, ast.Import | ast.ImportFrom) for s in body):
             return []
-        config, module = get_config(), import_module(self.module)
-        url = f"{config.git_url}/blob/{config.branch}"
+        public = import_module(self.module).__all__
         defined = [s.name for s in body if isinstance(s, Definition)]
-        public = [name for name in defined if name in module.__all__]
-        new = [mk_cell(entry(self.module, n, url), "markdown") for n in public]
-        values = [name for name in assigned(body) if name in module.__all__]
+        named = [name for name in defined if name in public]
+        if number(self.path) >= STUDIES:
+            named += [name for name in assigned(body) if name in public]
+            about = ", ".join(named or defined or assigned(body))
+            cell.source = fold(cell.source, f"Code: {about}")
+            return [mk_cell(anchored(named), "markdown"), cell]
+        new = [
+            mk_cell(entry(self.module, n, self.path), "markdown") for n in named
+        ]
+        values = [name for name in assigned(body) if name in public]
         if values:
-            lines = [self.value(module, name) for name in values]
+            lines = [self.value(import_module(self.module), n) for n in values]
             new.append(mk_cell("\n\n".join(lines), "markdown"))
         if defined:
-            fold = '#| code-fold: true\n#| code-summary: "Source"\n'
-            cell.source = fold + cell.source
+            cell.source = fold(cell.source, f"Source: {', '.join(defined)}")
         return [*new, cell]
 
     def value(self, module, name) -> str:
         "The entry of a value: its name and type"
         kind = prose(type(getattr(module, name)).__name__)
         return f'<code id="value.{name}">{name}</code>, {kind}'
+
+
+# Checks and code
+
+
+def expects_failure(
+    node: ast.stmt,
+) -> bool:
+    "Whether a statement is there to see something fail"
+    return isinstance(node, ast.With) and "expect_fail" in ast.unparse(
+        node.items[0]
+    )
+
+
+def is_check(
+    node: ast.stmt,
+) -> bool:
+    "Whether a statement only says what must be so"
+    if isinstance(node, ast.Assert) or expects_failure(node):
+        return True
+    if isinstance(node, ast.For):
+        return all(map(is_check, node.body))
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        return ast.unparse(node.value.func).startswith(("test_", "check_"))
+    return False
+
+
+def split(
+    source: str,  # Of a cell
+) -> tuple[str, str]:
+    "What it does, and the checks at its end"
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:  # a magic of IPython
+        return source, ""
+    does = [node for node in body if not is_check(node)]
+    last = does[-1].end_lineno if does else 0
+    # a comment behind the last statement stays with it
+    lines = source.splitlines()
+    return "\n".join(lines[:last]), "\n".join(lines[last:]).strip("\n")
+
+
+class FoldCode(Processor):
+    """Fold what a reader need not see first: the checks of a cell, and on a page
+    that tells a story all code"""
+
+    def begin(self):
+        "Fold code that no directive speaks of"
+        self.study = number(self.nb.path_) >= STUDIES
+        self.nb.cells = [new for c in self.nb.cells for new in self.parts(c)]
+
+    def parts(
+        self,
+        cell: NbCell,  # Its source is folded in place
+    ) -> list[NbCell]:
+        "What it does and the checks at its end, as cells"
+        if cell.cell_type != "code" or "#| code-fold" in cell.source:
+            return [cell]
+        does, checks = split(cell.source)
+        if not does:
+            cell.source = fold(checks, "Check")
+            return [cell]
+        if self.study:
+            cell.source = fold(cell.source, "Code")
+            return [cell]
+        if not checks:
+            return [cell]
+        cell.source = does
+        return [cell, mk_cell(fold(checks, "Check"), "code")]
+
+
+class LocalLinks(Processor):
+    "Links to names lead to pages beside this one, wherever the site stands"
+
+    def cell(
+        self,
+        cell: NbCell,  # Changed in place
+    ):
+        "Take the site's address from links"
+        config = get_config()
+        site = f"{config.doc_host}{config.doc_baseurl}/nbs/"
+        if cell.cell_type == "markdown":
+            cell.source = cell.source.replace(f"]({site}", "](")
 
 
 # Printed tables
