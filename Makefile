@@ -4,7 +4,7 @@ NB          ?= $(filter-out nbs/_%,$(sort $(wildcard nbs/*.ipynb)))
 
 BIN := .venv/bin
 # What shows widgets on a page without a kernel; the browser tests serve it instead of fetching it.
-SCRIPTS := requirejs@2.3.6 @jupyter-widgets/html-manager@1.0.15
+SCRIPTS := requirejs@2.3.6 @jupyter-widgets/html-manager@1.0.15 axe-core@4.14.1
 MIN := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 
 # A backend named outside (Agg, say) would silence every figure that a notebook draws.

@@ -233,23 +233,30 @@ def method(
 
 def uses(
     source: str,  # Of a cell
-) -> list[tuple[str, str]]:
-    "(name, line) for each statement of one line that calls a name, in its order"
+) -> list[tuple[str, bool, str]]:
+    "(name, called, line) for the names in each statement of one line"
     try:
-        tree, lines = ast.parse(source), source.splitlines()
+        todo, lines = list(ast.parse(source).body), source.splitlines()
     except SyntaxError:  # a magic of IPython
         return []
-    found, todo = [], list(tree.body)
+    found = []
     while todo:
         node = todo.pop(0)
         if isinstance(node, ast.With | ast.For) and not expects_failure(node):
             todo += node.body
-        if isinstance(node, ast.Expr | ast.Assign | ast.Assert):
-            line = lines[node.lineno - 1].strip()
-            calls = [c.func for c in ast.walk(node) if isinstance(c, ast.Call)]
-            names = {ast.unparse(f).split(".")[-1] for f in calls}
-            if node.lineno == node.end_lineno:
-                found += [(name, line) for name in names]
+        one_line = node.lineno == node.end_lineno
+        if not one_line or not isinstance(
+            node, ast.Expr | ast.Assign | ast.Assert
+        ):
+            continue
+        inside = list(ast.walk(node))
+        calls = [part.func for part in inside if isinstance(part, ast.Call)]
+        named = [
+            part for part in inside if isinstance(part, ast.Name | ast.Attribute)
+        ]
+        for part in named:
+            name = part.id if isinstance(part, ast.Name) else part.attr
+            found.append((name, part in calls, lines[node.lineno - 1].strip()))
     return found
 
 
@@ -258,7 +265,7 @@ def examples(
     path: str,  # Of a notebook, from the root
 ) -> dict[
     str, str
-]:  # Name -> the shortest line that calls it, no check if it can
+]:  # Name -> a line that calls it, short and no check if it can be
     "How the page of a module uses names"
     nb = json.loads((get_config().config_path / path).read_text(encoding="utf-8"))
     found = {}
@@ -266,25 +273,42 @@ def examples(
         source = "".join(cell["source"])
         if cell["cell_type"] != "code" or re.match(r"#\| *(export|hide)", source):
             continue
-        for name, line in uses(source):
-            found.setdefault(name, []).append(line)
+        for name, called, line in uses(source):
+            found.setdefault(name, []).append((called, line))
 
-    def plainest(line):
-        return line.startswith(("assert", "test_", "check_")), len(line)
+    def plainest(use):
+        called, line = use
+        return (
+            not called,
+            line.startswith(("assert", "test_", "check_")),
+            len(line),
+        )
 
-    return {name: min(lines, key=plainest) for name, lines in found.items()}
+    return {name: min(lines, key=plainest)[1] for name, lines in found.items()}
 
 
 FACE = ("nbs/00_own_model.ipynb", "nbs/index.ipynb")  # Where else a word is used
 
 
 def example(
-    name: str,  # Of a function or class
+    module: str,  # With the package before it
+    name: str,  # Of a function or class in it
     path: str,  # Of the notebook that defines it, from the root
 ) -> str:  # Empty where no page uses it
-    "A line that uses a name, run with the page that it is from"
-    pages = (examples(page) for page in (path, *FACE))
-    return next((page[name] for page in pages if name in page), "")
+    "A line with a name, or with what returns it; run with the page that it is from"
+    nodes = [n for d in parsed(module)[0].values() for n in ast.walk(d)]
+    makers = [
+        node.name
+        for node in nodes
+        if isinstance(node, ast.FunctionDef)
+        and node.returns
+        and re.search(rf"\b{name}\b", ast.unparse(node.returns))
+    ]
+    for wanted in (name, *makers):
+        for page in (path, *FACE):
+            if wanted in examples(page):
+                return examples(page)[wanted]
+    return ""
 
 
 def folded(
@@ -317,7 +341,7 @@ def entry(
             returns = [("**returns**", typed(node.returns), comment)]
     given = [row for row in rows if row.name != "*"]
     cells = [(f"<code>{row.name}</code>", row.type, row.says) for row in given]
-    used = example(name, path)
+    used = example(module, name, path)
     shown = ["", "For example", "", "```python", used, "```"] if used else []
     what = "Parameters and methods" if listed else "Parameters"
     return "\n".join(

@@ -3,111 +3,20 @@ page without a kernel they switch pictures. Needs Chromium, playwright and, for
 the page, the two scripts that `make` puts into .venv/js; each test that lacks
 something says what."""
 
-import functools
-import http.server
-import io
 import json
 import math
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
-import tarfile
-import threading
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-CHROMIUM = (
-    shutil.which("chromium")
-    or shutil.which("chromium-browser")
-    or shutil.which("google-chrome")
-)
-SCRIPTS = {  # packed file -> what the page loads from it, by ending
-    "requirejs-*.tgz": ["require.js"],
-    "jupyter-widgets-html-manager-*.tgz": [
-        "dist/embed-amd.js",
-        ".woff2",
-        ".woff",
-        ".ttf",
-    ],
-}
-LIMIT = 60_000  # milliseconds; the machine may be busy
-
-if not CHROMIUM:
-    pytest.skip("no Chromium: apt-get install chromium", allow_module_level=True)
-sync_api = pytest.importorskip(
-    "playwright.sync_api", reason="no playwright: pip install playwright"
-)
-
-
-# Nothing of its own to ask the network
-QUIET_BROWSER = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-@pytest.fixture(scope="module")
-def open_browser(tmp_path_factory):
-    "Opens Chromium"
-    with sync_api.sync_playwright() as p:
-
-        def launch(**settings):
-            context = p.chromium.launch_persistent_context(
-                tmp_path_factory.mktemp("profile"),
-                executable_path=CHROMIUM,
-                args=QUIET_BROWSER,
-                viewport={"width": 1300, "height": 1000},
-                **settings,
-            )
-            context.set_default_timeout(LIMIT)
-            return context
-
-        yield launch
-
-
-@pytest.fixture(scope="module")
-def browser(open_browser):
-    "Chromium as readers have it"
-    context = open_browser()
-    yield context
-    context.close()
-
-
-HERE = ("http://127.0.0.1", "data:", "blob:")
-
-
-@pytest.fixture
-def page(browser):
-    """A tab, and in `page.faults` what its scripts complained of and whom it
-    asked outside this machine"""
-    page = browser.new_page()
-    page.faults = []
-
-    def on_console(message):
-        if message.type == "error":
-            page.faults.append(message.text)
-
-    def on_request(request):
-        if not request.url.startswith(HERE):
-            page.faults.append(request.url)
-
-    page.on("console", on_console)
-    page.on("pageerror", lambda error: page.faults.append(str(error)))
-    page.on("request", on_request)
-    yield page
-    page.close()
+import reader
+from conftest import LIMIT
+from test_tree import NOTEBOOKS, ROOT
 
 
 def until(page, seen, what):
@@ -141,13 +50,10 @@ def press(page, control, box, *keys):
     assert len(shown(box)) == 1
 
 
-WIDGETS = "application/vnd.jupyter.widget-state+json"
-
-
-def controls(notebook):
+def controls(path):
     "Names of the controls that work without a kernel, as saved in a notebook"
-    metadata = json.loads(notebook.read_text(encoding="utf-8"))["metadata"]
-    saved = metadata.get("widgets", {}).get(WIDGETS, {}).get("state", {})
+    metadata = json.loads((ROOT / path).read_text(encoding="utf-8"))["metadata"]
+    saved = metadata.get("widgets", {}).get(reader.WIDGETS, {}).get("state", {})
     names = []
     for model in saved.values():
         classes = list(model["state"].get("_dom_classes", []))
@@ -157,66 +63,8 @@ def controls(notebook):
     return names
 
 
-PAGES = [p for p in sorted((ROOT / "nbs").glob("[!_]*.ipynb")) if controls(p)]
-each_page = pytest.mark.parametrize("notebook", PAGES, ids=lambda p: p.stem)
-
-
-@pytest.fixture(scope="module")
-def static(tmp_path_factory):
-    """Makes a notebook, as committed or given as text, a page served with its
-    scripts; its address"""
-    from nbconvert import HTMLExporter
-
-    folder = tmp_path_factory.mktemp("page")
-    unpack_scripts(folder)
-    exporter = HTMLExporter(
-        require_js_url="@jupyter-widgets/require.js",
-        widget_renderer_url="@jupyter-widgets/html-manager/dist/embed-amd.js",
-        mathjax_url="",
-        jquery_url="",
-        mermaid_js_url="",
-    )
-    (folder / "favicon.ico").touch()  # browsers ask
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    handler = functools.partial(Quiet, directory=folder)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-
-    def serve(notebook, text=None):
-        name = f"{notebook.stem}{'-changed' if text else ''}.html"
-        if not (folder / name).exists():
-            source = io.StringIO(text or notebook.read_text(encoding="utf-8"))
-            html, _ = exporter.from_file(source)
-            (folder / name).write_text(html, encoding="utf-8")
-        return f"http://127.0.0.1:{server.server_port}/{name}"
-
-    yield serve
-    server.shutdown()
-
-
-def unpack_scripts(folder):
-    "Put what a page loads where it asks for it, fonts at both places"
-    for place in ("@jupyter-widgets/html-manager/dist", "@jupyter-widgets"):
-        (folder / place).mkdir(parents=True, exist_ok=True)
-        for name, data in scripts():
-            (folder / place / name).write_bytes(data)
-
-
-def scripts():
-    "Name and bytes of what a page loads"
-    for pattern, endings in SCRIPTS.items():
-        packed = sorted((Path(sys.prefix) / "js").glob(pattern))
-        if not packed:
-            pytest.skip(f"no {pattern} in .venv/js: install npm, then make")
-        with tarfile.open(packed[-1]) as archive:
-            for member in archive.getmembers():
-                if member.name.endswith(tuple(endings)):
-                    data = archive.extractfile(member).read()
-                    yield Path(member.name).name, data
+PAGES = [path for path in NOTEBOOKS if controls(path)]
+each_page = pytest.mark.parametrize("path", PAGES)
 
 
 # Where a control stands, and its last place: of a list, a slider, or buttons
@@ -297,32 +145,72 @@ def test_pages_with_controls():
 
 
 @each_page
-def test_page_without_kernel(page, static, notebook):
-    "The committed pictures, switched by jslink alone"
-    page.goto(static(notebook))
-    drive(page, controls(notebook))
-    if "symtele-explorer" in notebook.read_text(encoding="utf-8"):
-        # dead without a kernel, and still there to be seen
-        panel = page.locator(".symtele-explorer")
-        until(page, lambda: len(shown(panel)) == 1, "one picture of the explorer")
-    pictures = page.locator(
-        ".symtele-control img, .symtele-still img, .symtele-explorer img"
-    )
+def test_page_without_kernel(page, site, path):
+    """The committed pictures, switched by jslink alone; what needs a kernel is not
+    to be seen, and it is said where it can be had"""
+    page.goto(site[path])
+    drive(page, controls(path))
+    assert not page.locator(".symtele-live").filter(visible=True).count()
+    if "symtele-live" in (ROOT / path).read_text(encoding="utf-8"):
+        note = page.locator(".symtele-needs-kernel")
+        assert "Jupyter" in note.inner_text() and note.is_visible()
+    pictures = page.locator(".symtele-control img, .symtele-still img")
     lengths = pictures.evaluate_all("all => all.map(i => i.alt.length)")
     assert all(n > 20 for n in lengths)
     assert not page.faults, page.faults
 
 
-def test_broken_link_is_seen(page, static, monkeypatch):
+def test_broken_link_is_seen(page, processed, serve, tmp_path, monkeypatch):
     "Control of the test above: without its last link a control stays where it is"
     monkeypatch.setitem(globals(), "LIMIT", 3_000)
-    nb = json.loads(PAGES[0].read_text(encoding="utf-8"))
-    state = nb["metadata"]["widgets"][WIDGETS]["state"]
+    nb = json.loads(json.dumps(processed[PAGES[0]]))
+    state = nb["metadata"]["widgets"][reader.WIDGETS]["state"]
     linked = [k for k, m in state.items() if m["model_name"] == "LinkModel"]
     del state[linked[-1]]
-    page.goto(static(PAGES[0], json.dumps(nb)))
+    built = reader.build({PAGES[0]: nb}, tmp_path / "docs")[PAGES[0]]
+    page.goto(f"{serve(built.parent)}/{built.name}")
     with pytest.raises(AssertionError, match="another picture after"):
         drive(page, controls(PAGES[0]))
+
+
+@each_page
+def test_controls_say_what_they_are(page, site, path):
+    """A slider has a name and speaks its setting, not the number of it; buttons
+    have names; what the mouse moves, changes the picture"""
+    page.goto(site[path])
+    for name in controls(path):
+        box = page.locator(f".symtele-control.{name}")
+        until(page, lambda b=box: len(shown(b)) == 1, f"one picture of {name}")
+        for slider in box.locator(".widget-slider").all():
+            handle = slider.locator(".noUi-handle")
+            label = slider.locator(".widget-label").inner_text()
+            assert handle.get_attribute("aria-label") == label
+            drag(page, box, slider)
+            told = slider.locator(".widget-readout").inner_text()
+            until(
+                page,
+                lambda h=handle, t=told: h.get_attribute("aria-valuetext") == t,
+                f"{label} says {told}",
+            )
+        for button in box.locator("button").all():
+            named = button.get_attribute("aria-label") or button.inner_text()
+            assert named.strip(), f"{name}: a button without a name"
+
+
+def drag(page, box, slider):
+    "Move a slider by mouse to its far end and wait for another picture"
+    before = shown(box)
+    slider.scroll_into_view_if_needed()
+    track = slider.locator(".noUi-target").bounding_box()
+    handle = slider.locator(".noUi-handle").bounding_box()
+    x = handle["x"] + handle["width"] / 2
+    y = handle["y"] + handle["height"] / 2
+    left = x - track["x"] > track["width"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(track["x"] + (2 if left else track["width"] - 2), y, steps=5)
+    page.mouse.up()
+    until(page, lambda: shown(box) not in ([], before), "a picture after a drag")
 
 
 @pytest.fixture(scope="module")
@@ -334,12 +222,12 @@ def plain(open_browser):
 
 
 @each_page
-def test_page_without_scripts(plain, static, notebook):
+def test_page_without_scripts(plain, site, path):
     """Where no script runs, a still picture of each control is there, and says
     what to look for"""
     page = plain.new_page()
-    page.goto(static(notebook))
-    for name in controls(notebook):
+    page.goto(site[path])
+    for name in controls(path):
         still = page.locator(name.replace("symtele-", ".symtele-still-"))
         picture = still.locator("img")
         assert picture.is_visible(), name
@@ -347,6 +235,21 @@ def test_page_without_scripts(plain, static, notebook):
         assert len(picture.get_attribute("alt")) > 20, name
         assert len(still.locator(".figure-caption").inner_text()) > 40, name
     page.close()
+
+
+def test_picture_opens_in_its_own_size(page, site):
+    "On a phone, by a button that keyboards reach; Escape closes it"
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.goto(site["nbs/21_figures.ipynb"])
+    button = page.locator(".symtele-figure .symtele-enlarge").first
+    small = page.locator(".symtele-figure img").first.bounding_box()["width"]
+    button.focus()
+    page.keyboard.press("Enter")
+    picture = page.locator("dialog img")
+    until(page, picture.is_visible, "the picture")
+    assert picture.bounding_box()["width"] > 1.5 * small
+    page.keyboard.press("Escape")
+    assert not picture.is_visible()
 
 
 LIVE = dict(

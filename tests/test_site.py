@@ -1,7 +1,7 @@
 """The site, as far as nbdev makes it, with no Quarto: every notebook is processed
 in a copy of the tree, and what a reader could click or look up is followed:
-links, anchors, source lines, the entry of every public name. Quarto's half needs
-Quarto."""
+links, anchors, the entry of every public name, what the search is told. Quarto's
+half needs Quarto; tests/reader.py stands in for it."""
 
 import ast
 import base64
@@ -16,17 +16,28 @@ import pytest
 import yaml
 from nbdev.config import get_config
 from PIL import Image
-from test_tree import NOTEBOOKS, ROOT, copied, run, strings, tree
+from test_tree import NOTEBOOKS, ROOT, strings, tree
 
 import symtele
-from symtele._docproc import blocks
+from symtele._docproc import STUDIES, blocks, number, parsed
+from symtele._site import finish
 
 CFG = get_config(path=ROOT)
-SITE = f"{CFG.doc_host}{CFG.doc_baseurl}/"
-SOURCE = f"{CFG.git_url}/blob/{CFG.branch}/"
+# Where the project would be found; no page leads there before it is
+ELSEWHERE = (CFG.doc_host, CFG.git_url)
 HOME = "nbs/index.ipynb"
-# Two digits give the reading order.
-ORDER = [HOME, *sorted(set(NOTEBOOKS) - {HOME})]
+CLAIMS = "nbs/90_claims.ipynb"
+
+
+def shelves():
+    "The order of reading: where to start, what was found, how it is made"
+    numbered = sorted(set(NOTEBOOKS) - {HOME, CLAIMS})
+    start = [HOME, *(p for p in numbered if number(p) < 1), CLAIMS]
+    studies = [p for p in numbered if number(p) >= STUDIES]
+    return [*start, *studies, *(p for p in numbered if 0 < number(p) < STUDIES)]
+
+
+ORDER = shelves()
 
 
 def read(path):
@@ -35,21 +46,9 @@ def read(path):
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory):
+def pages(processed):
     "Path of each notebook -> its cells as Quarto gets them"
-    copy = copied(tmp_path_factory.mktemp("site"))
-    printed = run(
-        "python",
-        "-c",
-        "import nbdev.serve; nbdev.serve.proc_nbs(n_workers=0)",
-        cwd=copy,
-        package=copy,
-    )
-    assert "Quarto" not in printed  # nbdev's commands would try to install it
-    return {
-        p: json.loads((copy / "_proc" / p).read_text(encoding="utf-8"))["cells"]
-        for p in NOTEBOOKS
-    }
+    return {path: nb["cells"] for path, nb in processed.items()}
 
 
 def text(cell):
@@ -106,8 +105,7 @@ def links(cells):
 
 
 def dead(pages, files):
-    """Links of pages to pages, anchors, files or source lines that are not there;
-    `files`: path -> text, or None"""
+    "Links of pages to pages, anchors or files that are not there"
     known = {path: anchors(cells) for path, cells in pages.items()}
     notebook = {path: path for path in pages}  # of the address of a page, too
     notebook |= {f"nbs/{address(cells)}": path for path, cells in pages.items()}
@@ -116,9 +114,7 @@ def dead(pages, files):
             to, anchor = target(path, link)
             if to is None:
                 continue
-            if link.startswith(SOURCE):
-                found = defines(files.get(to) or "", int(anchor[1:] or 0))
-            elif to in notebook:
+            if to in notebook:
                 found = not anchor or anchor in known[notebook[to]]
             else:
                 found = to in files and not anchor
@@ -129,19 +125,9 @@ def dead(pages, files):
 def target(path, link):
     "Path and anchor in this tree that a link on a page leads to; elsewhere: None"
     to, _, anchor = link.partition("#")
-    for root in (SOURCE, SITE):
-        if to.startswith(root):
-            return to.removeprefix(root), anchor
     if re.match(r"\w+:", to):
         return None, anchor  # another site, or data
     return (Path(path).parent / to).as_posix() if to else path, anchor
-
-
-def defines(source, line):
-    "Whether a definition starts at a line, counted from 1"
-    lines = source.splitlines()
-    inside = 0 < line <= len(lines)
-    return inside and re.match("(def|class) ", lines[line - 1]) is not None
 
 
 def sidebar_faults(site):
@@ -153,16 +139,13 @@ def sidebar_faults(site):
 
 
 def test_links_lead_somewhere(pages):
-    "Between pages, to headings, entries, source, pictures and results"
-    files = dict.fromkeys(tree())
-    for path in files:
-        if path.endswith(".py"):
-            files[path] = (ROOT / path).read_text(encoding="utf-8")
+    """Between pages, to headings, entries, pictures and results, and to no place
+    where the project is not yet"""
     every = [link for cells in pages.values() for link in links(cells)]
-    for root in (SITE, SOURCE):
-        assert sum(root in link for link in every) > 50
+    assert sum(".html#" in link for link in every) > 50
     assert any("ipynb" in link for link in every)
-    found = list(dead(pages, files))
+    assert not [link for link in every if link.startswith(ELSEWHERE)]
+    found = list(dead(pages, tree()))
     assert not found, "\n".join(found)
     assert not list(strays(pages))
 
@@ -171,7 +154,7 @@ def strays(pages):
     "Links of a page to another's entry of a name that it has itself"
     for path, cells in pages.items():
         whole = "\n".join(shown(cells))
-        named = rf"\[`(\w+)(?:\(\))?`\]\({SITE}nbs/([\w.]+)"
+        named = r"\[`(\w+)(?:\(\))?`\]\(([\w.]+\.html)"
         for name, to in set(re.findall(named, whole)):
             if to != address(cells) and re.search(rf"^#### {name}$", whole, re.M):
                 yield path, name, to
@@ -192,8 +175,7 @@ def test_dead_links_are_seen():
         "b.ipynb#the-loss-l",
         "b.ipynb#the-loss-l-1",
         "#here",
-        SITE + "nbs/b.html#b.act",
-        SOURCE + "m.py#L2",
+        "b.html#b.act",
         "https://x.org/#y",
         "p.png",
     ]
@@ -202,19 +184,16 @@ def test_dead_links_are_seen():
         "b.ipynb#the-loss",
         "b.ipynb#the-loss-l-2",
         "#gone",
-        SITE + "nbs/b.html#b.gone",
-        SITE + "nbs/c.html",
-        SOURCE + "m.py#L1",
-        SOURCE + "m.py#L3",
-        SOURCE + "m.py#LNone"[:-4],
+        "b.html#b.gone",
+        "c.html",
         "q.png",
     ]
     a = [
         md("---", "output-file: a.html", "---"),
         md("## `Here`", "`[x](code.ipynb)`"),
         md(*[f"[x]({s})" for s in good]),
-        md(*[f"[x]({s})" for s in bad[:5]]),
-        html([f'<a href="{s}">x</a>' for s in bad[5:]]),
+        md(*[f"[x]({s})" for s in bad[:4]]),
+        html([f'<a href="{s}">x</a>' for s in bad[4:]]),
     ]
     b = [
         md("---", "output-file: b.html", "---"),
@@ -225,18 +204,23 @@ def test_dead_links_are_seen():
             '| <code id="b.act">act</code> |',
         ),
     ]
-    files = {"m.py": "x = 1\ndef f(): pass", "nbs/p.png": None}
-    found = list(dead({"nbs/a.ipynb": a, "nbs/b.ipynb": b}, files))
+    found = list(dead({"nbs/a.ipynb": a, "nbs/b.ipynb": b}, ["nbs/p.png"]))
     assert found == [f"nbs/a.ipynb: {s}" for s in bad]
 
 
 def entries(cells):
-    "Public name -> its entry; of a value, its definition must be there too"
+    """Public name -> its entry; of a value, its definition must be there too; on
+    the page of a study the folded source"""
     found = {}
-    for cell in cells:
+    for cell, after in zip(cells, [*cells[1:], None]):
         title = re.search(r"^#### (\w+)$", text(cell), re.M)
-        if cell["cell_type"] == "markdown" and SOURCE in text(cell) and title:
+        if cell["cell_type"] == "markdown" and title:
             found[title[1]] = text(cell)
+        for name in re.findall(r'id="(\w+)" class="symtele-name"', text(cell)):
+            if re.search(
+                rf"^(def|class) {name}\b|^[\w, ]*\b{name}\b", text(after), re.M
+            ):
+                found[name] = text(after)
     code = "\n".join(text(c) for c in cells if c["cell_type"] == "code")
     for part in shown(cells):
         for name in re.findall(
@@ -290,7 +274,8 @@ def package_words():
 def missing_parts(found, path, module, name, explained):
     "What the entry of a name does not say; `explained`: its parameters must be"
     for method in methods(module, name):
-        if f'id="{name.lower()}.{method}"' not in found[name]:
+        of_method = f'id="{name.lower()}.{method}"', f"def {method}("
+        if not any(part in found[name] for part in of_method):
             yield f"{path}: {name}.{method}"
     if explained:
         yield from (f"{path}: {p}" for p in mute(found, name))
@@ -323,6 +308,43 @@ def test_every_public_name_has_an_entry(pages):
     assert not missing, "\n".join(missing)
 
 
+def unused(pages):
+    "Functions and classes whose entry has no line of use"
+    for path, module in modules(pages).items():
+        if number(path) >= STUDIES:
+            continue
+        found, (defined, _) = entries(pages[path]), parsed(module.__name__)
+        for name in set(found) & set(defined):
+            if "\nFor example\n" not in found[name]:
+                yield f"{path}: {name}"
+
+
+def test_entries_have_a_line_of_use(pages):
+    "From a cell that runs, so it is true"
+    missing = sorted(unused(pages))
+    assert not missing, "\n".join(missing)
+    silent = [
+        dict(c, source=text(c).replace("For example", ""))
+        for c in pages[ORDER[-1]]
+    ]
+    assert list(unused({ORDER[-1]: silent}))  # control
+
+
+def test_groups_and_objectives_say_their_formula(pages):
+    "In plain letters, which `help` shows too"
+    for name in (
+        "GL",
+        "BatchGL",
+        "Scaling",
+        "Permutation",
+        "Rotation",
+        "Orthogonal",
+    ):
+        assert re.search("[→∘·⁻ᵀ⁺]", getattr(symtele, name).__doc__), name
+    for name in ("grad_norm", "lookahead"):
+        assert re.search("[‖∇]", getattr(symtele, name).__doc__), name
+
+
 def test_missing_entries_are_seen(pages):
     "Control of the test above"
     training = entries(pages["nbs/09_training.ipynb"])
@@ -339,13 +361,6 @@ def test_missing_entries_are_seen(pages):
     training = importlib.import_module("symtele.training")
     named = ["due", "step", "state_dict", "load_state_dict"]
     assert methods(training, "Teleporter") == named
-
-
-def test_pages_are_light(pages):
-    "Text, pictures and widgets together"
-    for path, cells in pages.items():
-        saved = (ROOT / path).read_bytes()  # widgets and their pictures among it
-        assert max(len(json.dumps(cells)), len(saved)) < 3e6, path
 
 
 def test_printed_tables_stay_whole(pages):
@@ -379,8 +394,38 @@ def test_sidebar_is_the_reading_order():
     for name in strings(site["format"]["html"]):
         if name.endswith((".css", ".scss", ".html")):
             assert (ROOT / name).is_file()
-    site["website"]["sidebar"]["contents"].remove(ORDER[3])  # control
-    assert sidebar_faults(site)[0] == f"{ORDER[4]} instead of {ORDER[3]}"
+    contents = site["website"]["sidebar"]["contents"]
+    contents[1]["contents"].remove(ORDER[4])  # control
+    assert sidebar_faults(site)[0] == f"{ORDER[5]} instead of {ORDER[4]}"
+
+
+PAGE = """<title>Groups – symtele</title>
+<script src="https://cdn.jsdelivr.net/npm/jquery@3.5.1/jquery.min.js"></script>
+<section id="gl" class="level4"><h4>GL</h4><pre>GL()</pre><p>All <em>linear</em>
+&lt;g&gt;</p></section><span id="draw" class="symtele-name"></span>
+<table></table>"""
+
+
+def test_last_step_of_the_build(tmp_path):
+    "Names can be found, tables have boxes, jQuery is not asked for"
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs/groups.html").write_text(PAGE)
+    (tmp_path / "search.json").write_text("[]")
+    try:
+        finish(tmp_path)
+    except FileNotFoundError as missing:
+        pytest.skip(str(missing))
+    page = (tmp_path / "nbs/groups.html").read_text()
+    assert "https" not in page
+    assert '<div class="symtele-wide"><table></table></div>' in page
+    found = json.loads((tmp_path / "search.json").read_text())
+    assert [(f["section"], f["text"], f["href"]) for f in found] == [
+        ("GL", "All linear\n<g>", "nbs/groups.html#gl"),
+        ("draw", "", "nbs/groups.html#draw"),
+    ]
+    with pytest.raises(FileNotFoundError, match="requirejs.* install npm"):
+        (tmp_path / "nbs/groups.html").write_text(PAGE)
+        finish(tmp_path, tmp_path)
 
 
 def pictures(node):
