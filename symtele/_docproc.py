@@ -192,15 +192,21 @@ def class_rows(
     return rows
 
 
+WIDTH = 82  # Columns that a page shows
+
+
 def call(
     name: str,
     rows: list[Row],
 ) -> str:
-    "A call as it is written down"
+    "A call as it is written down, an argument to a line where it is long"
     given = [
         f"{row.name}={row.default}" if row.default else row.name for row in rows
     ]
-    return f"{name}({', '.join(given)})"
+    whole = f"{name}({', '.join(given)})"
+    if len(whole) <= WIDTH:
+        return whole
+    return "\n".join([f"{name}(", *(f"    {arg}," for arg in given), ")"])
 
 
 def table(
@@ -295,7 +301,7 @@ def example(
     name: str,  # Of a function or class in it
     path: str,  # Of the notebook that defines it, from the root
 ) -> str:  # Empty where no page uses it
-    "A line with a name, or with what returns it; run with the page that it is from"
+    "A line with a name, or with what returns it, run with the page it is from"
     nodes = [n for d in parsed(module)[0].values() for n in ast.walk(d)]
     makers = [
         node.name
@@ -346,7 +352,7 @@ def entry(
     what = "Parameters and methods" if listed else "Parameters"
     return "\n".join(
         [
-            f"#### {name}",
+            f"### {name} {{.unnumbered .unlisted}}",  # not in the contents
             "",
             "```python",
             call(name, rows),
@@ -500,14 +506,54 @@ def split(
     return "\n".join(lines[:last]), "\n".join(lines[last:]).strip("\n")
 
 
+def silent(
+    cell: NbCell,
+) -> bool:
+    "Whether a cell is folded code that puts nothing out, or an anchor of such"
+    if cell.cell_type == "markdown":
+        return cell.source.startswith('<span id="') and "\n" not in cell.source
+    folded = cell.cell_type == "code" and cell.source.startswith("#| code-fold")
+    return folded and not cell.outputs
+
+
+def together(
+    cells: list[NbCell],  # Folded, none of which puts anything out
+) -> list[NbCell]:
+    "One cell with the code of all, their anchors before it"
+    anchors = "".join(c.source for c in cells if c.cell_type == "markdown")
+    heads, bodies = [], []
+    for cell in cells:
+        if cell.cell_type == "code":
+            _, summary, body = cell.source.split("\n", 2)
+            heads.append(json.loads(summary.partition(": ")[2]))
+            bodies.append(body)
+    if not bodies:
+        return cells
+    own = [head.partition(": ")[2] for head in heads if ": " in head]
+    first = heads[0].partition(": ")[0]
+    source = fold(
+        "\n\n\n".join(bodies), f"{first}: {', '.join(own)}" if own else first
+    )
+    new = [mk_cell(source, "code")]
+    return [mk_cell(anchors, "markdown"), *new] if anchors else new
+
+
 class FoldCode(Processor):
     """Fold what a reader need not see first: the checks of a cell, and on a page
-    that tells a story all code"""
+    that tells a story all code, one fold for what follows each other"""
 
     def begin(self):
         "Fold code that no directive speaks of"
         self.study = number(self.nb.path_) >= STUDIES
-        self.nb.cells = [new for c in self.nb.cells for new in self.parts(c)]
+        cells = [new for c in self.nb.cells for new in self.parts(c)]
+        if self.study:
+            runs = [(quiet, list(run)) for quiet, run in groupby(cells, silent)]
+            cells = [
+                c
+                for quiet, run in runs
+                for c in (together(run) if quiet else run)
+            ]
+        self.nb.cells = cells
 
     def parts(
         self,

@@ -1,14 +1,17 @@
 """The last step of a build of the site: Quarto runs it when the pages are written
 (post-render). What pages would ask of other hosts is put beside them, and the
-search finds every public name."""
+search finds findings and names instead of code."""
 
 import json
 import os
 import re
 import sys
 import tarfile
-from html import unescape
+from copy import copy
 from pathlib import Path
+
+from bs4 import BeautifulSoup
+from bs4.element import Tag
 
 # What shows widgets: packed file -> what pages need of it
 SCRIPTS = {
@@ -35,6 +38,28 @@ def local(
         return f'<script src="{WIDGETS}/{found[1]}.js"></script>'
 
     return ELSEWHERE.sub(here, page)
+
+
+MODULES = re.compile(
+    r'<script src="([^"]*/quarto-html/quarto\.js)" type="module"></script>\s*'
+    r'<script src="[^"]*/tabsets\.js" type="module"></script>'
+)
+IMPORT = 'import * as tabsets from "./tabsets/tabsets.js";'
+
+
+def join_modules(
+    libs: Path,  # Quarto's folder of scripts, changed in place
+):
+    "Put tabsets.js into quarto.js: browsers load no modules from plain files"
+    whole, part = libs / "quarto.js", libs / "tabsets" / "tabsets.js"
+    if not part.exists():
+        return
+    inner = part.read_text(encoding="utf-8").replace(
+        "export function", "function"
+    )
+    joined = f"const tabsets = (() => {{\n{inner}\nreturn {{init}};\n}})();"
+    text = whole.read_text(encoding="utf-8").replace(IMPORT, joined)
+    whole.write_text(text, encoding="utf-8")
 
 
 WIDE = re.compile(r"<table\b.*?</table>", re.S)
@@ -76,35 +101,51 @@ def unpack(
     (to / "licences.txt").write_text(text, encoding="utf-8")
 
 
-ENTRY = re.compile(  # of a name: anchor, name, and the first thing said of it
-    r'<section id="([^"]+)" class="level4[^"]*">\s*<h4[^>]*>(\w+)</h4>'
-    r"(?:(?!<section).)*?<p>(.*?)</p>",
-    re.S,
+HEAVY = re.compile(r"<script.*?</script>|data:image/png;base64,[\w+/=]*", re.S)
+HEADED = "section.level2, section.level3"
+# What is no prose, and what stands in a place of its own
+APART = (
+    f"{HEADED}, pre, script, style, details.code-fold, h1, h2, h3, .symtele-name"
 )
-FOLDED = re.compile(
-    r'<span id="(\w+)" class="symtele-name">'
-)  # on a study's page
 
 
-def names(
+def said(
+    part: Tag,  # Of a page
+) -> str:
+    "Its prose, without code and without what stands under a heading of its own"
+    part = copy(part)
+    for other in part.select(APART):
+        other.decompose()
+    return " ".join(part.get_text().split())
+
+
+def findable(
     page: str,  # HTML
     href: str,  # Its address in the site
 ) -> list[dict]:  # As search.json has them
-    "A thing to be found for each public name of a page"
-    title = unescape(
-        re.search("<title>(.*?)( – symtele)?</title>", page, re.S)[1]
-    )
-    found = [(name, name, "") for name in FOLDED.findall(page)]
+    "What can be found on a page: itself, its headings, its public names"
+    tree = BeautifulSoup(HEAVY.sub("", page), "html.parser")
+    main = tree.find("main")
+    if main is None:  # leads to another page
+        return []
+    title = tree.title.get_text().removesuffix(" – symtele")
+    places = [("", "", said(main))]
+    for part in main.select(f"{HEADED}, .symtele-name"):
+        if part.name == "section":
+            heading = part.find(["h2", "h3"]).get_text().strip()
+            places.append((f"#{part['id']}", heading, said(part)))
+        else:
+            places.append((f"#{part['id']}", part["id"], ""))
     return [
         dict(
-            objectID=f"{href}#{anchor}",
-            href=f"{href}#{anchor}",
+            objectID=href + anchor,
+            href=href + anchor,
             title=title,
-            section=name,
-            text=unescape(re.sub("<[^>]*>", "", said)),
+            section=heading,
+            text=text,
             crumbs=[title],
         )
-        for anchor, name, said in [*ENTRY.findall(page), *found]
+        for anchor, heading, text in places
     ]
 
 
@@ -113,18 +154,18 @@ def finish(
     packed: Path = Path(sys.prefix) / "js",  # Where npm's packages are
 ):
     "Let pages ask no other host, and let the search find names"
-    search, found = site / "search.json", []
+    join_modules(site / "site_libs" / "quarto-html")
+    found = []
     for path in sorted(site.rglob("*.html")):
         page = path.read_text(encoding="utf-8")
         own = local(page)
         if own != page:
             unpack(packed, path.parent / WIDGETS)
-        path.write_text(boxed(own), encoding="utf-8")
-        found += names(own, path.relative_to(site).as_posix())
-    if search.exists():
-        known = json.loads(search.read_text(encoding="utf-8"))
-        text = json.dumps(known + found, ensure_ascii=False, indent=2)
-        search.write_text(text, encoding="utf-8")
+        written = MODULES.sub(r'<script src="\1" defer></script>', boxed(own))
+        path.write_text(written, encoding="utf-8")
+        found += findable(own, path.relative_to(site).as_posix())
+    text = json.dumps(found, ensure_ascii=False, indent=1)
+    (site / "search.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

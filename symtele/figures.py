@@ -413,7 +413,7 @@ def _style(name):
     kinds = ("", "label-", "readout-")
     colours = ";".join(f"--jp-widgets-{k}color:currentcolor" for k in kinds)
     return (
-        f"<style>.symtele-still-{name}{{display:none}} "
+        f"<style>.symtele-still-{name}{{display:none!important}} "
         f".symtele-control{{{colours}}}</style>"
     )
 

@@ -136,6 +136,7 @@ def page(nb):
         "\n\n".join(parts), "html", "markdown", extra_args=PANDOC
     )
     body = body.replace("<table>", '<table class="caption-top table">')
+    body = body.replace('<figure class="', '<figure class="figure ')
     widgets = nb["metadata"].get("widgets", {}).get(WIDGETS)
     state = ""
     if widgets:

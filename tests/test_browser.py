@@ -146,8 +146,8 @@ def test_pages_with_controls():
 
 @each_page
 def test_page_without_kernel(page, site, path):
-    """The committed pictures, switched by jslink alone; what needs a kernel is not
-    to be seen, and it is said where it can be had"""
+    """The committed pictures, switched by jslink alone; what needs a kernel is
+    not to be seen, and it is said where it can be had"""
     page.goto(site[path])
     drive(page, controls(path))
     assert not page.locator(".symtele-live").filter(visible=True).count()

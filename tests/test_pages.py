@@ -37,6 +37,9 @@ LOOK = """() => {
         if (/^T[DH]$/.test(e.tagName) && e.scrollWidth > e.clientWidth + 1)
             tell("spills out of its cell", e);
     }
+    if (innerWidth > 1000)
+        for (const e of main.querySelectorAll("pre.sourceCode, .sourceCode"))
+            if (seen(e) && e.scrollWidth > e.clientWidth + 1) tell("cut code", e);
     let last = 0;
     for (const e of main.querySelectorAll(":scope section > *, :scope > *")) {
         if (!seen(e) || e.tagName === "SECTION") continue;

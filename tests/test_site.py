@@ -156,7 +156,9 @@ def strays(pages):
         whole = "\n".join(shown(cells))
         named = r"\[`(\w+)(?:\(\))?`\]\(([\w.]+\.html)"
         for name, to in set(re.findall(named, whole)):
-            if to != address(cells) and re.search(rf"^#### {name}$", whole, re.M):
+            if to != address(cells) and re.search(
+                rf"^### {name} {{", whole, re.M
+            ):
                 yield path, name, to
 
 
@@ -213,7 +215,7 @@ def entries(cells):
     the page of a study the folded source"""
     found = {}
     for cell, after in zip(cells, [*cells[1:], None]):
-        title = re.search(r"^#### (\w+)$", text(cell), re.M)
+        title = re.search(r"^### (\w+) \{", text(cell), re.M)
         if cell["cell_type"] == "markdown" and title:
             found[title[1]] = text(cell)
         for name in re.findall(r'id="(\w+)" class="symtele-name"', text(cell)):
@@ -352,7 +354,7 @@ def test_missing_entries_are_seen(pages):
     cells = pages["nbs/06_objectives.ipynb"]
     assert "Learning rate η" in entries(cells)["Lookahead"]
     assert "measure" in entries(cells)
-    fewer = [c for c in cells if "#### measure" not in text(c)]
+    fewer = [c for c in cells if "### measure {" not in text(c)]
     assert "measure" not in entries(fewer)
     assert not mute(entries(cells), "measure")
     words = "Parameters; not modified"
@@ -399,18 +401,21 @@ def test_sidebar_is_the_reading_order():
     assert sidebar_faults(site)[0] == f"{ORDER[5]} instead of {ORDER[4]}"
 
 
-PAGE = """<title>Groups – symtele</title>
-<script src="https://cdn.jsdelivr.net/npm/jquery@3.5.1/jquery.min.js"></script>
-<section id="gl" class="level4"><h4>GL</h4><pre>GL()</pre><p>All <em>linear</em>
-&lt;g&gt;</p></section><span id="draw" class="symtele-name"></span>
-<table></table>"""
+PAGE = """<html><head><title>Groups – symtele</title>
+<script src="https://cdn.jsdelivr.net/npm/jquery@3.5.1/jquery.min.js"></script></head>
+<main><p>What groups are.</p><section id="law" class="level2"><h2>A law</h2>
+<p>Holds <em>always</em>.</p><pre>assert lookahead</pre>
+<details class="code-fold"><summary>Check</summary><p>lookahead</p></details>
+<section id="gl" class="level3 unlisted"><h3>GL</h3><p>All &lt;g&gt;</p></section>
+</section><span id="draw" class="symtele-name"></span><table></table>
+</main></html>"""
 
 
 def test_last_step_of_the_build(tmp_path):
-    "Names can be found, tables have boxes, jQuery is not asked for"
+    """Findings and names can be found, by what is said of them and not by code;
+    tables have boxes, jQuery is not asked for"""
     (tmp_path / "nbs").mkdir()
     (tmp_path / "nbs/groups.html").write_text(PAGE)
-    (tmp_path / "search.json").write_text("[]")
     try:
         finish(tmp_path)
     except FileNotFoundError as missing:
@@ -420,11 +425,13 @@ def test_last_step_of_the_build(tmp_path):
     assert '<div class="symtele-wide"><table></table></div>' in page
     found = json.loads((tmp_path / "search.json").read_text())
     assert [(f["section"], f["text"], f["href"]) for f in found] == [
-        ("GL", "All linear\n<g>", "nbs/groups.html#gl"),
+        ("", "What groups are.", "nbs/groups.html"),
+        ("A law", "Holds always.", "nbs/groups.html#law"),
+        ("GL", "All <g>", "nbs/groups.html#gl"),
         ("draw", "", "nbs/groups.html#draw"),
     ]
+    (tmp_path / "nbs/groups.html").write_text(PAGE)
     with pytest.raises(FileNotFoundError, match="requirejs.* install npm"):
-        (tmp_path / "nbs/groups.html").write_text(PAGE)
         finish(tmp_path, tmp_path)
 
 
