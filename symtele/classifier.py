@@ -400,26 +400,31 @@ def draw_rates(
     look: Look,  # arm -> (label, colour, line style)
     top: float,  # Losses above are drawn there
     by: str = "valid_loss",  # Or "train_loss"
-) -> Figure:  # One panel per optimizer
+) -> Figure:  # One panel per optimizer, two side by side
     "Losses at the end against the learning rate, median and range over seeds"
     label = {"valid_loss": "validation loss", "train_loss": "training loss"}[by]
     optimizers = list(dict.fromkeys(r["optimizer"] for r in rows))
-    n = len(optimizers)
+    wide, deep = min(len(optimizers), 2), -(-len(optimizers) // 2)
+    size = 4.2 * wide + 1.6 * (wide == 1), 3.1 * deep + 0.7
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(
-            1, n, figsize=(1 + 4 * n, 3.8), sharey=True, squeeze=False
+        fig, grid = plt.subplots(
+            deep, wide, figsize=size, sharey=True, squeeze=False
         )
-    for ax, optimizer in zip(axes[0], optimizers):
+    axes = grid.flat[: len(optimizers)]
+    for ax in grid.flat[len(optimizers) :]:
+        ax.remove()
+    for ax, optimizer in zip(axes, optimizers):
         ends = {r["arm"]: {} for r in rows}
         for r in at_end(rows, optimizer=optimizer):
             ends[r["arm"]].setdefault(r["lr"], []).append(r[by])
         draw_against_rate(ax, ends, look, top=top)
         ax.set(title=optimizer)
-    axes[0][0].set(ylabel=f"{label} at the end")
-    axes[0][0].set_ylim(top=top * 1.02)
-    for ax in axes[0]:
+    axes[0].set_ylim(top=top * 1.02)
+    for ax in grid[:, 0]:
+        ax.set(ylabel=f"{label} at the end")
+    for ax in axes:
         log_axis(ax)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    columns = min(6, 2 * n)
-    fig.legend(handles, labels, loc="outside lower center", ncols=columns)
+    handles, labels = axes[0].get_legend_handles_labels()
+    place = dict(loc="outside lower center", ncols=wide + 1, frameon=False)
+    fig.legend(handles, labels, **place)
     return fig

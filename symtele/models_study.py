@@ -10,9 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
+from statistics import median
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn, optim
 from torchvision import datasets
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -28,7 +31,7 @@ from symtele.experiments import (
     rounded,
     train,
 )
-from .figures import Table, table
+from .figures import LOOK, STYLE, Look, Table, table
 from .networks import GL
 from .searches import Ascent, Stay
 from .training import at, keep, reset, transport
@@ -73,10 +76,6 @@ def _worst(row: Row, precision: str) -> float | None:
     return max(drift, default=None)
 
 
-def _spaces(row: Row) -> str:
-    return " / ".join(str(n) for n in row["spaces"].values())
-
-
 def _models_table(
     rows: list[Row],  # Of `_reading`
 ) -> Table:  # A line for each model
@@ -84,31 +83,40 @@ def _models_table(
     lines = []
     for row in rows:
         share = row["share"]
-        lines.append(
-            {
-                "model": row["model"],
-                "parameters": row["parameters"],
-                "s": row["seconds"],
-                "spaces": _spaces(row),
-                "permuted": share["perm"],
-                "scaled": share["scale"],
-                "by matrices": share["gl"],
-                "any": share["any"],
-                "float64": _worst(row, "float64"),
-                "float32": _worst(row, "float32"),
-                "control": min(row["control"].values(), default=None),
-                "scale is held by": ", ".join(row["held"]["scale"]),
-            }
-        )
+        line = {"model": row["model"], "parameters": row["parameters"]}
+        line |= {"permuted": share["perm"], "scaled": share["scale"]}
+        line |= {"by matrices": share["gl"], "any": share["any"]}
+        lines.append(line | {"change": _worst(row, "float64")})
     kinds = ("permuted", "scaled", "by matrices", "any")
-    formats = dict.fromkeys(kinds, ".3f") | {"parameters": ",", "s": ".1f"}
+    return table(
+        lines,
+        dict.fromkeys(kinds, ".3f") | {"parameters": ",", "change": ".0e"},
+        "Shares of all parameters that can be permuted, scaled, moved by "
+        "matrices, or any of these; the largest change of an output in float64 "
+        "over twenty elements of each kind",
+    )
+
+
+def _proof_table(
+    rows: list[Row],  # Of `_reading`
+) -> Table:  # A line for each model
+    "How long it took to read, and how much the moves changed"
+    lines = []
+    for row in rows:
+        line = {"model": row["model"], "s": row["seconds"]}
+        line["spaces"] = " / ".join(map(str, row["spaces"].values()))
+        line["float64"] = _worst(row, "float64")
+        line["float32"] = _worst(row, "float32")
+        line["control"] = min(row["control"].values(), default=None)
+        line["scale is held by"] = ", ".join(row["held"]["scale"])
+        lines.append(line)
     changes = dict.fromkeys(("float64", "float32", "control"), ".0e")
     return table(
         lines,
-        formats | changes,
+        {"s": ".1f"} | changes,
         "Seconds to read; spaces to be permuted, scaled, moved by matrices; "
-        "shares of all parameters; largest change of an output over twenty "
-        "elements of each kind; smallest change with one slot left behind",
+        "largest change of an output over twenty elements of each kind; smallest "
+        "change with one slot left behind",
     )
 
 # %% ../nbs/53_models.ipynb #1cfa490f
@@ -331,3 +339,29 @@ _training = Experiment(
     grows=("seeds", "rates", "arms"),
 )
 experiments = [_reading, _training]
+
+# %% ../nbs/53_models.ipynb #1101ad9f
+_LOOK: Look = LOOK | {
+    "cosine": ("warm-up and cosine", "#2ca02c", (0, (6, 1, 1, 1))),
+    "GL, reset": ("teleport, GL, and reset", "#17becf", (0, (8, 1))),
+}
+
+
+def _draw_over_base(
+    over: dict[str, dict[str, list[float]]],  # model -> arm -> one per seed
+) -> Figure:  # One panel per model
+    "Ends over those of the base, a dot for each seed and a bar at the median"
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, len(over), figsize=(8.4, 3.1), sharey=True)
+    arms = next(iter(over.values()))
+    for ax, (name, ratios) in zip(axes, over.items()):
+        for i, arm in enumerate(arms):
+            values = ratios[arm]
+            _, colour, _ = _LOOK[arm]
+            ax.plot(values, [i] * len(values), "o", color=colour, alpha=0.7)
+            ax.plot(median(values), i, "|", color=colour, ms=22, mew=3)
+        ax.axvline(1, color="k", lw=0.8)
+        ax.set(title=name, xlabel="validation loss / base")
+    axes[0].set_yticks(range(len(arms)), [_LOOK[arm][0] for arm in arms])
+    axes[0].invert_yaxis()
+    return fig

@@ -405,7 +405,7 @@ def mark_jumps(
 # %% ../nbs/24_problems.ipynb #b957bb60
 def _short(v: float, _=None) -> str:
     "A number as an axis shows it"
-    if 1e-3 < v < 1e4:
+    if v == 0 or 1e-3 < abs(v) < 1e4:
         return f"{v:g}"
     return f"{v:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
 
@@ -494,7 +494,7 @@ def draw_path(
     for start, landing in zip(starts.tolist(), landings.tolist()):
         ax.annotate("", landing, start, arrowprops=arrow, annotation_clip=True)
     mark_jumps(ax, starts, landings, _begin(path, moves), goal)
-    orbits = ", and the orbits of the first four jumps" if len(moves) > 4 else ""
+    orbits = ", orbits of the first four jumps" if len(moves) > 4 else ""
     ax.set_title("parameters" + orbits)
     ax.legend(
         loc="best", fontsize=8, handletextpad=0.2, frameon=True, framealpha=0.8
@@ -539,7 +539,7 @@ def _draw_rings(ax: Axes, floor: float, decades: float):
     top = math.log10(floor)
     gap = next(g for g in (1, 2, 4, 5, 10) if decades / g < 5)
     lowest = math.ceil((top + 0.2) / gap) * gap
-    look = dict(fontsize=7, ha="center", va="center", color="k")
+    look = dict(fontsize=8, ha="center", va="center", color="k")
     for d in range(lowest, int(top + decades) + 1, gap):
         ax.add_patch(plt.Circle((0, 0), d - top, fill=False, color="w", lw=0.5))
         label = ax.text(0.71 * (d - top), 0.71 * (d - top), f"1e{d}", **look)
@@ -577,7 +577,7 @@ def _draw_chart(
     mark_jumps(ax, starts, landings, put(_begin(path, moves))[0])
     _draw_rings(ax, floor, decades)
     edge = (-1.02 * decades, 1.02 * decades)
-    title = "chart: angle of (u, v), u to the right; radius: loss"
+    title = "chart: angle of (u, v), radius: the loss"
     ax.set(xlim=edge, ylim=edge, title=title)
     ax.axis("off")
 
@@ -612,7 +612,7 @@ def draw_descent(
     box: Sequence[float] | None = None,  # x₁ from, to, x₂ from, to; None: fit
     floor: float | None = None,  # Loss at the chart's centre; None: the smallest
 ) -> Figure:
-    "The path on the level sets and in the chart, and the record against steps"
+    "The path on the level sets and in the chart; below, the record over steps"
     path, loss = _until_lost(run.path[:, row], run.loss[:, row])
     moves = [m for m in run.moves if m["row"] == row]
     early = [m for m in moves if m["k"] < len(path)]
@@ -620,16 +620,16 @@ def draw_descent(
     floor = floor or max(smallest, 1e-20)
     style = {"figure.constrained_layout.use": False, "axes.titlesize": 10}
     with plt.rc_context(STYLE | style):
-        fig = plt.figure(figsize=(13, 4.6))
+        fig = plt.figure(figsize=(8.2, 7.4))
 
-        def place(x, width, y=0.27, height=0.62):
+        def place(x, width, y=0.5, height=0.42):
             return fig.add_axes((x, y, width, height))
 
-        map_axes = place(0.05, 0.29), place(0.08, 0.23, 0.125, 0.022)
+        map_axes = place(0.085, 0.4), place(0.125, 0.32, 0.405, 0.014)
         draw_path(*map_axes, problem, path, early, box)
-        chart_axes = place(0.375, 0.27), place(0.425, 0.17, 0.125, 0.022)
+        chart_axes = place(0.54, 0.43), place(0.625, 0.26, 0.405, 0.014)
         _draw_chart(*chart_axes, problem, path, early, floor)
-        record_axis = place(0.715, 0.275, 0.14, 0.75)
+        record_axis = place(0.085, 0.885, 0.07, 0.22)
         _draw_record(record_axis, run.loss[:, row], run.gsq[:, row], moves)
         fig.suptitle(title, y=0.985)
     return fig
