@@ -41,7 +41,7 @@ from symtele.teleporting import (
 )
 from .wiring import wire
 
-# %% ../nbs/09_training.ipynb #35a655b7
+# %% ../nbs/09_training.ipynb #2dbe5d2c
 @dataclass(frozen=True)
 class _Pull:
     "How a covector by parameter name moved with a teleport"
