@@ -19,6 +19,60 @@ from .networks import Kind, Move, NetworkOrbit, Slot, Space, gl, transform
 from .objectives import Landscape, descent_step, measure
 from .teleporting import finite
 
+# %% ../nbs/11_whitening.ipynb #db9815c3
+@dataclass(frozen=True)
+class Whiten:
+    """Search: the element after which one gradient step solves the last layer
+
+    Each hidden layer goes to hₖ → sₖTₖ with orthonormal Tₖ and sizes sₖ in a
+    geometric sequence from ‖X‖ to (ηc)^(-½), c the curvature of the loss in the
+    outputs. For plain gradient descent of rate η = `lr` on all the data; it stays
+    where `ahead` steps say so. Raises on groups without matrices.
+    """
+
+    lr: float  # Learning rate of the plain gradient steps to come, positive
+    full_batch: bool = False  # Your word that the batch is all the data
+    ahead: int = 3  # Steps it looks ahead before it moves, at least 1
+    curvature: float | None = None  # Of the loss in the outputs; None: measured
+
+    def __post_init__(self):
+        c, fits = self.curvature, 0 < self.lr < math.inf
+        need(fits, "Whiten(lr=...) must be positive and finite", self.lr)
+        fits = c is None or 0 < c < math.inf
+        need(fits, "Whiten(curvature=...) must be positive and finite", c)
+        need(self.ahead >= 1, "Whiten(ahead=...) must be at least 1", self.ahead)
+        what = "Whiten fits the network to the batch it sees, and to nothing else"
+        must = f"{what}: say full_batch=True if that is all your data"
+        need(self.full_batch is True, must, repr(self.full_batch))
+
+    def __call__(self, land: Landscape, rng: Generator) -> Landscape:
+        "The landscape seen from the whitened place, if a lookahead says go"
+        there = land.move(self.element(land))
+        if finite(*pytree.tree_leaves(there.orbit.w)) is False:
+            return land
+        better = self._loss_ahead(there) < self._loss_ahead(land)  # False for nan
+        return land.choose(better, there)
+
+    def _loss_ahead(self, land: Landscape) -> Tensor:
+        loss = land.loss_here
+        w = descent_step(land.orbit.w, land.here.gradient, self.lr)
+        for _ in range(self.ahead - 1):
+            w = descent_step(w, measure(loss, w).gradient, self.lr)
+        return loss(w).sum()
+
+    def element(self, land: Landscape) -> Tensor:
+        "The element itself, shape (size,), without asking whether it helps"
+        orbit, white, c = land.orbit, _whiteners(land.orbit), self.curvature
+        top, g = white[-1]
+        c = _output_curvature(land, top, g) if c is None else g.new_tensor(c)
+        first = torch.linalg.matrix_norm(wide(orbit.x).flatten(1))
+        a, last = orbit.blocks.zero(), (self.lr * c) ** -0.5
+        for k, (s, g) in enumerate(white, 1):
+            share = k / len(white)
+            one = torch.eye(len(g)).to(g)
+            a[s.name] = g * first ** (1 - share) * last**share - one
+        return orbit.join(a)
+
 # %% ../nbs/11_whitening.ipynb #a9a59197
 def _whitener(h: Tensor, kind: Kind) -> Tensor:
     "The element that makes samples orthonormal, or features where they are fewer"
@@ -71,58 +125,10 @@ def _output_curvature(land: Landscape, space: Space, g: Tensor) -> Tensor:
     bend = 2 * (after - before + t * slope) / t**2
     return bend / slope
 
-# %% ../nbs/11_whitening.ipynb #db9815c3
-@dataclass(frozen=True)
-class Whiten:
-    "Search: the element after which one gradient step solves the last layer"
-
-    lr: float  # Learning rate of the plain gradient steps to come, positive
-    full_batch: bool = False  # Your word that the batch is all the data
-    ahead: int = 3  # Steps it looks ahead before it moves, at least 1
-    curvature: float | None = None  # Of the loss in the outputs; None: measured
-
-    def __post_init__(self):
-        c, fits = self.curvature, 0 < self.lr < math.inf
-        need(fits, "Whiten(lr=...) must be positive and finite", self.lr)
-        fits = c is None or 0 < c < math.inf
-        need(fits, "Whiten(curvature=...) must be positive and finite", c)
-        need(self.ahead >= 1, "Whiten(ahead=...) must be at least 1", self.ahead)
-        what = "Whiten fits the network to the batch it sees, and to nothing else"
-        must = f"{what}: say full_batch=True if that is all your data"
-        need(self.full_batch is True, must, repr(self.full_batch))
-
-    def __call__(self, land: Landscape, rng: Generator) -> Landscape:
-        "The landscape seen from the whitened place, if a lookahead says go"
-        there = land.move(self.element(land))
-        if finite(*pytree.tree_leaves(there.orbit.w)) is False:
-            return land
-        better = self._loss_ahead(there) < self._loss_ahead(land)  # False for nan
-        return land.choose(better, there)
-
-    def _loss_ahead(self, land: Landscape) -> Tensor:
-        loss = land.loss_here
-        w = descent_step(land.orbit.w, land.here.gradient, self.lr)
-        for _ in range(self.ahead - 1):
-            w = descent_step(w, measure(loss, w).gradient, self.lr)
-        return loss(w).sum()
-
-    def element(self, land: Landscape) -> Tensor:
-        "The element itself, shape (size,), without asking whether it helps"
-        orbit, white, c = land.orbit, _whiteners(land.orbit), self.curvature
-        top, g = white[-1]
-        c = _output_curvature(land, top, g) if c is None else g.new_tensor(c)
-        first = torch.linalg.matrix_norm(wide(orbit.x).flatten(1))
-        a, last = orbit.blocks.zero(), (self.lr * c) ** -0.5
-        for k, (s, g) in enumerate(white, 1):
-            share = k / len(white)
-            one = torch.eye(len(g)).to(g)
-            a[s.name] = g * first ** (1 - share) * last**share - one
-        return orbit.join(a)
-
 # %% ../nbs/11_whitening.ipynb #4a562e40
 @dataclass(frozen=True, eq=False)
 class MoveData:
-    "Search: the element that multiplies the data by a given matrix (Z22 Alg. 3)"
+    "Search: X → MX, W₁ → W₁M⁻¹, the data times a given matrix (Z22 Alg. 3)"
 
     matrix: Tensor  # M, invertible, shape (features, features)
 
@@ -144,7 +150,7 @@ class MoveData:
 def second_moment(
     x: Tensor,  # Data, shape (n, features)
 ) -> Tensor:  # XᵀX/n, shape (features, features), float64
-    "The second moment of data about zero"
+    "The second moment C = XᵀX/n of data about zero"
     must = "x must have shape (n, features) with n of at least 1"
     need(x.ndim == 2 and len(x) > 0, must, tuple(x.shape))
     return wide(x.mT @ x) / len(x)
