@@ -986,7 +986,7 @@ def _described(
 @lru_cache
 def _sheet(mapped: bool) -> _Sheet:
     "The one for all pictures, without pyplot, which would show it"
-    fig = Figure(figsize=(8.4, 4.4), dpi=100)
+    fig = Figure(figsize=(8.4, 4.4), dpi=90)
     FigureCanvasAgg(fig)
     return _Sheet(fig, mapped)
 
