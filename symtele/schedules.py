@@ -8,22 +8,31 @@ __all__ = ['WHEN', 'OFTEN', 'MANY', 'study', 'batch_200', 'large', 'experiments'
            'schedule_grid']
 
 # %% ../nbs/34_schedules.ipynb #da4b9237
+import base64
 import html
+import io
 import math
 import re
-import time
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from statistics import median
 from typing import Any
 
 import ipywidgets as W
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn.functional as F
+from IPython.display import HTML, display
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
+from PIL import Image
 from torch import Generator, Tensor, nn
 
 from symtele.baselines import (
@@ -45,7 +54,7 @@ from symtele.classifier import (
     teleporter_of,
 )
 from .experiments import Config, Experiment, Row, grid, rounded, select
-from .figures import LOOK, STYLE, Switch, img, switch
+from .figures import LOOK, STYLE, Switch, switch
 from .groups import dot
 from .networks import GL
 from .objectives import grad_norm, lookahead, loss_of, measure
@@ -55,9 +64,11 @@ from symtele.problems import (
     booth_problem,
     box_around,
     descend_problem,
-    draw_path,
+    draw_level_sets,
     ellipse_problem,
+    mark_jumps,
     plain_ticks,
+    ring,
     rosenbrock_problem,
 )
 from .searches import Ascent, GreatCircle, Grid, Random, Sample, Search
@@ -539,6 +550,7 @@ class ScheduleRun:
     problem: Problem | Training
     settings: str  # How it was run, for titles
     steps: int  # How many steps were asked for
+    plain: tuple[str, float, int, int]  # Optimizer, rate, steps and seed
     tele: _Trace  # With teleports
     base: _Trace  # Without
 
@@ -665,7 +677,9 @@ def run_schedule(
     lr: float | None = None,  # Learning rate, positive; None: the problem's
     steps: int | None = None,  # Optimizer steps, at least 1; None: the problem's
     seed: int = 0,  # Of the search; of a network's weights and batches too
-    progress: Callable[[int, int], None] | None = None,  # Told k and steps
+    progress: Callable[[int, int], None]
+    | None = None,  # Told steps, done and all
+    like: ScheduleRun | None = None,  # May lend its run without teleports
 ) -> ScheduleRun:
     "Minimise with teleports where the schedule says so, and without"
     if not isinstance(problem, Problem | Training):
@@ -683,16 +697,24 @@ def run_schedule(
         optimizer=partial(FULL_BATCH_OPTIMIZERS[optimizer], lr=lr),
         steps=steps,
         seed=whole("seed", seed, -(2**63)),  # what torch takes
-        progress=progress,
     )
-    run = _descend if isinstance(problem, Problem) else _train
-    base = run(problem, None, **settings)
+    plain = optimizer, lr, steps, seed
     title = f"{problem.name}, {optimizer} {lr:.3g}"
-    if due is None:
-        return ScheduleRun(problem, title, steps, base, base)
-    tele = run(problem, due, **settings)
-    title += f", {due}, {search!r}, {_word(objective)}"
-    return ScheduleRun(problem, title, steps, tele, base)
+    lent = like and like.problem is problem and like.plain == plain
+    runs = [*([] if lent else [None]), *([] if due is None else [due])]
+    traces = [like.base] if lent else []
+    run = _descend if isinstance(problem, Problem) else _train
+    for i, teleports in enumerate(runs):
+        told = _told(progress, i * steps, len(runs) * steps)
+        traces.append(run(problem, teleports, **settings, progress=told))
+    if due is not None:
+        title += f", {due}, {search!r}, {_word(objective)}"
+    return ScheduleRun(problem, title, steps, plain, traces[-1], traces[0])
+
+
+def _told(progress, done, whole):
+    "A run's `progress(k, steps)` as one of several runs' steps"
+    return progress and (lambda k, steps: progress(done + k, whole))
 
 # %% ../nbs/34_schedules.ipynb #a9334987
 def _curve(
@@ -704,13 +726,13 @@ def _curve(
 ):
     "A column against steps"
     y = getattr(trace, column).clamp_min(1e-32)
-    ax.semilogy(y, color="none")
+    ax.update_datalim(torch.stack((torch.arange(len(y)), y), 1))
     style = ".-" if len(y) < 60 else "-"
-    ax.semilogy(y[:stop], style, lw=1.4, ms=4, **look)
+    ax.plot(y[:stop], style, lw=1.4, ms=4, **look)
 
 
 def _draw_curves(
-    ax: Axes,
+    ax: Axes,  # With a logarithmic vertical axis
     run: ScheduleRun,
     column: str,  # "loss" or "gsq"
     stop: int | None,  # How much of the teleported run to draw; None: all
@@ -722,16 +744,14 @@ def _draw_curves(
     if run.tele.moves:
         with_them = dict(label="with teleports", color=blue, alpha=1)
         _curve(ax, run.tele, column, stop, **with_them)
-    for i, m in enumerate(run.tele.moves):
-        if stop is None or m["k"] < stop:
-            label = None if i else "teleport"
-            ax.axvline(m["k"], color=LAND, ls="--", lw=0.8, zorder=0, label=label)
+    due = [m["k"] for m in run.tele.moves if stop is None or m["k"] < stop]
+    if due:
+        whole = dict(transform=ax.get_xaxis_transform(), label="teleport")
+        ax.vlines(due, 0, 1, LAND, "--", lw=0.8, zorder=0, **whole)
     low, high = ax.get_ylim()
     subs = (1,) if high > 100 * low else (1, 2, 5)
-    ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=6))
+    ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=5))
     plain_ticks(ax.yaxis)
-    ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    ax.set(xlabel="step")
 
 # %% ../nbs/34_schedules.ipynb #9ce45139
 def _box(run: ScheduleRun) -> list[float]:
@@ -748,28 +768,144 @@ def _box(run: ScheduleRun) -> list[float]:
     return [outer(a, b) for outer, a, b in wide]
 
 
+def _legs(path: Tensor, moves: list[dict[str, Any]]) -> Tensor:
+    "A path with gaps where it jumps; each piece ends where the jump begins"
+    cuts = sorted({0, *[m["k"] for m in moves], len(path)})
+    begins, pieces = {m["k"]: m["from"][None] for m in moves}, []
+    for begin, end in zip(cuts, cuts[1:]):
+        gap = path.new_full((1, 2), math.nan)
+        pieces += [path[begin:end], begins.get(end, gap), gap]
+    return torch.cat(pieces)
+
+
+@lru_cache(64)
+def _ring(problem: Problem, point: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    "The orbit of a point, which other runs jump from too"
+    return ring(problem, torch.tensor(point, dtype=torch.float64))
+
+
+def _draw_orbits(
+    ax: Axes,  # Its limits are set
+    bar: Axes,  # Gets the range of the colours
+    run: ScheduleRun,  # Of a test function
+    drawn: int,  # How many teleports are drawn; all have a say in the colours
+):
+    "The orbits of the first four teleports, as far as they are seen"
+    begins = [tuple(m["from"].tolist()) for m in run.tele.moves[:4]]
+    rings = [_ring(run.problem, point) for point in begins]
+    bar.set_visible(bool(rings and drawn))
+    if not rings:
+        return
+    gsq = torch.cat([values for _, values in rings])
+    norm = LogNorm(max(gsq.min(), gsq.max() * 1e-12), gsq.max())
+    for points, values in rings[:drawn]:
+        pieces = torch.stack((points[:-1], points[1:]), 1)
+        low, high = torch.tensor([ax.get_xlim(), ax.get_ylim()]).double().T
+        seen = ((pieces > low) & (pieces < high)).all(-1).any(-1)
+        look = dict(norm=norm, cmap="viridis", linewidths=2.5)
+        line = LineCollection(pieces[seen], array=values[:-1][seen], **look)
+        ax.add_collection(line, autolim=False)
+    bar.set_xlim(norm.vmin, norm.vmax)
+    subs = (1,) if norm.vmax > 100 * norm.vmin else (1, 2, 5)
+    bar.xaxis.set_major_locator(LogLocator(subs=subs, numticks=4))
+    plain_ticks(bar.xaxis)
+
+
 def _draw_map(
-    fig: plt.Figure,
+    ax: Axes,
+    bar: Axes,  # Of the colours of orbits
     run: ScheduleRun,  # Of a test function
     stop: int | None,  # How much of the teleported run to draw; None: all
 ):
     "Both paths on the level sets, and the orbits of the teleports"
     tele, base = run.tele, run.base
-    ax = fig.add_axes((0.05, 0.25, 0.28, 0.525))
-    bar = fig.add_axes((0.09, 0.105, 0.2, 0.022))
     moves = [m for m in tele.moves if stop is None or m["k"] < stop]
-    later = tele.moves[len(moves) :]
-    draw_path(ax, bar, run.problem, tele.path[:stop], moves, _box(run), later)
-    bar.tick_params(labelsize=8)
-    ax.locator_params(nbins=4)  # ticks are most of what a redraw waits for
+    draw_level_sets(ax, run.problem, _box(run))
+    ax.images[0].set_interpolation("nearest")
+    _draw_orbits(ax, bar, run, len(moves))
+    path = tele.path[:stop]
+    ax.plot(*_legs(path, moves).T, ".-", color="k", lw=1.1, ms=2.5)
     ax.plot(*base.path.T, "-", color=LOOK["base"][1], alpha=0.45, lw=1.2)
+    begin = path[0]
+    starts = landings = torch.empty(0, 2, dtype=path.dtype)
+    if moves:
+        starts = torch.stack([m["from"] for m in moves])
+        landings = torch.stack([m["to"] for m in moves])
+        begin = starts[0] if moves[0]["k"] == 0 else begin
+    jumps = torch.stack((starts, landings), 1)
+    ax.add_collection(LineCollection(jumps, colors=LAND, ls="--", lw=1.1))
+    goal = torch.tensor(run.problem.target, dtype=path.dtype)
+    mark_jumps(ax, starts, landings, begin, goal)
 
 # %% ../nbs/34_schedules.ipynb #c5b76da3
-_QUICK = STYLE | {  # fixed titles draw faster
+_QUICK = STYLE | {  # fixed places draw faster
     "figure.constrained_layout.use": False,
+    "font.size": 9,
     "axes.titlesize": 10,
     "axes.titley": 1.02,
 }
+_TITLES = {"loss": "loss", "gsq": "squared gradient norm"}
+
+
+class _Sheet:
+    "Axes that are drawn on again and again"
+
+    def __init__(
+        self,
+        fig: Figure,
+        mapped: bool,  # Whether there is a path to show
+        low: float = 0.0,  # What of the height is used
+        high: float = 1.0,
+    ):
+        self.fig, self.low, self.high = fig, low, high
+        left = 0.585 if mapped else 0.09
+        self.map = self.bar = None
+        with plt.rc_context(_QUICK):
+            if mapped:
+                self.map = self._axes(0.075, 0.3, 0.42, 0.61, title="parameters")
+                for axis in (self.map.xaxis, self.map.yaxis):
+                    axis.set_major_locator(MaxNLocator(3))
+                self.bar = self._axes(0.12, 0.115, 0.33, 0.025)
+                whole = dict(extent=(0, 1, 0, 1), transform=self.bar.transAxes)
+                self.bar.imshow([range(256)], aspect="auto", **whole)
+                self.bar.set(xscale="log", yticks=[])
+                self.bar.set_xlabel("‖∇L‖² on the orbit", fontsize=8)
+                self.bar.tick_params(labelsize=8, bottom=False)
+                self.bar.grid(False)
+                self.bar.spines[:].set_visible(False)
+            top, below = (
+                self._axes(left, bottom, 0.985 - left, 0.325, title=t)
+                for bottom, t in zip((0.585, 0.12), _TITLES.values())
+            )
+        below.sharex(top)
+        for ax in (top, below):
+            ax.set_yscale("log")
+            ax.tick_params(left=False, bottom=False)  # the grid says where
+        top.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        top.tick_params(labelbottom=False)
+        below.set(xlabel="step")
+        self.curves = dict(zip(_TITLES, (top, below)))
+
+    def _axes(self, left, low, width, height, **how):
+        "Axes at a place, in shares of the figure's width and of the height used"
+        room = self.high - self.low
+        place = left, self.low + low * room, width, height * room
+        return self.fig.add_axes(place, **how)
+
+    def draw(
+        self,
+        run: ScheduleRun,
+        stop: int | None = None,  # How much of the teleported run; None: all
+    ):
+        "A run, in place of the one before"
+        for ax in filter(None, (self.map, *self.curves.values())):
+            for artist in (*ax.lines, *ax.images, *ax.collections, *ax.texts):
+                artist.remove()
+            ax.relim()
+        if self.map:
+            _draw_map(self.map, self.bar, run, stop)
+        for column, ax in self.curves.items():
+            _draw_curves(ax, run, column, stop)
 
 
 def draw_run(
@@ -777,46 +913,96 @@ def draw_run(
     until: int | None = None,  # Last step of the teleported run; None: all of it
 ) -> plt.Figure:
     "The path on the level sets if there is one, loss and squared gradient norm"
+    stop = _stop(until)
+    with plt.rc_context(_QUICK):
+        fig = plt.figure(figsize=(8.4, 5.4))
+    sheet = _Sheet(fig, run.tele.path is not None, 0.07, 0.88)
+    sheet.draw(run, stop)
+    handles = {}
+    for ax in filter(None, (sheet.map, sheet.curves["loss"])):
+        handles |= dict(zip(*ax.get_legend_handles_labels()[::-1]))
+    fig.legend(
+        handles.values(),
+        handles,
+        loc="lower center",
+        ncols=7,
+        fontsize=8,
+        columnspacing=1.2,
+        frameon=False,
+    )
+    notes = textwrap.fill(" ".join(run.notes), 110)
+    lines = run.settings, run.summary(until), notes
+    for y, line, colour in zip((0.995, 0.96, 0.925), lines, ("k", "k", LAND)):
+        fig.text(0.5, y, line, ha="center", va="top", color=colour, size=9)
+    return fig
+
+
+def _stop(until: int | None) -> int | None:
+    "How many steps are drawn"
     if until is not None and not 0 <= until:
         raise ValueError(
             f"draw_run(until=...) must be None or at least 0, got {until}"
         )
-    stop = None if until is None else until + 1
-    with plt.rc_context(_QUICK):
-        fig = plt.figure(figsize=(13, 4.5))
-        if run.tele.path is None:
-            lefts, width, middle = (0.07, 0.56), 0.42, 0.525
-        else:
-            lefts, width, middle = (0.39, 0.71), 0.27, 0.68
-            _draw_map(fig, run, stop)
-        titles = {"loss": "loss", "gsq": "squared gradient norm"}
-        for left, (column, title) in zip(lefts, titles.items()):
-            ax = fig.add_axes((left, 0.25, width, 0.525), title=title)
-            _draw_curves(ax, run, column, stop)
-        fig.legend(
-            *ax.get_legend_handles_labels(),
-            loc="lower center",
-            bbox_to_anchor=(middle, -0.01),
-            ncols=3,
-            fontsize=9,
-        )
-        for y, line, colour in (
-            (0.965, run.settings, "k"),
-            (0.915, run.summary(until), "k"),
-            (0.865, " ".join(run.notes), LAND),
-        ):
-            fig.text(0.5, y, line, ha="center", va="center", color=colour)
-    return fig
+    return None if until is None else until + 1
 
 # %% ../nbs/34_schedules.ipynb #80e28a51
-def _img(
-    run: ScheduleRun,  # What to draw
+_MARKS = (  # mark, colour, what it is
+    ("□", "inherit", "start"),
+    ("●", "#ff7f0e", "a jump begins"),
+    ("◆", LAND, "it lands"),
+    ("★", "#2ca02c", "minimum"),
+    ("—", LOOK["teleport"][1], "with teleports"),
+    ("—", "#999999", "without"),
+    ("┆", LAND, "a teleport"),
+)
+
+
+def _key() -> str:
+    "What the marks of a picture mean, as HTML"
+    marks = (
+        f'<span style="white-space:nowrap"><b style="color:{colour}">{mark}</b> '
+        f"{what}</span>"
+        for mark, colour, what in _MARKS
+    )
+    return f"Marks: {', '.join(marks)}."
+
+
+def _described(
+    png: bytes,
+    run: ScheduleRun,  # What was drawn
     until: int | None = None,  # As in `draw_run`
-) -> str:  # An <img> element
-    "A drawn run as HTML, told in words too"
+) -> str:  # An <img> element and a line below it
+    "A picture of a run as HTML, told in words too"
     sentences = run.settings, run.summary(until), *run.notes
-    words = ". ".join(s.rstrip(".") for s in sentences)
-    return img(draw_run(run, until), f"{words}.", 80)
+    words = html.escape(". ".join(s.rstrip(".") for s in sentences))
+    said = html.escape(f"{run.settings}: {run.summary(until)}")
+    data = base64.b64encode(png).decode()
+    return (
+        f'<img alt="{words}." src="data:image/png;base64,{data}" '
+        f'style="max-width:100%"><p style="margin:0;line-height:1.4">{said}</p>'
+    )
+
+
+@lru_cache
+def _sheet(mapped: bool) -> _Sheet:
+    "The one for all pictures, without pyplot, which would show it"
+    fig = Figure(figsize=(8.4, 4.4), dpi=90)
+    FigureCanvasAgg(fig)
+    return _Sheet(fig, mapped)
+
+
+def _pixels(sheet: _Sheet) -> Image.Image:
+    "What is on a sheet"
+    sheet.fig.canvas.draw()
+    image = Image.fromarray(np.asarray(sheet.fig.canvas.buffer_rgba()))
+    return image.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
+
+
+def _saved(image: Image.Image, **how: Any) -> bytes:
+    "A PNG file"
+    out = io.BytesIO()
+    image.save(out, "PNG", **how)
+    return out.getvalue()
 
 # %% ../nbs/34_schedules.ipynb #6c1e671f
 @dataclass(frozen=True)
@@ -1068,18 +1254,29 @@ def _status(notes: list[str]) -> str:
 def _no_teleports(
     settings: dict[str, Any],  # Of `Explorer`
     error: Exception,  # Why they cannot be run
-    progress: Callable[[int, int], None],  # As in `run_schedule`
+    run_it: Callable[..., ScheduleRun],  # `run_schedule` on the problem
 ) -> _Answer:
     "What can be shown all the same: the run without teleports, and why"
-    problem = _EXPLORED[settings["problem"]].make()
     plain = _arguments(**settings | dict(search="ascent")) | dict(schedule=None)
-    run = run_schedule(problem, **plain, progress=progress)
+    run = run_it(**plain)
+    problem = run.problem
     notes = [f"{error}."]
     if isinstance(error, TypeError) and isinstance(problem, Training):
         notes.append("Ascent, sample and random fit here.")
     return _Answer(run, "", [*notes, *_remarks(settings, run), *run.notes])
 
 # %% ../nbs/34_schedules.ipynb #2a459380
+_NEEDS_KERNEL = (
+    '<div class="symtele-needs-kernel" style="display:none">'
+    "<strong>Needs Jupyter.</strong> Here stand eleven controls that run Python "
+    "for every setting. In a copy of the repository, <code>make lab</code> opens "
+    "them: run the first cells of <code>nbs/34_schedules.ipynb</code>, or "
+    "<code>from symtele.schedules import explorer; explorer()</code> in a "
+    "notebook of your own. The controls above need nothing.</div>"
+)
+_FADES = "<style>.symtele-busy img { opacity: 0.4 }</style>"
+
+
 class Explorer(W.VBox):
     "Controls around `run_schedule` and `draw_run`; each change shows a run"
 
@@ -1090,21 +1287,30 @@ class Explorer(W.VBox):
         _known("problem", problem, _EXPLORED)
         self.controls = _controls()
         self.words, self.picture = W.HTML(), W.HTML()
-        self.code = W.Textarea(
-            description="as code",
-            layout=W.Layout(width="100%", height="13em"),
-            style=dict(description_width="115px"),
-        )
-        hidden = W.Layout(width="100%", visibility="hidden")
-        self.bar = W.IntProgress(layout=hidden)
-        below = self.bar, self.words, self.picture, self.code
+        layout, style = dict(width="auto"), dict(description_width="115px")
+        tall = layout | dict(height="13em")
+        self.code = W.Textarea(description="as code", layout=tall, style=style)
+        said = dict(description="computing", layout=layout, style=style)
+        self.bar = W.IntProgress(**said)
+        key = W.HTML(f"{_FADES}{_key()}")
+        below = self.bar, self.words, self.picture, key, self.code
         super().__init__([_columns(self.controls), *below])
-        self.add_class("symtele-explorer")
+        self.add_class("symtele-explorer").add_class("symtele-live")
+        self._problems = {}  # made once
+        self._last = None  # the run that is shown
+        self._following = True  # whether controls are being set by others
         self.controls["problem"].value = problem
-        self._following = False  # whether controls are being set by others
+        self._follow("problem")
+        self._following = False
         for name, control in self.controls.items():
             control.observe(partial(self._changed, name), "value")
-        self._changed("problem")
+        self.busy()
+
+    def _ipython_display_(self):
+        display(HTML(_NEEDS_KERNEL))
+        display(super()._repr_mimebundle_(), raw=True)
+        if self._last is None:  # what is seen says that it is busy
+            self.answer()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -1116,15 +1322,19 @@ class Explorer(W.VBox):
         settings: dict[str, Any],  # As `Explorer.settings`
     ) -> _Answer:
         "What comes of settings; only the bar moves"
-        self._began, self.bar.value = time.perf_counter(), 0
         name = settings["problem"]
         try:
-            problem, arguments = _EXPLORED[name].make(), _arguments(**settings)
-            run = run_schedule(problem, **arguments, progress=self._progress)
+            if name not in self._problems:
+                self._problems[name] = _EXPLORED[name].make()
         except (ImportError, OSError) as e:  # neither MNIST nor scikit-learn
             return _Answer(None, "", [str(e)])
+        run_it = partial(run_schedule, self._problems[name])
+        run_it = partial(run_it, progress=self._progress, like=self._last)
+        try:
+            arguments = _arguments(**settings)
+            run = run_it(**arguments)
         except (TypeError, ValueError, RuntimeError) as e:
-            return _no_teleports(settings, e, self._progress)
+            return _no_teleports(settings, e, run_it)
         notes = [*_remarks(settings, run), *run.notes]
         return _Answer(run, _code(name, arguments), notes)
 
@@ -1133,24 +1343,36 @@ class Explorer(W.VBox):
         answer: _Answer,  # Of `run`
     ):
         "Show an answer: the words, the picture and the code"
-        self.words.value = _status(answer.notes)
-        self.picture.value = _img(answer.run) if answer.run else ""
+        self.words.value, self._last = _status(answer.notes), answer.run
+        self.picture.value = self._drawn(answer.run) if answer.run else ""
         self.code.value = answer.code
         self.bar.layout.visibility = "hidden"
+        self.remove_class("symtele-busy")
+
+    def _drawn(self, run):
+        "The picture of a run; a small file would take longer than the drawing"
+        sheet = _sheet(run.tele.path is not None)
+        sheet.draw(run)
+        return _described(_saved(_pixels(sheet), compress_level=1), run)
+
+    def busy(self):
+        "Say that an answer is on its way"
+        self.bar.value, self.bar.layout.visibility = 0, "visible"
+        self.add_class("symtele-busy")
+
+    def answer(self):
+        "Run what the controls say, and show it"
+        self.render(self.run(self.settings))
 
     def _changed(self, name, change=None):
         "Set what goes with a new value of a control, and answer"
         if self._following:
             return
+        self.busy()
         self._following = True
         self._follow(name)
         self._following = False
-        settings = self.settings
-        drawn = settings["search"] in ("sample", "random")
-        drawn = drawn or settings["problem"] == "images"
-        self.controls["seed"].disabled = not drawn
-        self.controls["interval"].disabled = settings["count"] == 1
-        self.render(self.run(settings))
+        self.answer()
 
     def _follow(self, name):
         "A new problem brings a setting, an optimizer its rate, a search its size"
@@ -1165,14 +1387,16 @@ class Explorer(W.VBox):
             controls["lr"].value = explored.rates[controls["optimizer"].value]
         if name in ("problem", "search"):
             _fit(controls["size"], _SEARCHES[controls["search"].value], size)
+        drawn = controls["search"].value in ("sample", "random")
+        drawn = drawn or controls["problem"].value == "images"
+        controls["seed"].disabled = not drawn
+        controls["interval"].disabled = controls["count"].value == 1
 
-    def _progress(self, k, steps):
-        "Move the bar, and show it where a run takes long"
-        if k % 10 == 0:
-            self.bar.max = 2 * steps
-            self.bar.value = min(self.bar.value + 10, 2 * steps)
-        if time.perf_counter() - self._began > 0.3:
-            self.bar.layout.visibility = "visible"
+    def _progress(self, done, steps):
+        "Move the bar"
+        if done % 10 == 0:
+            self.bar.max = steps
+            self.bar.value = done
 
 
 def explorer(
@@ -1193,6 +1417,13 @@ def schedule_grid(
 ) -> Switch:  # Three sliders and a button that plays the last
     "A run for every first teleport and interval, up to each teleport and its end"
 
+    sheet = _sheet(isinstance(problem, Problem))
+
+    def picture_of(run, k):
+        "A run up to a step"
+        sheet.draw(run, _stop(k))
+        return _described(_saved(_pixels(sheet), optimize=True), run, k)
+
     def frames(start, interval):
         "The pictures of one run"
         last = start + interval * (count - 1)
@@ -1204,7 +1435,7 @@ def schedule_grid(
                 "count must be the number of teleports of every run, "
                 f"got {count} for {run.settings}, which has {len(stops)}"
             )
-        return [_img(run, k) for k in (*stops, len(run.tele.loss) - 1)]
+        return [picture_of(run, k) for k in (*stops, len(run.tele.loss) - 1)]
 
     pictures = []
     for start in starts:
@@ -1217,7 +1448,7 @@ def schedule_grid(
             "shown up to": [*(f"teleport {i}" for i in numbers), "the end"],
         },
         pictures,
-        caption,
+        f"{caption} {_key()}",
         "grid",
         still=still or (0, 0, count),
         play=True,
