@@ -147,7 +147,7 @@ _STYLES = (  # on a narrow page the verdict stands above what it is about
     ".symtele-claims p{margin:0}"
     ".symtele-claims details p,.symtele-claims .symtele-out"
     "{padding-left:1.3em;text-indent:-1.3em}"
-    ".symtele-claims details{margin-top:.2em}"
+    ".symtele-claims details{margin:.2em 0 0}"
     "@media(max-width:600px){.symtele-claims li"
     "{grid-template-columns:minmax(0,1fr);gap:.2em}"
     ".symtele-claims li>div:first-child br{display:none}}"
@@ -185,9 +185,9 @@ def _claim_html(claim):
         more = f"<details>{summary}{every}{more}</details>"
     return (
         f'<li><div><b><span aria-hidden="true" style="color:{colour}">{sign}'
-        f"</span> {claim.verdict}</b> <br>{where}</div>"
-        f"<div><p><b>{says}</b></p>{''.join(map(_line, told))}{more}"
-        f'<p>Shown in <a href="{shown}">{page}</a></p></div></li>'
+        f'</span> {claim.verdict}</b> <br>{where}, <a href="{shown}">{page}</a>'
+        f"</div><div><p><b>{says[0].upper() + says[1:]}</b></p>"
+        f"{''.join(map(_line, told))}{more}</div></li>"
     )
 
 
