@@ -582,61 +582,13 @@ class LocalLinks(Processor):
         self,
         cell: NbCell,  # Changed in place
     ):
-        "Take the site's address from links"
+        "Take the site's address from links, in prose and in rendered sentences"
         config = get_config()
-        site = f"{config.doc_host}{config.doc_baseurl}/nbs/"
+        site = f"]({config.doc_host}{config.doc_baseurl}/nbs/"
         if cell.cell_type == "markdown":
-            cell.source = cell.source.replace(f"]({site}", "](")
-
-
-# Printed tables
-
-
-def blocks(
-    text: str,  # What a cell has printed
-) -> list[tuple[bool, str]]:
-    """Pairs: whether lines are a table, two or more with columns in them; the
-    lines"""
-    found = []
-    for columns, group in groupby(text.splitlines(), has_columns):
-        lines = list(group)
-        found.append((columns and len(lines) > 1, "\n".join(lines)))
-    return found
-
-
-def has_columns(
-    line: str,
-) -> bool:
-    "Whether words stand apart"
-    return re.search(r"\S {2,}\S", line) is not None
-
-
-class WholeTables(Processor):
-    """On a page printed sentences wrap; the lines of a printed table stay whole,
-    in a box that moves sideways"""
-
-    def cell(
-        self,
-        cell: NbCell,  # Its outputs are changed in place
-    ):
-        "Put printed tables into boxes"
-        for i, output in enumerate(cell.get("outputs", [])):
-            if output["output_type"] != "stream":
-                continue
-            parts = blocks("".join(output["text"]))
-            if any(is_table for is_table, _ in parts):
-                page = "".join(boxed(*part) for part in parts if part[1].strip())
-                cell.outputs[i] = dict(
-                    output_type="display_data",
-                    metadata={},
-                    data={"text/html": page},
-                )
-
-
-def boxed(
-    is_table: bool,
-    lines: str,
-) -> str:
-    "Lines as HTML"
-    style = " class=symtele-table" if is_table else ""
-    return f"<pre{style}>{escape(lines)}</pre>"
+            cell.source = cell.source.replace(site, "](")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "text/markdown" in data:
+                said = "".join(data["text/markdown"])
+                data["text/markdown"] = said.replace(site, "](")

@@ -19,7 +19,7 @@ from PIL import Image
 from test_tree import NOTEBOOKS, ROOT, strings, tree
 
 import symtele
-from symtele._docproc import STUDIES, blocks, number, parsed
+from symtele._docproc import STUDIES, number, parsed
 from symtele._site import finish
 
 CFG = get_config(path=ROOT)
@@ -365,25 +365,35 @@ def test_missing_entries_are_seen(pages):
     assert methods(training, "Teleporter") == named
 
 
-def test_printed_tables_stay_whole(pages):
-    """Every line of a printed table is in one box that does not wrap; sentences
-    are not, and a page without tables is left as it is"""
-    path = "nbs/00_own_model.ipynb"
-    outputs = [o for cell in read(path) for o in cell.get("outputs", [])]
-    printed = ["".join(o.get("text", "")) for o in outputs]
-    table = next(s for s in printed if s.startswith("k  ") and "the step" in s)
-    boxes = []
-    for part in shown(pages[path]):
-        boxes += re.findall("<pre class=symtele-table>(.*?)</pre>", part, re.S)
-    (box,) = (b for b in boxes if table.splitlines()[0] in b)
-    assert table.count("\n") == 13
-    assert set(table.splitlines()) <= set(box.splitlines())
-    around = blocks(f"A sentence.\n{table}Another one.")
-    assert [whole for whole, _ in around] == [False, True, False]
-    sentences = "One sentence.\nAnother, with  a gap.\nA third."  # no table
-    assert [whole for whole, _ in blocks(sentences)] == [False, False, False]
-    plain = shown(pages["nbs/04_wiring.ipynb"])
-    assert not any("symtele-table" in part for part in plain)
+def unsaid(cells):
+    """Outputs that a page shows as a terminal would: printed text, bare figures,
+    values longer than a line"""
+    for cell in cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            value = "".join(data.get("text/plain", ""))
+            alone = set(data) == {"text/plain"}
+            long = alone and ("\n" in value or value.startswith("<"))
+            if output["output_type"] == "stream" or "image/png" in data or long:
+                yield output
+
+
+def test_sentences_tables_and_figures_are_part_of_the_page(pages):
+    "Nothing is printed, and every figure has its caption and words"
+    found = [
+        (path, bad) for path, cells in pages.items() for bad in unsaid(cells)
+    ]
+    assert not found, found
+    printed = dict(output_type="stream", text="the loss is 3")
+    kinds = [
+        {"text/plain": "<Figure>", "image/png": "iVBOR"},
+        {"text/plain": "[1,\n 2]"},
+        {"text/plain": "x", "text/markdown": "The loss is 3."},
+        {"text/plain": "at(3)"},
+    ]
+    outputs = [dict(output_type="display_data", data=data) for data in kinds]
+    wrong = list(unsaid([dict(outputs=[printed, *outputs])]))
+    assert wrong == [printed, *outputs[:2]]  # control
 
 
 def test_sidebar_is_the_reading_order():
