@@ -378,7 +378,12 @@ def anchored(
     names: list[str],  # Public, that a cell defines
 ) -> str:
     "Where links to names lead, on a page that tells a story"
-    return "".join(f'<span id="{n}" class="symtele-name"></span>' for n in names)
+    spans = [
+        f'<span id="{name.lower()}" class="symtele-name" '
+        f'data-name="{name}"></span>'
+        for name in names
+    ]
+    return "".join(spans)
 
 
 def fold(

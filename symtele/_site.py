@@ -135,7 +135,7 @@ def findable(
             heading = part.find(["h2", "h3"]).get_text().strip()
             places.append((f"#{part['id']}", heading, said(part)))
         else:
-            places.append((f"#{part['id']}", part["id"], ""))
+            places.append((f"#{part['id']}", part["data-name"], ""))
     return [
         dict(
             objectID=href + anchor,

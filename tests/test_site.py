@@ -77,7 +77,7 @@ def anchors(cells):
     "Identifiers on a page: of headings by pandoc's rule, and those written out"
     found = []
     for part in shown(cells):
-        for heading in re.findall(r"^#{2,6} +(.+?) *#*$", part, re.M):
+        for heading in re.findall(r"^#{2,6} +(.+?) *(?:\{.*)?$", part, re.M):
             name = identifier(heading)
             numbered = (f"{name}-{i}" for i in range(1, 99))
             free = (n for n in (name, *numbered) if n not in found)
@@ -218,7 +218,7 @@ def entries(cells):
         title = re.search(r"^### (\w+) \{", text(cell), re.M)
         if cell["cell_type"] == "markdown" and title:
             found[title[1]] = text(cell)
-        for name in re.findall(r'id="(\w+)" class="symtele-name"', text(cell)):
+        for name in re.findall(r'symtele-name" data-name="(\w+)"', text(cell)):
             if re.search(
                 rf"^(def|class) {name}\b|^[\w, ]*\b{name}\b", text(after), re.M
             ):
@@ -417,8 +417,8 @@ PAGE = """<html><head><title>Groups – symtele</title>
 <p>Holds <em>always</em>.</p><pre>assert lookahead</pre>
 <details class="code-fold"><summary>Check</summary><p>lookahead</p></details>
 <section id="gl" class="level3 unlisted"><h3>GL</h3><p>All &lt;g&gt;</p></section>
-</section><span id="draw" class="symtele-name"></span><table></table>
-</main></html>"""
+</section><span id="draw" class="symtele-name" data-name="Draw"></span>
+<table></table></main></html>"""
 
 
 def test_last_step_of_the_build(tmp_path):
@@ -438,7 +438,7 @@ def test_last_step_of_the_build(tmp_path):
         ("", "What groups are.", "nbs/groups.html"),
         ("A law", "Holds always.", "nbs/groups.html#law"),
         ("GL", "All <g>", "nbs/groups.html#gl"),
-        ("draw", "", "nbs/groups.html#draw"),
+        ("Draw", "", "nbs/groups.html#draw"),
     ]
     (tmp_path / "nbs/groups.html").write_text(PAGE)
     with pytest.raises(FileNotFoundError, match="requirejs.* install npm"):
