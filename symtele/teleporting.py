@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['OK', 'DRIFT', 'NONFINITE', 'STILL', 'travel', 'teleport', 'drift_bound', 'Teleported', 'check_group', 'finite',
-           'check_input']
+           'check_input', 'full_precision']
 
 # %% ../nbs/08_teleporting.ipynb #004d43ee
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -95,7 +95,8 @@ def teleport(
     a group without its wiring, one that is not exact without a `tol`, and an
     impure loss.
     """
-    return travel(loss, w, group, x, objective, search, tol, rng)[0]
+    with full_precision():
+        return travel(loss, w, group, x, objective, search, tol, rng)[0]
 
 # %% ../nbs/08_teleporting.ipynb #39c44619
 _ROUNDING = 8.0  # multiples of the rounding term that a move may use
@@ -424,7 +425,8 @@ def _look_again(loss: Loss, w: Params, before: Measured) -> torch.dtype | None:
     watched = _Watched()
     with watched:
         again = loss(w)
-    if not torch.equal(again, before.loss):
+    near = _eps(before.loss.dtype) ** (2 / 3)  # a GPU may sum in any order
+    if not torch.isclose(again, before.loss, rtol=near, atol=0).all():
         ways = "loss_of(model, ...), or model.eval(), or fix its random numbers"
         raise ValueError(f"loss {_PURE}. Use {ways}")
     shown = [t.dtype for t in (again, *tree_leaves(w))]
@@ -529,3 +531,26 @@ def _judge(
         slope="closed" if start.closed else "autograd",
         why=why,
     )
+
+# %% ../nbs/08_teleporting.ipynb #f32b0002
+def _multiply(tf32: bool, precision: str) -> None:
+    "How convolutions and other products of float32 may be rounded"
+    torch.backends.cudnn.allow_tf32 = tf32
+    if precision != torch.get_float32_matmul_precision():
+        torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    "While this lasts, products of float32 are in float32"
+    told = None
+    with suppress(RuntimeError):  # asked for by the newer names
+        convolutions = torch.backends.cudnn.allow_tf32
+        told = convolutions, torch.get_float32_matmul_precision()
+    try:
+        if told:
+            _multiply(False, "highest")
+        yield
+    finally:
+        if told:
+            _multiply(*told)

@@ -37,6 +37,7 @@ from symtele.teleporting import (
     Teleported,
     check_group,
     check_input,
+    full_precision,
     travel,
 )
 from .wiring import wire
@@ -578,7 +579,8 @@ def _seen(
         raise TypeError(f"{must}, got None")
     check_input(params, x)
     device = next(iter(params.values())).device.type
-    with torch.no_grad(), torch.autocast(device, enabled=False):
+    exact = torch.autocast(device, enabled=False)
+    with torch.no_grad(), exact, full_precision():
         loss = loss_of(tele.model, tele.loss_fn, y)[0]
         # not copied: nothing writes to them before the move is made
         w = {k: p.detach() for k, p in params.items()}

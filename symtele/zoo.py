@@ -681,7 +681,8 @@ def shaken(
     state = _cast(_state(model), torch.float64)
 
     def noise(t):
-        return torch.randn(t.shape, generator=rng, dtype=torch.float64)
+        z = torch.randn(t.shape, generator=rng, dtype=torch.float64)
+        return z.to(t.device)
 
     for name, _ in model.named_parameters():
         t = state[name]
@@ -724,10 +725,11 @@ def fresh(
 
     def draw(t):
         if t.is_floating_point():
-            return torch.randn(t.shape, generator=rng, dtype=t.dtype)
+            z = torch.randn(t.shape, generator=rng, dtype=t.dtype)
+            return z.to(t.device)
         if t.dtype == torch.bool:
             return t
-        places = torch.randint(t.numel(), t.shape, generator=rng)
+        places = torch.randint(t.numel(), t.shape, generator=rng).to(t.device)
         return t.flatten()[places]
 
     return pytree.tree_map_only(Tensor, draw, x)
@@ -799,7 +801,9 @@ def _elements(spaces, kind, rng):
 
 def _moved(state, spaces, kind, elements):
     "All numbers of a model after one element, each in its own precision"
-    return Blocks(tuple((s, kind) for s in spaces)).move(state, elements)
+    place = next(iter(state.values())).device
+    there = {name: e.to(place) for name, e in elements.items()}
+    return Blocks(tuple((s, kind) for s in spaces)).move(state, there)
 
 
 def _one_left_behind(model, state, spaces, kind, rng):

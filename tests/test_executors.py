@@ -223,7 +223,7 @@ def test_threads_take_turns(tmp_path, alone, monkeypatch):
 def test_rows_name_the_machine_that_made_them(tmp_path, monkeypatch):
     "Which is another one where a worker is"
 
-    def named():
+    def named(device):
         return dict(machine=threading.current_thread().name)
 
     monkeypatch.setattr(experiments, "environment", named)

@@ -10,7 +10,7 @@ import pytest
 from test_tree import ROOT, run
 
 from symtele.experiments import reproduce, save_run
-from symtele.runtime import draw_cost, fig6, fig6_short, practice
+from symtele.runtime import draw_cost, fig6, fig6_short, on_cuda, practice
 
 COMMITTED = ROOT / "nbs/results"
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -33,10 +33,19 @@ def test_results_are_whole(module, recomputed, capsys):
 
 
 def test_every_file_is_made():
-    "By an experiment that `make reproduce` runs; the theory's by its page"
+    "By an experiment that `make reproduce` runs, or on a GPU, or by its page"
     modules = [importlib.import_module(f"symtele.{name}") for name in MODULES]
     made = {e.name for module in modules for e in module.experiments}
-    assert {p.stem for p in COMMITTED.glob("*.json")} == made | {"theory"}
+    made |= {"theory"} | {e.name for e in on_cuda}
+    assert {p.stem for p in COMMITTED.glob("*.json")} == made
+
+
+def test_what_a_gpu_made_is_whole_and_names_it():
+    "All jobs, with these settings; nothing else names a card"
+    for e in on_cuda:
+        assert len(e.load(COMMITTED)) == len(e.jobs(e.config))
+        assert all(made["card"] for made in e.made(COMMITTED))
+    assert not any("card" in made for made in fig6.made(COMMITTED))
 
 
 def test_another_number_is_seen(recomputed, capsys):

@@ -25,7 +25,7 @@ LONGEST_FUNCTION, LONGEST_CLASS = 50, 120  # lines, docstring included
 # which rebuilds layers from where it has been (03), asks late (08), and says the
 # formula of every group, objective and search where `help` shows it.
 # The reading should come to 1000; without blank lines it has 1134.
-LONGEST_CORE, LONGEST_READING = 4680, 1380
+LONGEST_CORE, LONGEST_READING = 4710, 1380
 READING = (4, 5)  # how a model is read, and the rules
 CORE = (1, 2, 3, 6, 7, 8, 9, 10, 11)  # the modules beside them
 READERS = {"wiring", "rules"}  # modules of the core that know layers by name
