@@ -580,20 +580,29 @@ class FoldCode(Processor):
         return [cell, mk_cell(fold(checks, "Check"), "code")]
 
 
+TWICE = re.compile(r"\[\[(`[^`]*`)\]\([^()]*\)\]\(([^()]*)\)")
+
+
+def local(
+    markdown: str,
+) -> str:
+    "Links to names lead to pages beside this one; a link of the prose's own stays"
+    config = get_config()
+    site = f"]({config.doc_host}{config.doc_baseurl}/nbs/"
+    return TWICE.sub(r"[\1](\2)", markdown.replace(site, "]("))
+
+
 class LocalLinks(Processor):
-    "Links to names lead to pages beside this one, wherever the site stands"
+    "Make nbdev's links hold wherever the site stands, in prose and in sentences"
 
     def cell(
         self,
         cell: NbCell,  # Changed in place
     ):
-        "Take the site's address from links, in prose and in rendered sentences"
-        config = get_config()
-        site = f"]({config.doc_host}{config.doc_baseurl}/nbs/"
+        "Mend the links of a cell and of what it puts out"
         if cell.cell_type == "markdown":
-            cell.source = cell.source.replace(site, "](")
+            cell.source = local(cell.source)
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "text/markdown" in data:
-                said = "".join(data["text/markdown"])
-                data["text/markdown"] = said.replace(site, "](")
+                data["text/markdown"] = local("".join(data["text/markdown"]))

@@ -145,6 +145,7 @@ def test_links_lead_somewhere(pages):
     assert sum(".html#" in link for link in every) > 50
     assert any("ipynb" in link for link in every)
     assert not [link for link in every if link.startswith(ELSEWHERE)]
+    assert not [p for cells in pages.values() for p in shown(cells) if "[[`" in p]
     found = list(dead(pages, tree()))
     assert not found, "\n".join(found)
     assert not list(strays(pages))
