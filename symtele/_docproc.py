@@ -586,7 +586,7 @@ TWICE = re.compile(r"\[\[(`[^`]*`)\]\([^()]*\)\]\(([^()]*)\)")
 def local(
     markdown: str,
 ) -> str:
-    "Links to names lead to pages beside this one; a link of the prose's own stays"
+    "Links to names lead to pages beside this one; links of the prose itself stay"
     config = get_config()
     site = f"]({config.doc_host}{config.doc_baseurl}/nbs/"
     return TWICE.sub(r"[\1](\2)", markdown.replace(site, "]("))
