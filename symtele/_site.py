@@ -7,11 +7,11 @@ import os
 import re
 import sys
 import tarfile
-from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 
 from bs4 import BeautifulSoup
-from bs4.element import Tag
+from bs4.element import NavigableString, Tag
 
 # What shows widgets: packed file -> what pages need of it
 SCRIPTS = {
@@ -101,22 +101,42 @@ def unpack(
     (to / "licences.txt").write_text(text, encoding="utf-8")
 
 
-HEAVY = re.compile(r"<script.*?</script>|data:image/png;base64,[\w+/=]*", re.S)
-HEADED = "section.level2, section.level3"
-# What is no prose, and what stands in a place of its own
-APART = (
-    f"{HEADED}, pre, script, style, details.code-fold, h1, h2, h3, .symtele-name"
+HEAVY = re.compile(
+    r"<script.*?</script>|<pre\b.*?</pre>|data:image/png;base64,[\w+/=]*", re.S
 )
+SILENT = {"style", "h1", "h2", "h3"}  # No prose, or said elsewhere
 
 
-def said(
+@dataclass
+class Place:
+    "What can be found: a page, a heading or a public name on it"
+
+    anchor: str
+    heading: str
+    words: list[str]
+
+
+def read(
     part: Tag,  # Of a page
-) -> str:
-    "Its prose, without code and without what stands under a heading of its own"
-    part = copy(part)
-    for other in part.select(APART):
-        other.decompose()
-    return " ".join(part.get_text().split())
+    places: list[Place],  # Gets what is found in it; the prose is of the last
+):
+    "Find headings and names, with the prose under each, and no code"
+    here = places[-1]
+    for child in part.children:
+        if isinstance(child, NavigableString):
+            here.words.append(child)
+            continue
+        classes = child.get("class", [])
+        if "symtele-name" in classes:
+            places.append(Place(f"#{child['id']}", child["data-name"], []))
+        elif child.name == "section" and {"level2", "level3"} & set(classes):
+            heading = child.find(["h2", "h3"]).get_text().strip()
+            places.append(Place(f"#{child['id']}", heading, []))
+            read(child, places)
+        elif child.name not in SILENT and "code-fold" not in classes:
+            inner = [here]
+            read(child, inner)
+            places += inner[1:]
 
 
 def findable(
@@ -129,23 +149,18 @@ def findable(
     if main is None:  # leads to another page
         return []
     title = tree.title.get_text().removesuffix(" – symtele")
-    places = [("", "", said(main))]
-    for part in main.select(f"{HEADED}, .symtele-name"):
-        if part.name == "section":
-            heading = part.find(["h2", "h3"]).get_text().strip()
-            places.append((f"#{part['id']}", heading, said(part)))
-        else:
-            places.append((f"#{part['id']}", part["data-name"], ""))
+    places = [Place("", "", [])]
+    read(main, places)
     return [
         dict(
-            objectID=href + anchor,
-            href=href + anchor,
+            objectID=href + place.anchor,
+            href=href + place.anchor,
             title=title,
-            section=heading,
-            text=text,
+            section=place.heading,
+            text=" ".join("".join(place.words).split()),
             crumbs=[title],
         )
-        for anchor, heading, text in places
+        for place in places
     ]
 
 
@@ -155,15 +170,17 @@ def finish(
 ):
     "Let pages ask no other host, and let the search find names"
     join_modules(site / "site_libs" / "quarto-html")
-    found = []
+    found, widgets = [], set()
     for path in sorted(site.rglob("*.html")):
         page = path.read_text(encoding="utf-8")
         own = local(page)
         if own != page:
-            unpack(packed, path.parent / WIDGETS)
+            widgets.add(path.parent / WIDGETS)
         written = MODULES.sub(r'<script src="\1" defer></script>', boxed(own))
         path.write_text(written, encoding="utf-8")
         found += findable(own, path.relative_to(site).as_posix())
+    for folder in widgets:
+        unpack(packed, folder)
     text = json.dumps(found, ensure_ascii=False, indent=1)
     (site / "search.json").write_text(text, encoding="utf-8")
 

@@ -50,9 +50,18 @@ def fenced(code):
     return f"~~~~~~ {{.python .cell-code}}\n{code}\n~~~~~~"
 
 
+KEPT = []  # HTML that pandoc need not read, megabytes of pictures among it
+
+
 def raw(markup):
-    "HTML that pandoc leaves as it is"
-    return f"~~~~~~ {{=html}}\n{markup}\n~~~~~~"
+    "A mark for HTML that stays as it is"
+    KEPT.append(markup)
+    return f"<!--kept {len(KEPT) - 1}-->"
+
+
+def put_back(page):
+    "A page with its HTML for the marks"
+    return re.sub(r"<!--kept (\d+)-->", lambda mark: KEPT[int(mark[1])], page)
 
 
 def code_cell(cell):
@@ -135,7 +144,7 @@ def page(nb):
     body = pypandoc.convert_text(
         "\n\n".join(parts), "html", "markdown", extra_args=PANDOC
     )
-    body = body.replace("<table>", '<table class="caption-top table">')
+    body = put_back(body).replace("<table>", '<table class="caption-top table">')
     body = body.replace('<figure class="', '<figure class="figure ')
     widgets = nb["metadata"].get("widgets", {}).get(WIDGETS)
     state = ""
