@@ -564,20 +564,32 @@ class FoldCode(Processor):
         self,
         cell: NbCell,  # Its source is folded in place
     ) -> list[NbCell]:
-        "What it does and the checks at its end, as cells"
-        if cell.cell_type != "code" or "#| code-fold" in cell.source:
+        "What it puts out, what it does, and the checks at its end, as cells"
+        if cell.cell_type != "code":
             return [cell]
+        if "#| code-fold" in cell.source:
+            return shown_first(cell)
         does, checks = split(cell.source)
         if not does:
             cell.source = fold(checks, "Check")
             return [cell]
         if self.study:
             cell.source = fold(cell.source, "Code")
-            return [cell]
+            return shown_first(cell)
         if not checks:
             return [cell]
         cell.source = does
         return [cell, mk_cell(fold(checks, "Check"), "code")]
+
+
+def shown_first(
+    cell: NbCell,  # Folded
+) -> list[NbCell]:
+    "What it puts out, and below it how"
+    if not cell.outputs:
+        return [cell]
+    source, cell.source = cell.source, "#| echo: false"
+    return [cell, mk_cell(source, "code")]
 
 
 TWICE = re.compile(r"\[\[(`[^`]*`)\]\([^()]*\)\]\(([^()]*)\)")
