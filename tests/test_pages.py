@@ -14,7 +14,7 @@ from test_tree import NOTEBOOKS
 # table; which blocks lie over the one before; pictures without words or too small
 LOOK = """() => {
     const main = document.querySelector("main"), found = [];
-    const edge = main.getBoundingClientRect().right + 1;
+    const edge = main.getBoundingClientRect().right + 2;
     const seen = (e) => e.getClientRects().length && e.checkVisibility();
     const tell = (what, e) => found.push(
         `${what}: ${(e.innerText || e.alt || e.tagName).trim().slice(0, 60)}`);
