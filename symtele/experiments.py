@@ -299,15 +299,21 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def environment() -> dict[str, str | int]:
+def environment(
+    device: str = "cpu",  # What the numbers are made on, such as "cuda"
+) -> dict[str, str | int]:
     "What a result depends on besides its settings"
     from symtele import __version__
 
-    return dict(
+    card = {}
+    if device != "cpu":
+        name = torch.cuda.get_device_name(device)
+        card = dict(card=name, cuda=torch.version.cuda)
+    return card | dict(
         symtele=__version__,
         torch=torch.__version__,
         python=platform.python_version(),
-        device="cpu",
+        device=device,
         processor=processor(),
         cores=os.cpu_count(),
         machine=platform.machine(),
@@ -362,7 +368,8 @@ def _run_job(run_one, cfg, job, _) -> tuple[Row, Row]:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return run_one(cfg, **job), environment()
+            row = run_one(cfg, **job)
+            return row, environment(cfg.get("device", "cpu"))
         except Exception as error:
             error.add_note(_in_job(job))
             raise

@@ -869,8 +869,8 @@ class _Sheet:
                 whole = dict(extent=(0, 1, 0, 1), transform=self.bar.transAxes)
                 self.bar.imshow([range(256)], aspect="auto", **whole)
                 self.bar.set(xscale="log", yticks=[])
-                self.bar.set_xlabel("‖∇L‖² on the orbit", fontsize=8)
-                self.bar.tick_params(labelsize=8, bottom=False)
+                self.bar.set_xlabel("‖∇L‖² on the orbit", fontsize=8.5)
+                self.bar.tick_params(labelsize=8.5, bottom=False)
                 self.bar.grid(False)
                 self.bar.spines[:].set_visible(False)
             top, below = (
@@ -926,7 +926,7 @@ def draw_run(
         handles,
         loc="lower center",
         ncols=7,
-        fontsize=8,
+        fontsize=8.5,
         columnspacing=1.2,
         frameon=False,
     )
@@ -986,7 +986,7 @@ def _described(
 @lru_cache
 def _sheet(mapped: bool) -> _Sheet:
     "The one for all pictures, without pyplot, which would show it"
-    fig = Figure(figsize=(8.4, 4.4), dpi=90)
+    fig = Figure(figsize=(8.4, 4.4), dpi=80)
     FigureCanvasAgg(fig)
     return _Sheet(fig, mapped)
 
