@@ -250,10 +250,8 @@ def uses(
         node = todo.pop(0)
         if isinstance(node, ast.With | ast.For) and not expects_failure(node):
             todo += node.body
-        one_line = node.lineno == node.end_lineno
-        if not one_line or not isinstance(
-            node, ast.Expr | ast.Assign | ast.Assert
-        ):
+        simple = isinstance(node, ast.Expr | ast.Assign | ast.Assert)
+        if not simple or node.lineno != node.end_lineno:
             continue
         inside = list(ast.walk(node))
         calls = [part.func for part in inside if isinstance(part, ast.Call)]
@@ -269,10 +267,8 @@ def uses(
 @cache
 def examples(
     path: str,  # Of a notebook, from the root
-) -> dict[
-    str, str
-]:  # Name -> a line that calls it, short and no check if it can be
-    "How the page of a module uses names"
+) -> dict[str, str]:  # Name -> its plainest line
+    "How a page uses names: a call before others, no check, and then the shortest"
     nb = json.loads((get_config().config_path / path).read_text(encoding="utf-8"))
     found = {}
     for cell in nb["cells"]:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from test_exact import Heard
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from symtele import (
@@ -162,18 +162,6 @@ class Looks(nn.Module):
         "What the model says of a batch of numbers"
         assert (x == x).all()
         return self.model(x)
-
-
-class Heard(TorchDispatchMode):
-    "Keeps the names of all ops that run"
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.names.add(op._schema.name.split("::")[-1])
-        return op(*args, **(kwargs or {}))
 
 
 def ops(model: nn.Module, x: Any) -> set[str]:
