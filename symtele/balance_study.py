@@ -267,6 +267,24 @@ def _move(
     return moves
 
 # %% ../nbs/40_balance_study.ipynb #40ba0041
+def _stacked(model: nn.Module, rows: int) -> _Stack:
+    "The parameters of a network, once for each row"
+    named = model.named_parameters()
+    return {k: p.detach().repeat(rows, *[1] * p.ndim) for k, p in named}
+
+
+def _batches(
+    cfg: Config,  # Settings: "steps", "images" of each epoch and "batch"
+    data: Images,  # Where they come from
+    seed: int,  # Of their order
+) -> list[tuple[Tensor, Tensor]]:  # One for each step
+    "Images and labels of a run"
+    epoch, batches = epoch_of(cfg, data, seed), []
+    while len(batches) < cfg["steps"]:
+        batches += epoch(len(batches))
+    return batches[: cfg["steps"]]
+
+
 def _slopes(w: _Stack, x: Tensor, y: Tensor, seen: _Stack) -> _Stack:
     "Gradients of the loss of each network of a stack"
     leaves = {k: t.requires_grad_() for k, t in w.items()}
@@ -324,16 +342,10 @@ def _run_arm(
     model = _network(*widths, seed=seed + how.seed)
     _damage(model, sigma, seed)
     rates = torch.tensor(cfg["rates"][optimizer])
-    w = {
-        k: p.detach().repeat(len(rates), *[1] * p.ndim)
-        for k, p in model.named_parameters()
-    }
+    w = _stacked(model, len(rates))
     seen = _with_norms(w) if how.norm else {}
     settings = _Optimizer(optimizer, rates, how.clip, how.decay, cfg["steps"])
-    epoch, batches = epoch_of(cfg, data, seed), []
-    while len(batches) < cfg["steps"]:
-        batches += epoch(len(batches))
-    batches = batches[: stop or cfg["steps"]]
+    batches = _batches(cfg, data, seed)[:stop]
     group = Scaling(wire(model, data.x[:2]))
     row = dict(price=_price(group, how, batches[0]), moves=[], accuracy=[])
     spent = 0.0
@@ -529,6 +541,248 @@ _folding = Experiment(
     grows=("seeds", "arms"),
 )
 
+# %% ../nbs/40_balance_study.ipynb #40ba004e
+@torch.no_grad()
+def _rescale(
+    below: nn.Linear,  # Divided by the scales; changed in place
+    above: nn.Linear,  # Multiplied by them; changed in place
+    scales: Tensor,  # One for each unit between them, positive
+):
+    "Divide the units of a ReLU layer; outputs stay"
+    below.weight.div_(scales[:, None])
+    below.bias.div_(scales)
+    above.weight.mul_(scales)
+
+
+def _equalize(
+    model: nn.Sequential,  # Of `_network`; changed in place
+    sweeps: int = 20,  # Over the pairs of layers
+):
+    "Cross-layer equalization: the same largest weight into a unit and out of it"
+    for _ in range(sweeps):
+        for below, above in pairwise(model[::2]):
+            r1 = below.weight.detach().abs().amax(1)
+            r2 = above.weight.detach().abs().amax(0)
+            scales = r1 / (r1 * r2).sqrt()
+            _rescale(below, above, torch.where(r1 * r2 > 0, scales, 1.0))
+
+
+def _smooth(
+    model: nn.Sequential,  # Of `_network`; changed in place
+    x: Tensor,  # Images to see the sizes of units on
+    alpha: float = 0.5,  # How much of the range goes to the weights, in [0, 1]
+):
+    "SmoothQuant's scales, folded into the layer before"
+    h = x
+    for below, above in pairwise(model[::2]):
+        h = below(h).relu().detach()
+        weights = above.weight.detach().abs().amax(0).clamp(min=1e-5)
+        scales = h.amax(0) ** alpha / weights ** (1 - alpha)
+        scales = scales.clamp(min=1e-5)
+        _rescale(below, above, scales)
+        h = h / scales
+
+# %% ../nbs/40_balance_study.ipynb #40ba0052
+@lru_cache
+def _turned(name: str) -> Images:
+    "The images of `_IMAGES`, turned by a right angle"
+    data, parts = _squares_of(name), ("x", "valid_x", "test_x")
+    turned = {k: getattr(data, k).rot90(1, (2, 3)).flatten(1) for k in parts}
+    return replace(data, **turned)
+
+
+def _taught(
+    model: nn.Sequential,  # Not modified
+    data: Images,  # To learn
+    cfg: Config,  # Settings: "steps", "images" of each epoch and "batch"
+    rate: float,  # Of momentum
+    seed: int,  # Of the order of the images
+    norm: bool = False,  # With BatchNorm, folded at the end
+) -> nn.Sequential:  # A copy
+    "A network after training"
+    w = _stacked(model, 1)
+    seen = _with_norms(w) if norm else {}
+    rates = torch.tensor([rate])
+    optimizer = _Optimizer("momentum", rates, total=cfg["steps"])
+    for x, y in _batches(cfg, data, seed):
+        optimizer.step(w, _slopes(w, x, y, seen))
+    for k in seen:
+        name = k.removesuffix(".mean")
+        if name == k:
+            continue
+        factor = w[f"{name}.gain"] / (seen[f"{name}.var"] + 1e-5).sqrt()
+        w[f"{name}.weight"] *= factor[..., None]
+        bias = (w[f"{name}.bias"] - seen[k]) * factor
+        w[f"{name}.bias"] = bias + w[f"{name}.shift"]
+    copy = deepcopy(model)
+    copy.load_state_dict({k: w[k][0] for k in copy.state_dict()})
+    return copy
+
+
+@lru_cache
+def _checkpoint(name: str, start: str, hidden: tuple, steps: int, seed: int):
+    "A network trained on the images; do not change it"
+    data = _IMAGES[name]()
+    model = _network(data.x.shape[1], *hidden, 10, seed=seed)
+    cfg = dict(steps=steps, images=20000, batch=64)
+    return _taught(model, data, cfg, 0.1, seed, start == "folded")
+
+# %% ../nbs/40_balance_study.ipynb #40ba0053
+def _averaged(
+    cfg: Config,  # Settings
+    model: nn.Sequential,  # The checkpoint; not modified
+    case: str,  # "averaged", or "averaged, one smoothed"
+    seed: int,  # Of both orders
+    before: bool,  # Whether both are balanced before
+) -> nn.Sequential:
+    "The average of two networks fine-tuned from a checkpoint"
+    turned, two = _turned(cfg["data"]), []
+    for order in (seed + 1, seed + 2):
+        two.append(_taught(model, turned, cfg, 0.03, order))
+    if case != "averaged":
+        _smooth(two[1], turned.x[:512])
+    if before:
+        for one in two:
+            balance(one, turned.x[:64])
+    a, b = (one.state_dict() for one in two)
+    two[0].load_state_dict({k: (a[k] + b[k]) / 2 for k in a})
+    return two[0]
+
+
+def _prune(
+    model: nn.Sequential,  # Changed in place
+    share: float,  # Of its weights that become zero, in (0, 1)
+    layer: bool,  # The same share of each layer, or one threshold for all
+) -> dict[str, Tensor]:  # Of weights by name: 1 where they stay, 0 where not
+    "Make the smallest weights zero"
+    sizes = {k: p.detach().abs() for k, p in model.named_parameters()}
+    sizes = {k: t for k, t in sizes.items() if k.endswith("weight")}
+    every = torch.cat([t.flatten() for t in sizes.values()])
+    masks = {}
+    with torch.no_grad():
+        for k, t in sizes.items():
+            threshold = (t.flatten() if layer else every).quantile(share)
+            masks[k] = (t > threshold).float()
+            model.get_parameter(k).mul_(masks[k])
+    return masks
+
+
+def _treated(
+    cfg: Config,  # Settings
+    model: nn.Sequential,  # The checkpoint; not modified
+    case: str,  # What was done to it
+    arm: str,  # "before" and "layer" change that
+    seed: int,  # Of the orders of images
+) -> tuple[nn.Sequential, dict[str, Tensor]]:  # A network, and its masks
+    "What a tool makes of a checkpoint"
+    before = arm == "before"
+    if case.startswith("averaged"):
+        return _averaged(cfg, model, case, seed, before), {}
+    model, masks = deepcopy(model), {}
+    x = _IMAGES[cfg["data"]]().x[:512]
+    if case == "equalized":
+        _equalize(model)
+    elif case == "smoothed":
+        _smooth(model, x)
+    elif case == "pruned":
+        if before:
+            balance(model, x[:64])
+        masks = _prune(model, cfg["pruned"], arm == "layer")
+    return model, masks
+
+# %% ../nbs/40_balance_study.ipynb #40ba0054
+def _run_case(
+    cfg: Config,  # Settings
+    start: str,  # "plain" or "folded"
+    case: str,  # What was done to the checkpoint
+    optimizer: str,  # "momentum" or "Adam"
+    arm: str,  # What is done about it
+    seed: int,  # Of everything
+) -> Row:  # Lists with an entry for each rate
+    "Fine-tuning at all rates"
+    name, hidden = cfg["data"], tuple(cfg["hidden"])
+    data = _IMAGES[name]() if case == "pruned" else _turned(name)
+    if arm == "redraw":
+        model, masks = (
+            _network(data.x.shape[1], *hidden, 10, seed=seed + 1000),
+            {},
+        )
+    else:
+        model = _checkpoint(name, start, hidden, cfg["before"], seed)
+        model, masks = _treated(cfg, model, case, arm, seed)
+    row = dict(accepted=True, drift=0.0)
+    if arm in ("balance", "random"):
+        search = Balance() if arm == "balance" else Matched(Balance())
+        out = balance(model, data.x[:64], search)
+        row = dict(accepted=bool(out.accepted), drift=out.drift.item())
+    squares = sum(p.square().sum().item() for p in model.parameters())
+    test_x, test_y = data.test_x[: cfg["test"]], data.test_y[: cfg["test"]]
+    began = _accuracy(_stacked(model, 1), test_x, test_y, {})
+    row |= dict(squares=squares, start=began[0])
+    rates = torch.tensor(cfg["rates"][optimizer])
+    w, clip = _stacked(model, len(rates)), 1.0 if arm == "clip" else None
+    settings = _Optimizer(optimizer, rates, clip, total=cfg["steps"])
+    began = time.perf_counter()
+    for x, y in _batches(cfg, data, seed + 3):
+        settings.step(w, _slopes(w, x, y, {}))
+        for k, mask in masks.items():
+            w[k].mul_(mask)
+    row["seconds"] = time.perf_counter() - began
+    row["valid"] = _accuracy(w, data.valid_x, data.valid_y, {})
+    return row | dict(test=_accuracy(w, test_x, test_y, {}))
+
+
+_CASES = {
+    "as trained": ("base", "balance", "clip", "redraw"),
+    "equalized": ("base", "balance", "clip", "random"),
+    "smoothed": ("base", "balance", "clip", "random"),
+    "averaged": ("base", "balance", "clip", "before"),
+    "averaged, one smoothed": ("base", "balance", "clip", "before"),
+    "pruned": ("base", "balance", "clip", "before", "layer"),
+}
+
+
+def _case_jobs(cfg: Config) -> list[Row]:
+    "Every case, seed by seed; a network is drawn anew once"
+    jobs = grid(
+        seed=cfg["seeds"],
+        start=cfg["starts"],
+        case=cfg["cases"],
+        optimizer=cfg["rates"],
+        arm=list(dict.fromkeys(arm for own in _CASES.values() for arm in own)),
+    )
+    jobs = [j for j in jobs if j["arm"] in _CASES[j["case"]]]
+    return [j for j in jobs if j["arm"] != "redraw" or j["start"] == "plain"]
+
+
+_cases = Experiment(
+    "balance_cases",
+    {
+        "starts": ["plain", "folded"],
+        "cases": [*_CASES],
+        "data": "Fashion-MNIST",
+        "hidden": [64, 64, 64, 64],
+        "before": 480,
+        "pruned": 0.8,
+        "rates": {
+            "momentum": [
+                *(1e-10, 1e-8, 1e-6, 1e-5, 1e-4),
+                *(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+            ],
+            "Adam": [1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
+        },
+        "images": 6400,
+        "batch": 64,
+        "steps": 100,
+        "test": 5000,
+        "seeds": [0, 1, 2, 3, 4],
+    },
+    _case_jobs,
+    _run_case,
+    workers=1,
+    grows=("seeds", "cases", "starts"),
+)
+
 # %% ../nbs/40_balance_study.ipynb #40ba0048
 def _squares_at(orbit: NetworkOrbit, xi: Tensor) -> float:
     "Σw² of all parameters at an element"
@@ -618,7 +872,7 @@ _sizes = Experiment(
     workers=1,
     grows=("models",),
 )
-experiments = [_training, _folding, _sizes]
+experiments = [_training, _folding, _cases, _sizes]
 
 # %% ../nbs/40_balance_study.ipynb #40ba0049
 def _best(
