@@ -717,8 +717,8 @@ def _run_case(
         row = dict(accepted=bool(out.accepted), drift=out.drift.item())
     squares = sum(p.square().sum().item() for p in model.parameters())
     test_x, test_y = data.test_x[: cfg["test"]], data.test_y[: cfg["test"]]
-    began = _accuracy(_stacked(model, 1), test_x, test_y, {})
-    row |= dict(squares=squares, start=began[0])
+    (at_once,) = _accuracy(_stacked(model, 1), test_x, test_y, {})
+    row |= dict(squares=squares, at_once=at_once)
     rates = torch.tensor(cfg["rates"][optimizer])
     w, clip = _stacked(model, len(rates)), 1.0 if arm == "clip" else None
     settings = _Optimizer(optimizer, rates, clip, total=cfg["steps"])
@@ -991,7 +991,7 @@ def advice() -> Row:  # "want", "move", "lines", "cost", "expect", "measured"
         cost=costs,
         expect=f"at most {after:.1f} points of accuracy behind the undamaged "
         f"network, where {lost[0]:.0f} (momentum) and {lost[1]:.0f} (Adam) are "
-        "lost without; nothing where scales are in order",
+        "lost without; no gain where scales are in order",
         measured="units scaled by exp(3·N(0, 1)) in 196-64-64-64-64-10 with ReLU "
         f"on Fashion-MNIST, {cfg['steps']} steps, each arm at its best rate; "
         f"medians of {len(cfg['seeds'])} seeds; cost on four images",
