@@ -11,9 +11,13 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import lru_cache, partial
 from itertools import groupby, product
+from statistics import median
+from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn, optim
 
 from .baselines import Arm, Matched, mlp
@@ -27,7 +31,9 @@ from symtele.experiments import (
     grid,
     in_turn,
     rounded,
+    select,
 )
+from .figures import LOOK, STYLE, Look, band, log_axis
 from .networks import Scaling
 from .objectives import lookahead
 from .searches import Ascent, Stay
@@ -294,12 +300,12 @@ _SETTINGS = dict(
     epochs=6,
     points=[0, 0.1, 0.3, 1, 2, 2.1, 2.3, 3, 4, 6],
     rates={
-        "SGD": [0.01, 0.05, 0.2],
-        "momentum": [0.001, 0.005, 0.02],
-        "AdaGrad": [0.01, 0.1, 0.3],
-        "RMSprop": [0.0001, 0.002, 0.006],
-        "Adam": [0.0001, 0.002, 0.006],
-        "AdamW": [0.0001, 0.002, 0.006],
+        "SGD": [0.01, 0.05],
+        "momentum": [0.001, 0.005],
+        "AdaGrad": [0.01, 0.1],
+        "RMSprop": [0.0001, 0.002],
+        "Adam": [0.0001, 0.002],
+        "AdamW": [0.0001, 0.002],
     },
     seeds=[0, 1, 2],
 )
@@ -315,6 +321,43 @@ def _jobs(cfg):
 
 _training = Experiment(
     "optimizers", _SETTINGS, _jobs, _run_arms, grows=("seeds", "rates")
+)
+
+
+def _run_base(
+    cfg: Config,  # Settings
+    optimizer: str,  # A key of `OPTIMIZERS`
+    lr: float,  # Learning rate
+    seed: int,  # Of the weights
+) -> Row:  # What is seen at the end
+    "The base alone, by which the larger rate is chosen"
+    data = _pixels(cfg["data"], cfg["images"])
+    make = partial(OPTIMIZERS[optimizer], lr=lr)
+    model = _network(data, cfg["hidden"], seed)
+    crowd = _Crowd([(model, make(model.parameters()))], make)
+    for _ in range(cfg["epochs"]):
+        for x, y in zip(data.x.split(cfg["batch"]), data.y.split(cfg["batch"])):
+            crowd.advance(x, y)
+    return _look(model, data)
+
+
+_pilot = Experiment(
+    "optimizers_pilot",
+    _SETTINGS
+    | dict(
+        rates={
+            "SGD": [0.01, 0.02, 0.05, 0.1, 0.2],
+            "momentum": [0.001, 0.002, 0.005, 0.01, 0.02],
+            "AdaGrad": [0.01, 0.05, 0.1, 0.2, 0.5],
+            "RMSprop": [0.0001, 0.0005, 0.001, 0.002, 0.005],
+            "Adam": [0.0001, 0.001, 0.002, 0.005, 0.01],
+            "AdamW": [0.0001, 0.001, 0.002, 0.005, 0.01],
+        },
+        seeds=[0],
+    ),
+    _jobs,
+    _run_base,
+    grows=("seeds", "rates"),
 )
 
 # %% ../nbs/51_optimizers.ipynb #51c00010
@@ -361,4 +404,165 @@ _costs = Experiment(
     _run_costs,
     workers=1,
 )
-experiments = [_training, _costs]
+experiments = [_training, _pilot, _costs]
+
+# %% ../nbs/51_optimizers.ipynb #51c00012
+def _by_arm(rows: list[Row]) -> list[Row]:
+    "A row for each arm of each job"
+    runs = []
+    for row in rows:
+        job = {k: row[k] for k in ("optimizer", "lr", "seed")}
+        runs += [job | dict(arm=arm) | seen for arm, seen in row["arms"].items()]
+    return runs
+
+
+def _ends(runs: list[Row], key: str = "valid_loss", **wanted: Any) -> list[float]:
+    "The last value of each run"
+    values = [r[key] for r in select(runs, **wanted)]
+    return [v[-1] if isinstance(v, list) else v for v in values]
+
+
+def _best_rate(runs: list[Row], optimizer: str, arm: str) -> float:
+    "The rate with the lowest median validation loss at the end"
+    mine = select(runs, optimizer=optimizer, arm=arm)
+    rates = dict.fromkeys(r["lr"] for r in mine)
+    return min(rates, key=lambda lr: median(_ends(mine, lr=lr)))
+
+
+def _rate(runs: list[Row], optimizer: str, arm: str, tuned: bool) -> float:
+    "The paper's rate, or the best of an arm"
+    return _best_rate(runs, optimizer, arm) if tuned else _PAPER[optimizer]
+
+
+def _behind(
+    runs: list[Row],  # Of `_by_arm`
+    optimizer: str,  # A key of `OPTIMIZERS`
+    arm: str,  # A key of `_ARMS`
+    tuned: bool = False,  # Each at its best rate, or both at the paper's
+    key: str = "test_loss",  # What to compare
+    point: int = -1,  # Where, if there are several
+) -> list[float]:  # One for each seed; negative: the arm is better
+    "The arm's value less that of the base with the same seed"
+    values = []
+    for own in (arm, "base"):
+        lr = _rate(runs, optimizer, own, tuned)
+        mine = select(runs, optimizer=optimizer, arm=own, lr=lr)
+        of = [r[key][point] if isinstance(r[key], list) else r[key] for r in mine]
+        values.append(of)
+    return [a - b for a, b in zip(*values, strict=True)]
+
+
+def _seconds(
+    costs: list[Row],  # Of the experiment on costs
+    cfg: Config,  # Settings of the training
+    optimizer: str,  # A key of `OPTIMIZERS`
+    arm: str,  # A key of `_ARMS`
+) -> list[float]:  # At every point of a run
+    "Seconds of its steps and its moves, at their medians"
+    (row,) = select(costs, optimizer=optimizer)
+    epoch = row["seconds_steps"][1] / 10 * cfg["images"] / cfg["batch"]
+    move = row[f"seconds_{arm}"][1] if _ARMS[arm] else 0.0
+    begin = cfg["begin"][optimizer]
+    return [e * epoch + cfg["moves"] * move * (e > begin) for e in cfg["points"]]
+
+# %% ../nbs/51_optimizers.ipynb #51c00013
+_LOOK: Look = LOOK | {
+    "teleport": ("teleport, state kept", *LOOK["teleport"][1:]),
+    "teleport, reset": ("teleport, reset", "#2ca02c", (0, (6, 1, 1, 1, 1, 1))),
+    "teleport, transport": ("teleport, transport", "#17becf", (0, (8, 1))),
+    "lookahead": ("teleport, next step", *LOOK["lookahead"][1:]),
+    "random": ("random, same size", *LOOK["random"][1:]),
+}
+
+
+def _draw_runs(
+    runs: list[Row],  # Of `_by_arm`
+    optimizer: str,  # A key of `OPTIMIZERS`
+    tuned: bool,  # Whether each arm has its best rate, or the paper's
+    at: dict[str, list[float]],  # arm -> where its points are
+    unit: str,  # Of these
+) -> Figure:  # Training and validation loss
+    "Medians of all arms, and the range of the base over seeds"
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, 2, figsize=(8.2, 3.9))
+    for ax, key in zip(axes, ("train_loss", "valid_loss")):
+        for arm in _arms_of(optimizer):
+            lr = _rate(runs, optimizer, arm, tuned)
+            mine = select(runs, optimizer=optimizer, arm=arm, lr=lr)
+            middle, low, high = band([r[key] for r in mine])
+            label, colour, line = _LOOK[arm]
+            label += f" ({lr:g})" * tuned
+            ax.plot(at[arm], middle, color=colour, ls=line, label=label)
+            if arm == "base":
+                ax.fill_between(at[arm], low, high, color=colour, alpha=0.2, lw=0)
+        kind = dict(train_loss="training", valid_loss="validation")[key]
+        ax.set(xlabel=unit, title=f"{kind} loss")
+        log_axis(ax)
+    handles, labels = axes[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=3)
+    return fig
+
+
+def _draw_behind(
+    runs: list[Row],  # Of `_by_arm`
+    arms: list[str],  # Which to draw
+    edge: float,  # Values beyond are drawn there
+) -> Figure:  # At the paper's rates, and each at its best
+    "Test loss less that of the base with the same seed, a dot for each seed"
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, 2, figsize=(8.2, 5.6), sharey=True)
+    for ax, tuned in zip(axes, (False, True)):
+        for i, optimizer in enumerate(OPTIMIZERS):
+            for j, arm in enumerate(arms):
+                if arm not in _arms_of(optimizer):
+                    continue
+                height = i + 0.8 * ((j + 0.5) / len(arms) - 0.5)
+                label, colour, _ = _LOOK[arm]
+                values = _behind(runs, optimizer, arm, tuned)
+                values = [max(min(v, edge), -edge) for v in values]
+                ax.hlines(height, min(values), max(values), color=colour, lw=1)
+                seeds = [height] * len(values)
+                ax.plot(values, seeds, "o", ms=3.5, color=colour, label=label)
+        ax.axvline(0, color="#444444", lw=1)
+        ax.set(xlim=(-1.05 * edge, 1.05 * edge))
+        ax.set(
+            title="each arm at its best rate" if tuned else "the paper's rates"
+        )
+        ax.set(xlabel="test loss, less the base's")
+    axes[0].set_yticks(range(len(OPTIMIZERS)), OPTIMIZERS)
+    axes[0].invert_yaxis()
+    labels = dict(zip(*axes[0].get_legend_handles_labels()[::-1]))
+    fig.legend(labels.values(), labels, loc="outside lower center", ncols=3)
+    return fig
+
+
+def _draw_advantage(
+    runs: list[Row],  # Of `_by_arm`
+    points: list[float],  # Epochs
+    arms: tuple[str, str],  # A panel each
+) -> Figure:  # At the paper's rates
+    "Validation loss over that of the base with the same seed, during training"
+    colours = ("#444444", "#d62728", "#b0843b", "#9467bd", "#1f77b4", "#17becf")
+    lines = ("-", (0, (5, 1)), (0, (1, 1)), (0, (4, 2)), (0, (8, 1)), (0, (3, 1)))
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, 2, figsize=(8.2, 3.8), sharey=True)
+    for ax, arm in zip(axes, arms):
+        for optimizer, colour, line in zip(OPTIMIZERS, colours, lines):
+            lr = _PAPER[optimizer]
+            both = (
+                select(runs, optimizer=optimizer, arm=a, lr=lr)
+                for a in (arm, "base")
+            )
+            ratios = []
+            for ours, base in zip(*both, strict=True):
+                pairs = zip(ours["valid_loss"], base["valid_loss"])
+                ratios.append([a / b for a, b in pairs])
+            middle, low, high = band(ratios)
+            ax.plot(points, middle, color=colour, ls=line, label=optimizer)
+            ax.fill_between(points, low, high, color=colour, alpha=0.08, lw=0)
+        ax.axhline(1, color="#999999", lw=0.8)
+        ax.set(xlabel="epochs", title=_LOOK[arm][0])
+    axes[0].set(ylabel="validation loss over the base's")
+    handles, labels = axes[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=6)
+    return fig
