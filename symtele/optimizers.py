@@ -456,6 +456,21 @@ def _gain(runs: list[Row], optimizer: str, arm: str, **which: Any) -> float:
     return -median(behind(runs, optimizer, arm, **which))
 
 
+def _standing_out(
+    runs: list[Row],  # Of `by_arm`
+    pairs: list[tuple[str, str]],  # Optimizer and arm
+    tuned: bool,  # Each at its best rate, or at the paper's
+) -> dict[tuple[str, str], float]:  # How far they are ahead, in the median
+    "Those ahead in every seed, by more than the seeds of the base differ"
+    out = {}
+    for o, arm in pairs:
+        base = seen(runs, o, "base", tuned)
+        lower = behind(runs, o, arm, tuned=tuned)
+        if max(lower) < 0 and -median(lower) > max(base) - min(base):
+            out[o, arm] = -median(lower)
+    return out
+
+
 def _ratio(
     runs: list[Row],  # Of `by_arm`
     optimizer: str,  # A key of `OPTIMIZERS`
