@@ -168,9 +168,9 @@ class _Crowd:
         make: Callable[..., optim.Optimizer],  # Makes an optimizer of parameters
     ):
         pairs = sorted(pairs, key=lambda pair: _age(pair[1]))
-        layers = range(0, len(pairs[0][0]), 2)
-        own = [[model[i].weight for model, _ in pairs] for i in layers]
-        self.W = [torch.stack([w.detach() for w in same]) for same in own]
+        layers = (model.parameters() for model, _ in pairs)
+        own = list(zip(*layers, strict=True))
+        self.W = [torch.stack(same).detach() for same in own]
         self.G = [torch.zeros_like(w) for w in self.W]
         self.one_hot = torch.eye(self.W[-1].shape[1]).to(self.W[0])
         self.optimizers, begin = [], 0
@@ -275,7 +275,8 @@ def _run_arms(
             crowd.advance(*small[k % each])
     arms = {}
     for arm, (model, _) in pairs.items():
-        arms[arm] = {k: [at[k] for at in looks[arm]] for k in looks[arm][0]}
+        columns = zip(*(look.values() for look in looks[arm]))
+        arms[arm] = dict(zip(looks[arm][0], map(list, columns)))
         test, error = _scores(model, data.test_x, data.test_y)
         arms[arm] |= moves[arm] | dict(test_loss=test, test_error=error)
     return dict(arms=arms)
