@@ -41,7 +41,7 @@ from .tasks import Cost, LowRank, conflict, cosines, task_gradients
 from .teleporting import Teleported, teleport
 from .wiring import wire
 
-# %% ../nbs/60_tasks_study.ipynb #60c00005
+# %% ../nbs/60_tasks_study.ipynb #60c00013
 Pair = tuple[Tensor, Tensor]  # Images (n, 1, height, width), labels (T, n)
 # data -> what is in the two corners, and the weights of the two losses
 _DATA = {
@@ -136,7 +136,7 @@ def each_loss(
             losses.append(F.cross_entropy(o, t))
     return torch.stack(losses)
 
-# %% ../nbs/60_tasks_study.ipynb #60c00007
+# %% ../nbs/60_tasks_study.ipynb #60c00015
 def plain_sum(
     gram: Tensor,  # Products of the tasks' gradients, shape (..., T, T)
 ) -> Tensor:  # Weight of each task, shape (..., T)
@@ -214,7 +214,7 @@ RIVALS = {
     "FairGrad": fairgrad,
 }
 
-# %% ../nbs/60_tasks_study.ipynb #60c0000b
+# %% ../nbs/60_tasks_study.ipynb #60c00019
 @dataclass(frozen=True)
 class _Way:
     "An arm: the move, what becomes of the memory, and when"
@@ -336,7 +336,7 @@ class _Stack:
         found = found.nan_to_num(math.inf, math.inf)
         return [rounded(row) for row in found.tolist()]
 
-# %% ../nbs/60_tasks_study.ipynb #60c0000d
+# %% ../nbs/60_tasks_study.ipynb #60c0001b
 def _move(
     stack: _Stack, name: str, at: Tensor, batch: Pair, held: Pair, seed: int
 ) -> tuple[Named, list[Row]]:
@@ -384,7 +384,7 @@ def _move(
     }
     return out.w, [dict(zip(values, row)) for row in zip(*values.values())]
 
-# %% ../nbs/60_tasks_study.ipynb #60c0000f
+# %% ../nbs/60_tasks_study.ipynb #60c0001d
 def _prices(cfg: Config) -> dict[str, float]:
     "What a move of each kind costs, in gradients of all tasks on its batch"
     model = _network("MLP", 0, cfg["pool"])
@@ -426,10 +426,12 @@ class _Run:
     data: str  # Of `_DATA`
     rival: str  # Of `RIVALS`
     seed: int  # Of weights and batches
+    only: tuple[str, ...] = ()  # Of the arms; (): all
 
     def __post_init__(self):
         cfg, (names, loads) = self.cfg, _DATA[self.data]
         self.ways = _WAYS | (_MORE if self.rival == "FairGrad" else {})
+        self.ways = {k: self.ways[k] for k in self.only or self.ways}
         names = tuple(cfg["names"] or names)
         parts = zip(("train", "valid", "test"), cfg["images"])
         self.sets = {p: overlapping(names, n, p, cfg["pool"]) for p, n in parts}
@@ -468,7 +470,9 @@ class _Run:
             gram = stack.gram(rows)
         stack.advance(rows, RIVALS[self.rival](gram))
 
-    def move(self, k: int, name: str | None, places: list[int], batch: Pair):
+    def move(
+        self, k: int, name: str | None, places: list[int], batch: Pair
+    ) -> None:
         "One kind of move, of the networks that are due; or only a new state"
         at = torch.tensor(places)
         states = [self.ways[self.jobs[n][0]].state for n in places]
@@ -483,11 +487,16 @@ class _Run:
 
 
 def _train_pairs(
-    cfg: Config, data: str, rival: str, seed: int, stop: int | None = None
+    cfg: Config,
+    data: str,
+    rival: str,
+    seed: int,
+    stop: int | None = None,
+    only: tuple[str, ...] = (),
 ) -> Row:
-    "Train all arms, then that without a move for longer; or stop early"
+    "Train all arms, then that without a move for longer; or fewer, and stop early"
     began = time.process_time()
-    run = _Run(cfg, data, rival, seed)
+    run = _Run(cfg, data, rival, seed, only)
     steps = cfg["steps"] if stop is None else stop
     for k in range(steps):
         run.step(k)
@@ -530,7 +539,7 @@ def _go_on(run: _Run) -> Row:
         stack.advance(rows, RIVALS[run.rival](stack.gram(rows)))
     return points
 
-# %% ../nbs/60_tasks_study.ipynb #60c00011
+# %% ../nbs/60_tasks_study.ipynb #60c0001f
 def _ten(n: int, part: str) -> Pair:
     "Digits, and for each of ten tasks whether it is that one"
     x, y = _pictures("MNIST", part == "train")
@@ -642,7 +651,132 @@ def _walk(
         columns["sizes"].append(_pairs(loss, w, orbit.x)["sizes"])
     return dict(columns)
 
-# %% ../nbs/60_tasks_study.ipynb #60c00012
+# %% ../nbs/60_tasks_study.ipynb #60c00021
+def _best(rows: list[Row], arm: str) -> int:
+    "The rate with the least mean validation loss at the median over seeds"
+    count = len(rows[0]["arms"][arm]["valid"])
+
+    def score(i: int) -> float:
+        return median(sum(r["arms"][arm]["valid"][i]) for r in rows)
+
+    return min(range(count), key=score)
+
+
+def _tests(rows: list[Row], arm: str) -> list[float]:
+    "Mean test loss of both tasks at the best rate, one per seed"
+    i = _best(rows, arm)
+    return [sum(r["arms"][arm]["test"][i]) / 2 for r in rows]
+
+
+def _gains(
+    rows: list[Row], arm: str, base: list[float] | None = None
+) -> list[float]:
+    "How much more test loss an arm has than one without a move, one per seed"
+    base = _tests(rows, "base") if base is None else base
+    return [a - b for a, b in zip(_tests(rows, arm), base)]
+
+
+def _longer(rows: list[Row], steps: float) -> list[float]:
+    "Test losses without a move after at least so many steps, as `_tests`"
+    k = next(k for k, n in enumerate(rows[0]["longer"]["steps"]) if n >= steps)
+    count = len(rows[0]["longer"]["valid"][k])
+
+    def score(i: int) -> float:
+        return median(sum(r["longer"]["valid"][k][i]) for r in rows)
+
+    i = min(range(count), key=score)
+    return [sum(r["longer"]["test"][k][i]) / 2 for r in rows]
+
+
+def _range(values: list[float], form: str = ".3f") -> str:
+    "Median, and the range in brackets"
+    low, high = min(values), max(values)
+    return f"{median(values):{form}} ({low:{form}} to {high:{form}})"
+
+
+_BLUE, _RED, _GREY = "#1f77b4", "#d62728", "#444444"
+
+
+def _draw_walk(walk: Row, i: int) -> Figure:
+    "Two gradients as arrows, and where on the orbit they are"
+    cos, sizes = walk["cosine"][i], walk["sizes"][i]
+    angle = math.acos(max(-1.0, min(1.0, cos)))
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplot_mosaic(
+            [["arrows", "cosine"], ["arrows", "loss"]],
+            figsize=(7.4, 3.2),
+            width_ratios=(1, 1.3),
+        )
+        ax = axes["arrows"]
+        turns = (-angle / 2, angle / 2)
+        for size, turn, colour, name in zip(
+            sizes, turns, (_BLUE, _RED), ("digit", "clothing")
+        ):
+            long = size / max(sizes)
+            end = (long * math.sin(turn), long * math.cos(turn))
+            look = dict(color=colour, lw=2.5, arrowstyle="-|>", mutation_scale=16)
+            ax.annotate("", end, (0, 0), arrowprops=look)
+            ax.plot([], [], color=colour, lw=2.5, label=f"gradient, {name}")
+        ax.set(xlim=(-1.15, 1.15), ylim=(-0.35, 1.25), aspect="equal")
+        ax.set_title(f"cosine {cos:+.2f}")
+        ax.axis("off")
+        ax.legend(loc="lower center", fontsize=9)
+        ax = axes["cosine"]
+        ax.plot(walk["t"], walk["cosine"], color=_GREY)
+        ax.plot(walk["t"], walk["metric"], color=_GREY, ls="--", lw=1)
+        ax.plot(walk["t"][i], cos, "o", color="black", ms=8)
+        ax.set(ylabel="cosine", ylim=(-1.15, 1.15), yticks=(-1, 0, 1))
+        ax = axes["loss"]
+        for task, colour in zip(zip(*walk["test"]), (_BLUE, _RED)):
+            ax.plot(walk["t"], task, color=colour)
+            ax.plot(walk["t"][i], task[i], "o", color=colour, ms=6)
+        ax.set(ylabel="test loss", xlabel="place on the orbit", ylim=(0, None))
+    return fig
+
+
+def _draw_moves(kinds: dict[str, list[Row]]) -> Figure:
+    "Cosines before and after, and changes of the loss, of moves of some kinds"
+    with plt.rc_context(STYLE):
+        fig, (left, right) = plt.subplots(1, 2, figsize=(7.8, 3.3))
+        for n, (kind, moves) in enumerate(kinds.items()):
+            colour = (_BLUE, "#e6550d")[n]
+            look = dict(color=colour, alpha=0.4, ms=3, ls="")
+            before, after = (
+                [m[f"cos_{w}"] for m in moves] for w in ("before", "after")
+            )
+            left.plot(before, after, "o", label=kind, **look)
+            drift = [max(m["held_worst"], 1e-8) for m in moves]
+            spread = torch.linspace(-0.25, 0.25, len(drift)).tolist()
+            right.plot([n + s for s in spread], drift, "o", **look)
+        left.plot([-1, 1], [-1, 1], color=_GREY, lw=1)
+        left.set(xlabel="cosine before", ylabel="cosine after")
+        left.legend(markerscale=2)
+        right.set(yscale="log", ylabel="change of a held-out loss")
+        right.set_xticks(range(len(kinds)), list(kinds))
+    return fig
+
+
+def _draw_gains(panels: dict[str, dict[str, list[float]]]) -> Figure:
+    "Differences of test loss to no move, a dot a seed, a bar at the median"
+    deep = max(map(len, panels.values()))
+    with plt.rc_context(STYLE):
+        size = (7.8, 0.24 * deep + 0.9)
+        fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True)
+        for ax, (name, arms) in zip(axes, panels.items()):
+            for n, (arm, values) in enumerate(arms.items()):
+                colour = _BLUE if arm.startswith(("exact", "to")) else _GREY
+                colour = "#e6550d" if arm.startswith("LoRA") else colour
+                ax.plot(
+                    values, [n] * len(values), "o", color=colour, ms=4, alpha=0.5
+                )
+                ax.plot(median(values), n, "|", color=colour, ms=13, mew=2.5)
+            ax.axvline(0, color="black", lw=1)
+            ax.set(xlabel="test loss, difference to no move", title=name)
+        axes[0].set_yticks(range(deep), list(next(iter(panels.values()))))
+        axes[0].invert_yaxis()
+    return fig
+
+# %% ../nbs/60_tasks_study.ipynb #60c00022
 experiments = [
     Experiment(
         "tasks",
