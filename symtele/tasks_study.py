@@ -9,7 +9,7 @@ __all__ = ['Pair', 'RIVALS', 'experiments', 'overlapping', 'Tasks', 'each_loss',
 import math
 import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from statistics import median
 
@@ -30,7 +30,6 @@ from symtele.experiments import (
     count_flops,
     grid,
     rounded,
-    select,
 )
 from .figures import STYLE
 from .groups import Loss, Named, Orbit, need
@@ -41,7 +40,7 @@ from .tasks import Cost, LowRank, conflict, cosines, task_gradients
 from .teleporting import Teleported, teleport
 from .wiring import wire
 
-# %% ../nbs/60_tasks_study.ipynb #60c00013
+# %% ../nbs/60_tasks_study.ipynb #60c00025
 Pair = tuple[Tensor, Tensor]  # Images (n, 1, height, width), labels (T, n)
 # data -> what is in the two corners, and the weights of the two losses
 _DATA = {
@@ -136,7 +135,7 @@ def each_loss(
             losses.append(F.cross_entropy(o, t))
     return torch.stack(losses)
 
-# %% ../nbs/60_tasks_study.ipynb #60c00015
+# %% ../nbs/60_tasks_study.ipynb #60c00027
 def plain_sum(
     gram: Tensor,  # Products of the tasks' gradients, shape (..., T, T)
 ) -> Tensor:  # Weight of each task, shape (..., T)
@@ -214,7 +213,7 @@ RIVALS = {
     "FairGrad": fairgrad,
 }
 
-# %% ../nbs/60_tasks_study.ipynb #60c00019
+# %% ../nbs/60_tasks_study.ipynb #60c0002b
 @dataclass(frozen=True)
 class _Way:
     "An arm: the move, what becomes of the memory, and when"
@@ -336,7 +335,7 @@ class _Stack:
         found = found.nan_to_num(math.inf, math.inf)
         return [rounded(row) for row in found.tolist()]
 
-# %% ../nbs/60_tasks_study.ipynb #60c0001b
+# %% ../nbs/60_tasks_study.ipynb #60c0002d
 def _move(
     stack: _Stack, name: str, at: Tensor, batch: Pair, held: Pair, seed: int
 ) -> tuple[Named, list[Row]]:
@@ -384,7 +383,7 @@ def _move(
     }
     return out.w, [dict(zip(values, row)) for row in zip(*values.values())]
 
-# %% ../nbs/60_tasks_study.ipynb #60c0001d
+# %% ../nbs/60_tasks_study.ipynb #60c0002f
 def _prices(cfg: Config) -> dict[str, float]:
     "What a move of each kind costs, in gradients of all tasks on its batch"
     model = _network("MLP", 0, cfg["pool"])
@@ -494,7 +493,8 @@ def _train_pairs(
     stop: int | None = None,
     only: tuple[str, ...] = (),
 ) -> Row:
-    "Train all arms, then that without a move for longer; or fewer, and stop early"
+    "Train all arms, then that without a move for longer; or fewer, and stop"
+    "early"
     began = time.process_time()
     run = _Run(cfg, data, rival, seed, only)
     steps = cfg["steps"] if stop is None else stop
@@ -539,7 +539,7 @@ def _go_on(run: _Run) -> Row:
         stack.advance(rows, RIVALS[run.rival](stack.gram(rows)))
     return points
 
-# %% ../nbs/60_tasks_study.ipynb #60c0001f
+# %% ../nbs/60_tasks_study.ipynb #60c00031
 def _ten(n: int, part: str) -> Pair:
     "Digits, and for each of ten tasks whether it is that one"
     x, y = _pictures("MNIST", part == "train")
@@ -651,7 +651,7 @@ def _walk(
         columns["sizes"].append(_pairs(loss, w, orbit.x)["sizes"])
     return dict(columns)
 
-# %% ../nbs/60_tasks_study.ipynb #60c00021
+# %% ../nbs/60_tasks_study.ipynb #60c00033
 def _best(rows: list[Row], arm: str) -> int:
     "The rate with the least mean validation loss at the median over seeds"
     count = len(rows[0]["arms"][arm]["valid"])
@@ -688,6 +688,12 @@ def _longer(rows: list[Row], steps: float) -> list[float]:
     return [sum(r["longer"]["test"][k][i]) / 2 for r in rows]
 
 
+def _told(row: Row, arm: str) -> list[Row]:
+    "The moves of an arm at all rates, one row each"
+    columns = row["arms"].get(arm, dict(moves=[]))["moves"]
+    return [dict(zip(c, v)) for c in columns for v in zip(*c.values())]
+
+
 def _range(values: list[float], form: str = ".3f") -> str:
     "Median, and the range in brackets"
     low, high = min(values), max(values)
@@ -717,7 +723,7 @@ def _draw_walk(walk: Row, i: int) -> Figure:
             look = dict(color=colour, lw=2.5, arrowstyle="-|>", mutation_scale=16)
             ax.annotate("", end, (0, 0), arrowprops=look)
             ax.plot([], [], color=colour, lw=2.5, label=f"gradient, {name}")
-        ax.set(xlim=(-1.15, 1.15), ylim=(-0.35, 1.25), aspect="equal")
+        ax.set(xlim=(-1.05, 1.05), ylim=(-0.55, 1.05), aspect="equal")
         ax.set_title(f"cosine {cos:+.2f}")
         ax.axis("off")
         ax.legend(loc="lower center", fontsize=9)
@@ -726,11 +732,13 @@ def _draw_walk(walk: Row, i: int) -> Figure:
         ax.plot(walk["t"], walk["metric"], color=_GREY, ls="--", lw=1)
         ax.plot(walk["t"][i], cos, "o", color="black", ms=8)
         ax.set(ylabel="cosine", ylim=(-1.15, 1.15), yticks=(-1, 0, 1))
+        ax.set_xticks((-1, 0, 1), [])
         ax = axes["loss"]
         for task, colour in zip(zip(*walk["test"]), (_BLUE, _RED)):
             ax.plot(walk["t"], task, color=colour)
             ax.plot(walk["t"][i], task[i], "o", color=colour, ms=6)
         ax.set(ylabel="test loss", xlabel="place on the orbit", ylim=(0, None))
+        ax.set_xticks((-1, 0, 1))
     return fig
 
 
@@ -772,11 +780,12 @@ def _draw_gains(panels: dict[str, dict[str, list[float]]]) -> Figure:
                 ax.plot(median(values), n, "|", color=colour, ms=13, mew=2.5)
             ax.axvline(0, color="black", lw=1)
             ax.set(xlabel="test loss, difference to no move", title=name)
+            ax.locator_params(axis="x", nbins=5)
         axes[0].set_yticks(range(deep), list(next(iter(panels.values()))))
         axes[0].invert_yaxis()
     return fig
 
-# %% ../nbs/60_tasks_study.ipynb #60c00022
+# %% ../nbs/60_tasks_study.ipynb #60c00034
 experiments = [
     Experiment(
         "tasks",
