@@ -786,12 +786,27 @@ def _draw_gains(panels: dict[str, dict[str, list[float]]]) -> Figure:
     return fig
 
 # %% ../nbs/60_tasks_study.ipynb #60c00034
+def _training_jobs(cfg: Config) -> list[Row]:
+    "A job for each pair of data and rival, and seed"
+    return [
+        dict(data=data, rival=rival, seed=seed)
+        for data, rival in cfg["pairs"]
+        for seed in cfg["seeds"]
+    ]
+
+
 experiments = [
     Experiment(
         "tasks",
         dict(
-            data=list(_DATA),
-            rivals=list(RIVALS),
+            pairs=[
+                ["unequal", "FairGrad"],
+                ["digits", "FairGrad"],
+                ["unequal", "sum"],
+                ["unequal", "CAGrad"],
+                ["digits", "sum"],
+                ["unequal", "PCGrad"],
+            ],
             seeds=[0, 1, 2, 3, 4],
             names=None,
             pool=2,
@@ -801,12 +816,11 @@ experiments = [
             moves=[30, 80, 130],
             often=[10, 30],
             longer=250,
-            rates=[0.001, 0.003, 0.01, 0.03],
+            rates=[0.001, 0.003, 0.01],
         ),
-        lambda cfg: grid(
-            data=cfg["data"], rival=cfg["rivals"], seed=cfg["seeds"]
-        ),
+        _training_jobs,
         _train_pairs,
+        grows=("seeds", "pairs"),
     ),
     Experiment(
         "tasks_moves",
