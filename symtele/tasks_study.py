@@ -30,6 +30,7 @@ from symtele.experiments import (
     count_flops,
     grid,
     rounded,
+    select,
 )
 from .figures import STYLE
 from .groups import Loss, Named, Orbit, need
@@ -242,6 +243,7 @@ for _move in ("sharpness", "keeping"):
 for _move in ("exact", "LoRA"):
     for _when in ("weak", "dominated"):
         _MORE[f"{_move}, {_when}"] = _Way(_move, "reuse", _when)
+_PARTS = {"main": _WAYS, "more": _MORE}
 
 
 class _Stack:
@@ -425,12 +427,13 @@ class _Run:
     data: str  # Of `_DATA`
     rival: str  # Of `RIVALS`
     seed: int  # Of weights and batches
-    only: tuple[str, ...] = ()  # Of the arms; (): all
+    part: str  # Of `_PARTS`
+    only: tuple[str, ...] = ()  # Of the arms; (): all of the part
 
     def __post_init__(self):
         cfg, (names, loads) = self.cfg, _DATA[self.data]
-        self.ways = _WAYS | (_MORE if self.rival == "FairGrad" else {})
-        self.ways = {k: self.ways[k] for k in self.only or self.ways}
+        ways = _PARTS[self.part]
+        self.ways = {k: ways[k] for k in self.only or ways}
         names = tuple(cfg["names"] or names)
         parts = zip(("train", "valid", "test"), cfg["images"])
         self.sets = {p: overlapping(names, n, p, cfg["pool"]) for p, n in parts}
@@ -489,6 +492,7 @@ def _train_pairs(
     cfg: Config,
     data: str,
     rival: str,
+    part: str,
     seed: int,
     stop: int | None = None,
     only: tuple[str, ...] = (),
@@ -496,12 +500,12 @@ def _train_pairs(
     "Train all arms, then that without a move for longer; or fewer, and stop"
     "early"
     began = time.process_time()
-    run = _Run(cfg, data, rival, seed, only)
+    run = _Run(cfg, data, rival, seed, part, only)
     steps = cfg["steps"] if stop is None else stop
     for k in range(steps):
         run.step(k)
     row = dict(arms=_ends_of(run, steps))
-    if stop is None:
+    if stop is None and "base" in run.ways:
         row["longer"] = _go_on(run)
     return row | dict(seconds=time.process_time() - began)
 
@@ -652,6 +656,19 @@ def _walk(
     return dict(columns)
 
 # %% ../nbs/60_tasks_study.ipynb #60c00033
+def _merged(rows: list[Row]) -> list[Row]:
+    "Rows of the main part, with the arms of the other"
+    more = {
+        (r["data"], r["rival"], r["seed"]): r for r in rows if r["part"] == "more"
+    }
+    out = []
+    for r in select(rows, part="main"):
+        key = r["data"], r["rival"], r["seed"]
+        others = more.get(key, dict(arms={}))["arms"]
+        out.append(r | dict(arms=r["arms"] | others))
+    return out
+
+
 def _best(rows: list[Row], arm: str) -> int:
     "The rate with the least mean validation loss at the median over seeds"
     count = len(rows[0]["arms"][arm]["valid"])
@@ -787,10 +804,10 @@ def _draw_gains(panels: dict[str, dict[str, list[float]]]) -> Figure:
 
 # %% ../nbs/60_tasks_study.ipynb #60c00034
 def _training_jobs(cfg: Config) -> list[Row]:
-    "A job for each pair of data and rival, and seed"
+    "A job for each seed of each part"
     return [
-        dict(data=data, rival=rival, seed=seed)
-        for data, rival in cfg["pairs"]
+        dict(data=data, rival=rival, part=part, seed=seed)
+        for data, rival, part in cfg["parts"]
         for seed in cfg["seeds"]
     ]
 
@@ -799,13 +816,15 @@ experiments = [
     Experiment(
         "tasks",
         dict(
-            pairs=[
-                ["unequal", "FairGrad"],
-                ["digits", "FairGrad"],
-                ["unequal", "sum"],
-                ["unequal", "CAGrad"],
-                ["digits", "sum"],
-                ["unequal", "PCGrad"],
+            parts=[
+                ["unequal", "FairGrad", "main"],
+                ["digits", "FairGrad", "main"],
+                ["unequal", "sum", "main"],
+                ["unequal", "FairGrad", "more"],
+                ["digits", "FairGrad", "more"],
+                ["unequal", "CAGrad", "main"],
+                ["digits", "sum", "main"],
+                ["unequal", "PCGrad", "main"],
             ],
             seeds=[0, 1, 2, 3, 4],
             names=None,
@@ -820,7 +839,7 @@ experiments = [
         ),
         _training_jobs,
         _train_pairs,
-        grows=("seeds", "pairs"),
+        grows=("seeds", "parts"),
     ),
     Experiment(
         "tasks_moves",
