@@ -718,6 +718,13 @@ def _told(row: Row, arm: str) -> list[Row]:
     return [dict(zip(c, v)) for c in columns for v in zip(*c.values())]
 
 
+def _fired(rows: list[Row], arm: tuple[str, str]) -> list[int]:
+    "How often an arm moved at its best rate, one number a seed"
+    name = ", ".join(arm)
+    i = _best(rows, name)
+    return [len(r["arms"][name]["moves"][i].get("k", ())) for r in rows]
+
+
 def _range(values: list[float], form: str = ".3f") -> str:
     "Median, and the range in brackets"
     low, high = min(values), max(values)
@@ -828,8 +835,6 @@ experiments = [
                 ["digits", "FairGrad", "main"],
                 ["unequal", "sum", "main"],
                 ["unequal", "FairGrad", "more"],
-                ["unequal", "CAGrad", "main"],
-                ["unequal", "PCGrad", "main"],
             ],
             seeds=[0, 1, 2, 3, 4],
             names=None,
