@@ -357,7 +357,7 @@ def landscape(
     "The landscape of an objective on an orbit, closed where the table has a form"
     if hasattr(objective, "on"):
         objective = objective.on(orbit)
-    if not isinstance(objective, _Objective):
+    if not hasattr(objective, "known"):
         objective = _Plain(objective)
     law = type(getattr(orbit, "law", None))
     form = CLOSED.get((type(objective), law), Landscape)
