@@ -1220,7 +1220,7 @@ def _check_optimizer_seconds(results):
     left = 0
     for o in _OF_Z24:
         left += median(optimizers.behind(results.optimizers, o, "teleport")) < 0
-    words = f"after {_MNIST['epochs']} epochs, with so little to make up for, "
+    words = f"after {_MNIST['epochs']} epochs "
     words += f"the test loss is below the base's for {left} of {len(_OF_Z24)}"
     return [
         Check(max(shares) < 0.2, cheap),
