@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 # closed forms and rules register themselves
 from . import closed as closed
 from . import rules as rules
+from .balance import Balance
 from .batch import BatchGL, LeastSquares
 from .groups import (
     Orthogonal,
@@ -34,6 +35,7 @@ from .wiring import wire
 __all__ = [
     "GL",
     "Ascent",
+    "Balance",
     "BatchGL",
     "GreatCircle",
     "Grid",
