@@ -325,13 +325,15 @@ def save_run(
     cfg: Config,  # Settings
     rows: list[Row],  # One per job
     made: Iterable[Row] = (),  # Environments of the rows; (): this one
+    core_seconds: float | None = None,  # That all rows took; None: not known
 ):
     "Write a results file, which names the environments its rows were made in"
     path, made = Path(path), list(made) or [environment()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(
-        dict(config=cfg, environments=made, rows=rows), separators=(",", ":")
-    )
+    file = dict(config=cfg, environments=made)
+    if core_seconds is not None:
+        file["core_seconds"] = round(core_seconds, 1)
+    text = json.dumps(file | dict(rows=rows), separators=(",", ":"))
     part = path.with_suffix(".part")
     part.write_text(text.replace('{"arm"', '\n{"arm"') + "\n")
     os.replace(part, path)
@@ -362,14 +364,16 @@ def _in_job(job):
     return f"in the job {job}"
 
 
-def _run_job(run_one, cfg, job, _) -> tuple[Row, Row]:
-    "A row and its environment; an error of the job names it"
+def _run_job(run_one, cfg, job, _) -> tuple[Row, Row, float]:
+    "A row, its environment, core-seconds; an error of the job names it"
     with _TURN:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
+            began = time.process_time()
             row = run_one(cfg, **job)
-            return row, environment(cfg.get("device", "cpu"))
+            spent = time.process_time() - began
+            return row, environment(cfg.get("device", "cpu")), spent
         except Exception as error:
             error.add_note(_in_job(job))
             raise
@@ -423,7 +427,7 @@ class _Processes(Executor):
 
 # %% ../nbs/20_experiments.ipynb #4d134bc6
 def _run_jobs(run_one, cfg, jobs, executor, at_once, keep):
-    "`keep(job, row, environment)` as rows come; raise where one does not"
+    "`keep(job, row, environment, spent)` as rows come; raise where one does not"
     todo, running, lost = deque(jobs), {}, []
     try:
         while todo or running:
@@ -509,10 +513,10 @@ class Experiment:
         executor: Executor | None = None,  # Of the jobs; None: processes here
     ) -> list[Row]:  # One per job: the job, and what `run_one` returned
         "Run the jobs that the file does not have yet"
-        path, rows, made = self._path(folder), [], []
+        path, rows, made, spent = self._path(folder), [], [], 0.0
         if path.exists():
             rows = load_run(path, self.config, self.grows)
-            made = self.made(folder)
+            made, spent = self.made(folder), self.core_seconds(folder)
         todo = self._missing(rows, path)
         workers = self.workers if workers is None else workers
         bar = tqdm(
@@ -523,11 +527,13 @@ class Experiment:
             disable=bool(os.environ.get("TQDM_DISABLE")),
         )
 
-        def keep(job, row, environment):
+        def keep(job, row, environment, seconds):
+            nonlocal spent
             rows.append(job | row)
             if environment not in made:
                 made.append(environment)
-            save_run(path, self.config, self.sort(rows), made)
+            spent = None if spent is None else spent + seconds
+            save_run(path, self.config, self.sort(rows), made, spent)
             bar.update()
 
         with bar, _runner(executor, workers) as runner:
@@ -548,6 +554,10 @@ class Experiment:
     def made(self, folder: str | Path = "results") -> list[dict[str, str | int]]:
         "The environments that rows of the file were made in, the last one last"
         return json.loads(self._path(folder).read_text())["environments"]
+
+    def core_seconds(self, folder: str | Path = "results") -> float | None:
+        "What the rows of the file took in all, on one core; None: not recorded"
+        return json.loads(self._path(folder).read_text()).get("core_seconds")
 
     def sort(self, rows: list[Row]) -> list[Row]:
         "Rows in the order of their jobs"
@@ -627,19 +637,40 @@ def reproduce(
     executor: Executor | None = None,  # Of the jobs; None: processes here
 ) -> int:  # How many experiments differ
     "Recompute experiments and say where they differ from the committed results"
-    differ = 0
-    for name in names:
-        for e in importlib.import_module(f"symtele.{name}").experiments:
-            committed, rows = e.load(against), e.run(into, executor=executor)
-            found = differences(rows, committed)
-            differ += bool(found)
-            said = "every number agrees, seconds and drifts aside"
-            if found:
-                said = f"{len(found)} columns differ by more than 0.1 %"
-            print(f"{e.name}: {len(rows)} jobs, {said}")
-            for i, k, apart in found[:10]:
-                print(f"  {e.job(rows[i])} {k}: {apart:.1%}")
-    return differ
+    modules = [importlib.import_module(f"symtele.{name}") for name in names]
+    experiments = [e for module in modules for e in module.experiments]
+    committed = {e.name: e.load(against) for e in experiments}
+    for e in experiments:
+        print(_plan(e, into, against))
+    differ = []
+    for e in experiments:
+        rows = e.run(into, executor=executor)
+        found = differences(rows, committed[e.name])
+        said = "every number agrees, seconds and drifts aside"
+        if found:
+            differ.append(e.name)
+            said = f"{len(found)} columns differ by more than 0.1 %"
+        print(f"{e.name}: {len(rows)} jobs, {said}")
+        for i, k, apart in found[:10]:
+            print(f"  {e.job(rows[i])} {k}: {apart:.1%}")
+    told = ", ".join(differ) or "none"
+    print(f"{len(differ)} of {len(experiments)} results differ: {told}")
+    return len(differ)
+
+
+def _plan(
+    e: Experiment,  # To be recomputed
+    into: str | Path,  # Folder for the new results
+    against: str | Path,  # Folder of the committed ones
+) -> str:
+    "What is there already, and what all of it took"
+    jobs, path = e.jobs(e.config), Path(into) / f"{e.name}.json"
+    there = load_run(path, e.config, e.grows) if path.exists() else []
+    spent, took = e.core_seconds(against), "its core-hours are not recorded"
+    if spent is not None:
+        processor = e.made(against)[-1]["processor"]
+        took = f"{spent / 3600:.2f} core-hours in all on {processor}"
+    return f"{e.name}: {len(there)} of {len(jobs)} jobs are there; {took}"
 
 # %% ../nbs/20_experiments.ipynb #22d200f9
 @contextmanager

@@ -912,11 +912,13 @@ def _tf32():
     "Products of float32 in TF32, as far as the device can"
     places = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [place.allow_tf32 for place in places]
-    for place in places:
-        place.allow_tf32 = True
-    yield
-    for place, allowed in zip(places, before):
-        place.allow_tf32 = allowed
+    try:
+        for place in places:
+            place.allow_tf32 = True
+        yield
+    finally:
+        for place, allowed in zip(places, before):
+            place.allow_tf32 = allowed
 
 
 _ROUNDED = {  # how a training step may round, float32 aside
