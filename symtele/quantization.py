@@ -86,8 +86,8 @@ def _moves(orbit: Any, who: str, only: bool) -> list[Move]:
     kinds = {kind for _, kind in orbit.blocks.spaces}
     if only and kinds != {positive}:
         found = ", ".join(sorted(k.name for k in kinds))
-        need_scale = f"{who} finds positive diagonals, the moves of Scaling()"
-        raise TypeError(f"{need_scale}; here the kinds are: {found}")
+        only_scale = f"{who} is for positive diagonals, the moves of Scaling()"
+        raise TypeError(f"{only_scale}; here the kinds are: {found}")
     return orbit.blocks.moves(orbit.at)
 
 
@@ -96,6 +96,9 @@ class _Ranges:
     "Objective: minus the mean |log of reading range over writing range|"
 
     moves: tuple[Move, ...] = ()  # Of the orbit it is on
+
+    def __repr__(self) -> str:
+        return "ranges"
 
     def on(self, orbit: NetworkOrbit) -> "_Ranges":
         "The same on an orbit"
@@ -200,6 +203,9 @@ class _Rounding:
     means: tuple[Named, Named] = ({}, {})  # Of the sides of its spaces
     signal: Named | None = None  # Of every parameter there
 
+    def __repr__(self) -> str:
+        return f"rounding({self.bits})"
+
     def on(self, orbit: NetworkOrbit) -> "_Rounding":
         "The same on an orbit"
         known = self.fisher is not None
@@ -209,7 +215,7 @@ class _Rounding:
             lost = [k for k in own.weights(w) if k not in self.fisher]
             need(not lost, "fisher must hold every weight that moves", lost)
             return own
-        means = {}, {}
+        means: tuple[Named, Named] = {}, {}
         for m in moves:
             for side, mean in zip(_energies(m, w), means):
                 mean[m.space.name] = side.mean().detach()
