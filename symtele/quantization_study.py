@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from statistics import median
 
@@ -216,7 +216,7 @@ class _OutputError:
         change = run_model(self.model, w | hard, self.x) - self.wanted
         return -change.square().sum(1).mean().log()
 
-    @property
+    @cached_property
     def wanted(self) -> Tensor:
         "Outputs before rounding"
         with torch.no_grad():
