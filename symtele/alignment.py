@@ -95,31 +95,40 @@ class Match:
         w = land.orbit.w
         other = _fitting(self.other, w)
         moves = blocks.moves(blocks.zero(next(iter(w.values())).device))
-        places = {m.space.name: m.element for m in moves}
-        told, rest = [], []
-        for m in moves:
-            (told if m.space.name in self.alike else rest).append(m)
-        for m in told:
+        places, free = {m.space.name: m.element for m in moves}, {}
+        for m in (m for m in moves if m.space.name in self.alike):
             gain = _gain(self.alike, m.space)
-            m = m._replace(element=_assignment(gain).view_as(m.element))
+            e = _assignment(gain)
+            free[m.space.name] = gain.gather(2, e[..., None])[..., 0] == 0
+            m = m._replace(element=e.view_as(m.element))
             places[m.space.name], w = m.element, transform(w, [m])
-        done, better = 0, rest
+        done, better = 0, True
         while better and done < self.sweeps:
-            better, done = [], done + 1
-            for m in rest:
-                step = _step(m, w, other)
+            better, done = False, done + 1
+            for m in moves:
+                step = _step(m, w, other, free.get(m.space.name))
                 if step is not None:
-                    better.append(step)
                     before = places[m.space.name]
                     places[m.space.name] = perm.then(before, step.element)
-                    w = transform(w, [step])
+                    better, w = True, transform(w, [step])
         there = land.move(land.orbit.join(places))
-        return replace(there, steps=land.steps + max(done, 1))
+        return replace(there, steps=land.steps + done)
 
 
-def _step(move: Move, w: Named, other: Named) -> Move | None:
+def _step(
+    move: Move,  # A space, at the identity
+    w: Named,  # Parameters that move
+    other: Named,  # Those to move towards
+    free: Tensor | None = None,  # Which places may change; None: all
+) -> Move | None:
     "The best permutation of one space, None where it does not bring them closer"
-    e = _assignment(_products(move, w, other)).view_as(move.element)
+    if free is not None and not free.any():
+        return None
+    gain = _products(move, w, other)
+    if free is not None:
+        stay = torch.eye(gain.shape[-1]).to(gain) * (1 + gain.abs().sum())
+        gain = torch.where(free[:, :, None] & free[:, None], gain, stay)
+    e = _assignment(gain).view_as(move.element)
     if torch.equal(e, move.element):
         return None
     step = move._replace(element=e)
@@ -161,7 +170,7 @@ class _Near:
         apart = {k: t - self.other[k].to(t) for k, t in w.items()}
         return -dot(apart, apart)
 
-# %% ../nbs/14_alignment.ipynb #14a1000b
+# %% ../nbs/14_alignment.ipynb #14a1000d
 @dataclass(eq=False)
 class _Listener(_Reading):
     "One pass on data, which hands on what sums over units are given"
@@ -193,7 +202,7 @@ def _is_fed(a: Any) -> bool:
     own = isinstance(a, _Labelled)
     return own and getattr(a, "fed", not hasattr(a, "_is_param"))
 
-# %% ../nbs/14_alignment.ipynb #14a1000d
+# %% ../nbs/14_alignment.ipynb #14a1000f
 def _columns(
     label: Tensor,  # Of activations: which unit is where
     h: Tensor,  # Activations
@@ -248,7 +257,7 @@ def _by_space(
             yield s, part.permute(1, 0, 3, 2).flatten(1, 2)
         first += n
 
-# %% ../nbs/14_alignment.ipynb #14a1000f
+# %% ../nbs/14_alignment.ipynb #14a10011
 def correlations(
     model: nn.Module,  # Whose units move; not modified
     other: nn.Module,  # Of the same wiring; not modified
@@ -293,7 +302,7 @@ def _listen(
     reading.listen(x, False, None, False)
     return reading.facts
 
-# %% ../nbs/14_alignment.ipynb #14a10011
+# %% ../nbs/14_alignment.ipynb #14a10017
 _Alike = Callable[[nn.Module, nn.Module, Wiring, Any], Named]
 
 
