@@ -23,6 +23,7 @@ from symtele.networks import (
     KINDS,
     Move,
     Permutation,
+    Slot,
     Space,
     Wiring,
     perm,
@@ -133,11 +134,13 @@ def _step(
         return None
     step = move._replace(element=e)
     own = {t.param: w[t.param] for t in move.slots if t.param in w}
-    here, there = (
-        sum((wide(p) * wide(other[k])).sum() for k, p in at.items())
-        for at in (own, transform(own, [step]))
-    )
-    return step if there > here + 1e-9 * here.abs() else None
+    here, there = _overlap(own, other), _overlap(transform(own, [step]), other)
+    return step if there > here + 1e-9 * abs(here) else None
+
+
+def _overlap(w: Named, other: Named) -> float:
+    "Inner product of parameters, summed in float64"
+    return sum((wide(p) * wide(other[k])).sum().item() for k, p in w.items())
 
 
 def _fitting(other: Named, w: Named) -> Named:
@@ -365,14 +368,18 @@ def _wired(model: nn.Module, other: nn.Module, x: Any) -> Wiring:
         for p, own in zip(other.parameters(), trains):
             p.requires_grad_(own)
     wiring, theirs = wire(model, x), wire(other, x)
-    spaces = (
-        {(s.size, s.copies, s.slots) for s in w.spaces if perm in s.commutes}
-        for w in (wiring, theirs)
-    )
-    mine, found = spaces
-    for size, copies, slots in mine ^ found:
-        names = ", ".join(dict.fromkeys(t.param for t in slots))
-        whose = "model" if (size, copies, slots) in mine else "other"
-        must = "align(other=...) must be wired as model"
-        raise ValueError(f"{must}; only {whose} moves {names} together")
+    mine, found = _spaces(wiring), _spaces(theirs)
+    for space in [*mine, *found]:
+        if not (space in mine and space in found):
+            *_, slots = space
+            names = ", ".join(dict.fromkeys(t.param for t in slots))
+            whose = "model" if space in mine else "other"
+            must = "align(other=...) must be wired as model"
+            raise ValueError(f"{must}; only {whose} moves {names} together")
     return wiring
+
+
+def _spaces(wiring: Wiring) -> list[tuple[int, int, tuple[Slot, ...]]]:
+    "What permutations move: sizes, copies and slots"
+    own = [s for s in wiring.spaces if perm in s.commutes]
+    return [(s.size, s.copies, s.slots) for s in own]
