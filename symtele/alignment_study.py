@@ -36,7 +36,7 @@ from .training import Teleporter, at
 from .wiring import wire
 from .zoo import SmallResNet, SmallViT, mlp
 
-# %% ../nbs/42_alignment_study.ipynb #42a10004
+# %% ../nbs/42_alignment_study.ipynb #42a10006
 @lru_cache
 def _images(name: str) -> Images:
     "MNIST, Fashion-MNIST or, for the checks, the 8×8 digits, as rows of pixels"
@@ -94,7 +94,7 @@ _TASKS = {
     "ViT": _Task(_small_vit, _colours),
 }
 
-# %% ../nbs/42_alignment_study.ipynb #42a10006
+# %% ../nbs/42_alignment_study.ipynb #42a10008
 _OPTIMIZERS = {
     "Adam": torch.optim.Adam,
     "momentum": partial(torch.optim.SGD, momentum=0.9),
@@ -115,7 +115,7 @@ def _trained(
         model = task.make(*own["sizes"])
     optimizer = _OPTIMIZERS[own["optimizer"]](model.parameters(), lr=own["rate"])
     steps = own["epochs"] * -(-own["images"] // cfg["batch"])
-    falling = LinearLR(optimizer, 1.0, 0.0, steps)
+    falling = LinearLR(optimizer, 1.0, own["end"], steps)
     epoch = epoch_of(dict(images=own["images"], batch=cfg["batch"]), data, seed)
     batches = chain.from_iterable(map(epoch, range(own["epochs"])))
     losses = []
@@ -131,7 +131,7 @@ def _trained(
 
 _FIRST = 5  # losses that are kept, for a check
 
-# %% ../nbs/42_alignment_study.ipynb #42a10008
+# %% ../nbs/42_alignment_study.ipynb #42a1000a
 _Look = tuple[Tensor, Tensor]  # Images as the network takes them, and labels
 
 
@@ -189,7 +189,7 @@ def _barrier(
     )
     return max(a - b for a, b in zip(losses, chord))
 
-# %% ../nbs/42_alignment_study.ipynb #42a1000a
+# %% ../nbs/42_alignment_study.ipynb #42a1000c
 _Move = Callable[[nn.Module, nn.Module, Tensor, int], list[Teleported]]
 
 
@@ -245,7 +245,7 @@ def _agreement(model: nn.Module, other: nn.Module, x: Tensor) -> Row:
         for name, c in found.items()
     }
 
-# %% ../nbs/42_alignment_study.ipynb #42a1000b
+# %% ../nbs/42_alignment_study.ipynb #42a1000d
 def _run_pair(
     cfg: Config,  # Settings
     network: str,  # A key of its "networks"
@@ -294,7 +294,7 @@ def _pair_jobs(cfg: Config) -> list[Row]:
         for pair in pairs
     ]
 
-# %% ../nbs/42_alignment_study.ipynb #42a1000d
+# %% ../nbs/42_alignment_study.ipynb #42a1000f
 _MODELS = {"ResNet-18": tv.resnet18, "ViT-B/16": tv.vit_b_16}
 
 
@@ -356,52 +356,46 @@ def _steps_of(net: nn.Module, x: Tensor, rounds: int) -> list[float]:
 def _model_jobs(cfg: Config) -> list[Row]:
     return [dict(model=model) for model in cfg["models"]]
 
-# %% ../nbs/42_alignment_study.ipynb #42a1000e
+# %% ../nbs/42_alignment_study.ipynb #42a10010
 _MLP = dict(
+    kind="MLP, He",
     sizes=[784, 512, 512, 10],
     optimizer="Adam",
     rate=1e-3,
+    end=1.0,
     images=10000,
     epochs=4,
-    seen=1000,
+    seen=4000,
 )
+_IMAGE = dict(data="FashionMNIST", images=20000, epochs=3, end=0.0, seen=500)
 _pairs = Experiment(
     "alignment_study",
     {
         "arms": [*_ARMS],
         "networks": {
-            "MLP, MNIST": {"kind": "MLP, He", "data": "MNIST"} | _MLP,
-            "MLP, Fashion": {"kind": "MLP, He", "data": "FashionMNIST"} | _MLP,
-            "MLP, MNIST, small start": {"kind": "MLP", "data": "MNIST"} | _MLP,
-            "MLP, Fashion, small start": {"kind": "MLP", "data": "FashionMNIST"}
-            | _MLP,
-            "ResNet, Fashion": {
-                "kind": "ResNet",
-                "data": "FashionMNIST",
-                "sizes": [16, 32, 64],
-                "optimizer": "momentum",
-                "rate": 0.1,
-                "images": 20000,
-                "epochs": 3,
-                "seen": 500,
-            },
-            "ViT, Fashion": {
-                "kind": "ViT",
-                "data": "FashionMNIST",
-                "sizes": [64, 2, 7, 28],
-                "optimizer": "Adam",
-                "rate": 1e-3,
-                "images": 20000,
-                "epochs": 3,
-                "seen": 500,
-            },
+            "MLP, MNIST": _MLP | dict(data="MNIST"),
+            "MLP, Fashion": _MLP | dict(data="FashionMNIST"),
+            "MLP, MNIST, falling rate": _MLP | dict(data="MNIST", end=0.0),
+            "MLP, Fashion, falling rate": _MLP
+            | dict(data="FashionMNIST", end=0.0),
+            "MLP, MNIST, small start": _MLP | dict(data="MNIST", kind="MLP"),
+            "MLP, Fashion, small start": _MLP
+            | dict(data="FashionMNIST", kind="MLP"),
+            "ResNet": _IMAGE
+            | dict(kind="ResNet", sizes=[16, 32, 64])
+            | dict(optimizer="momentum", rate=0.1),
+            "ViT": _IMAGE
+            | dict(kind="ViT", sizes=[64, 2, 7, 28])
+            | dict(optimizer="Adam", rate=1e-3),
         },
         "pairs": {
             "MLP, MNIST": [0, 1, 2, 3, 4],
             "MLP, Fashion": [0, 1, 2, 3, 4],
-            "ResNet, Fashion": [0, 1, 2],
-            "ViT, Fashion": [0, 1, 2],
+            "ResNet": [0, 1, 2],
+            "ViT": [0, 1, 2],
+            "MLP, MNIST, falling rate": [0, 1, 2, 3, 4],
             "MLP, MNIST, small start": [0, 1, 2, 3, 4],
+            "MLP, Fashion, falling rate": [0, 1, 2, 3, 4],
             "MLP, Fashion, small start": [0, 1, 2, 3, 4],
         },
         "batch": 128,
@@ -423,7 +417,7 @@ _costs = Experiment(
 )
 experiments = [_pairs, _costs]
 
-# %% ../nbs/42_alignment_study.ipynb #42a10010
+# %% ../nbs/42_alignment_study.ipynb #42a10012
 _LOOK: Look = {
     "nothing": ("nothing", "#444444", "-"),
     "random": ("random order", "#9467bd", (0, (4, 2))),
