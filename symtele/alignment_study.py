@@ -24,7 +24,7 @@ from torch.optim.swa_utils import update_bn
 from torchvision import datasets
 from torchvision import models as tv
 
-from .alignment import align, correlations
+from . import alignment
 from .balance import balance
 from .classifier import Images, digits, epoch_of, mnist_root
 from .experiments import Config, Experiment, Row, rounded
@@ -36,7 +36,7 @@ from .training import Teleporter, at
 from .wiring import wire
 from .zoo import SmallResNet, SmallViT, mlp
 
-# %% ../nbs/42_alignment_study.ipynb #42a10006
+# %% ../nbs/42_alignment_study.ipynb #42a10022
 @lru_cache
 def _images(name: str) -> Images:
     "MNIST, Fashion-MNIST or, for the checks, the 8×8 digits, as rows of pixels"
@@ -94,7 +94,7 @@ _TASKS = {
     "ViT": _Task(_small_vit, _colours),
 }
 
-# %% ../nbs/42_alignment_study.ipynb #42a10008
+# %% ../nbs/42_alignment_study.ipynb #42a10024
 _OPTIMIZERS = {
     "Adam": torch.optim.Adam,
     "momentum": partial(torch.optim.SGD, momentum=0.9),
@@ -131,7 +131,7 @@ def _trained(
 
 _FIRST = 5  # losses that are kept, for a check
 
-# %% ../nbs/42_alignment_study.ipynb #42a1000a
+# %% ../nbs/42_alignment_study.ipynb #42a10026
 _Look = tuple[Tensor, Tensor]  # Images as the network takes them, and labels
 
 
@@ -189,7 +189,7 @@ def _barrier(
     )
     return max(a - b for a, b in zip(losses, chord))
 
-# %% ../nbs/42_alignment_study.ipynb #42a1000c
+# %% ../nbs/42_alignment_study.ipynb #42a10028
 _Move = Callable[[nn.Module, nn.Module, Tensor, int], list[Teleported]]
 
 
@@ -217,13 +217,13 @@ def _balance_both(
 def _by_weights(
     model: nn.Module, other: nn.Module, x: Tensor, seed: int
 ) -> list[Teleported]:
-    return [align(model, other, x, None)]
+    return [alignment.align(model, other, x, None)]
 
 
 def _by_activations(
     model: nn.Module, other: nn.Module, x: Tensor, seed: int
 ) -> list[Teleported]:
-    return [align(model, other, x)]
+    return [alignment.align(model, other, x)]
 
 
 _ARMS: dict[str, tuple[_Move, ...]] = {
@@ -238,14 +238,15 @@ _ARMS: dict[str, tuple[_Move, ...]] = {
 
 def _agreement(model: nn.Module, other: nn.Module, x: Tensor) -> Row:
     "Correlations of paired units, sorted: 21 quantiles for each space"
-    found = correlations(model, other, wire(model, x[:2]), x)
+    wiring = wire(model, x[:2])
+    found = alignment.correlations(model, other, wiring, x)
     places = torch.linspace(0, 1, 21)
     return {
         name: rounded(c.diagonal(0, 1, 2).flatten().quantile(places).tolist())
         for name, c in found.items()
     }
 
-# %% ../nbs/42_alignment_study.ipynb #42a1000d
+# %% ../nbs/42_alignment_study.ipynb #42a10029
 def _run_pair(
     cfg: Config,  # Settings
     network: str,  # A key of its "networks"
@@ -294,7 +295,7 @@ def _pair_jobs(cfg: Config) -> list[Row]:
         for pair in pairs
     ]
 
-# %% ../nbs/42_alignment_study.ipynb #42a1000f
+# %% ../nbs/42_alignment_study.ipynb #42a1002b
 _MODELS = {"ResNet-18": tv.resnet18, "ViT-B/16": tv.vit_b_16}
 
 
@@ -319,11 +320,11 @@ def _run_model(
         (cfg["images"], 3, 224, 224), generator=Generator().manual_seed(0)
     )
     row, times = dict(units=0), []
-    for by, alike in (("weights", None), ("activations", correlations)):
+    for by, alike in (("weights", None), ("activations", alignment.correlations)):
         net = _drawn(model, cfg["seed"])
         before = _output(net, x)
         began = time.process_time()
-        record = align(net, other, x, alike)
+        record = alignment.align(net, other, x, alike)
         row[f"seconds_{by}"] = time.process_time() - began
         change = (
             _output(net, x) - before
@@ -356,7 +357,7 @@ def _steps_of(net: nn.Module, x: Tensor, rounds: int) -> list[float]:
 def _model_jobs(cfg: Config) -> list[Row]:
     return [dict(model=model) for model in cfg["models"]]
 
-# %% ../nbs/42_alignment_study.ipynb #42a10010
+# %% ../nbs/42_alignment_study.ipynb #42a1002c
 _MLP = dict(
     kind="MLP, He",
     sizes=[784, 512, 512, 10],
@@ -417,7 +418,7 @@ _costs = Experiment(
 )
 experiments = [_pairs, _costs]
 
-# %% ../nbs/42_alignment_study.ipynb #42a10012
+# %% ../nbs/42_alignment_study.ipynb #42a1002e
 _LOOK: Look = {
     "nothing": ("nothing", "#444444", "-"),
     "random": ("random order", "#9467bd", (0, (4, 2))),
