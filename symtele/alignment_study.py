@@ -390,10 +390,12 @@ _pairs = Experiment(
             | dict(optimizer="Adam", rate=1e-3),
         },
         "pairs": {
-            "MLP, MNIST": [0, 1, 2],
-            "MLP, Fashion": [0, 1],
-            "MLP, MNIST, small start": [0, 1],
-            "ResNet": [0, 1],
+            "MLP, MNIST": [0, 1, 2, 3, 4],
+            "MLP, Fashion": [0, 1, 2, 3, 4],
+            "MLP, MNIST, falling rate": [0, 1, 2],
+            "MLP, MNIST, small start": [0, 1, 2, 3, 4],
+            "ResNet": [0, 1, 2],
+            "ViT": [0],
         },
         "batch": 128,
         "points": 9,
@@ -406,7 +408,7 @@ _pairs = Experiment(
 )
 _costs = Experiment(
     "alignment_models",
-    dict(models=[*_MODELS], images=8, rounds=2, seed=0),
+    dict(models=["ResNet-18"], images=8, rounds=2, seed=0),
     _model_jobs,
     _run_model,
     workers=1,
