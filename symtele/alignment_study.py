@@ -408,7 +408,7 @@ _pairs = Experiment(
 )
 _costs = Experiment(
     "alignment_models",
-    dict(models=["ResNet-18"], images=8, rounds=2, seed=0),
+    dict(models=["ResNet-18", "ViT-B/16"], images=8, rounds=2, seed=0),
     _model_jobs,
     _run_model,
     workers=1,
