@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .balance import _apart, _one_kernel, _sized
+from .balance import move_model
 from .groups import Loss, Named, dot, need, wide
 from symtele.networks import (
     KINDS,
@@ -31,7 +31,6 @@ from symtele.networks import (
 )
 from .objectives import Landscape, unwrap
 from .teleporting import Teleported, check_input
-from .training import Teleporter, at
 from symtele.wiring import (
     Facts,
     _components,
@@ -328,17 +327,9 @@ def align(
     _check_shapes(own, target)
     wiring = _wired(model, other, x)
     target = {k: p.detach() for k, p in target.items()}
-    with _one_kernel():
-        seen = {} if alike is None else alike(model, other, wiring, x)
-        tele = Teleporter(
-            model,
-            _apart,
-            Permutation(wiring),
-            schedule=at(0),
-            objective=_Near(target),
-            search=Match(target, seen),
-        )
-        record = tele.step(x, _sized(model, x))
+    seen = {} if alike is None else alike(model, other, wiring, x)
+    search = Match(target, seen)
+    record = move_model(model, x, Permutation(wiring), _Near(target), search)
     report = {}
     for name, rule in record.report.items():
         by = "activations" if name in seen else "weights"
