@@ -34,7 +34,7 @@ def _cell(
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c
 
-# %% ../nbs/16_learned.ipynb #2b292b0a
+# %% ../nbs/16_learned.ipynb #398d042d
 class Learned(nn.Module):
     """Search: an element of fixed norm, read off the gradient by two LSTM cells
 
@@ -54,7 +54,8 @@ class Learned(nn.Module):
     ):
         super().__init__()
         sizes = dict(inputs=(inputs, 1), size=(size, 1), hidden=(hidden, 1))
-        for name, (value, least) in (sizes | dict(outputs=(outputs, 0))).items():
+        sizes["outputs"] = outputs, 0
+        for name, (value, least) in sizes.items():
             must = f"Learned({name}=...) must be at least {least}"
             need(value >= least, must, value)
         fits = 0 <= norm < math.inf
