@@ -149,7 +149,7 @@ def _unroll(
         w = tuple(torch.where(held, a, b) for a, b in zip(new, old))
     return _At(w, memory), torch.stack([*losses, _look(w, data).loss])
 
-# %% ../nbs/52_learned_study.ipynb #74d000de
+# %% ../nbs/52_learned_study.ipynb #b8ca2560
 def _rules(cfg: Config, says: str) -> tuple[Learned, Named]:
     "A rule, and the weights of all rules, stacked"
     d, outputs = cfg["size"], 1 if says == "rate" else 2 * cfg["size"] ** 2
@@ -170,8 +170,8 @@ def _beginning(
     cfg: Config, rule: Learned, numbers: list[list[int]], shift: int
 ) -> tuple[_At, _Data]:
     "Runs at their beginning, row by row the problems n²·12345 + shift"
-    seeds = [n * n * 12345 + shift for row in numbers for n in row]
-    w, data = _problems(cfg, seeds)
+    each = torch.tensor(numbers).flatten().tolist()
+    w, data = _problems(cfg, [n * n * 12345 + shift for n in each])
     rows = len(numbers), len(numbers[0])
     w, data = tree_map(lambda t: t.unflatten(0, rows), (w, data))
     memory = tree_map(lambda t: t.expand(rows[0], *t.shape), rule.begin(rows[1]))
@@ -387,7 +387,7 @@ def _run_plain(cfg: Config, arm: str) -> Row:
         runs[arm if steps == half else f"{arm}: twice"] = row
     return dict(runs=runs)
 
-# %% ../nbs/52_learned_study.ipynb #676402f6
+# %% ../nbs/52_learned_study.ipynb #849bb7c5
 def _model(w: _Layers) -> nn.Sequential:
     "Two layers as a module"
     d = len(w[0])
@@ -408,28 +408,31 @@ def _task(cfg: Config, seed: int) -> tuple[BatchGL, Loss, Named, Tensor]:
     return BatchGL(wire(model, x)), loss, w, x
 
 
+def _written(cfg: Config, seed: int, rate: float) -> tuple[Tensor, float, float]:
+    "Losses after one `Whiten`, its drift, and the loss of least squares"
+    group, loss, w, x = _task(cfg, seed)
+    y = _problems(cfg, [seed])[1].y[0].T
+    h = F.leaky_relu(x @ w["0.weight"].T, 0.1)
+    solved = torch.linalg.lstsq(h, y).solution.T
+    least = loss(w | {"2.weight": solved}, x).item()
+    out = teleport(loss, w, group, x, search=Whiten(rate, full_batch=True))
+    w, losses = out.w, []
+    for _ in range(11):
+        c, value = grad_and_value(lambda w: loss(w, x))(w)
+        losses.append(value.detach())
+        w = descent_step(w, c, rate)
+    return torch.stack(losses), out.drift.item(), least
+
+
 def _run_written(cfg: Config, arm: str) -> Row:
     "One `Whiten`, then gradient descent"
-    rate, columns, drifts, least = cfg["rates"][arm][0], [], [], []
-    for n in range(cfg["problems"]):
-        group, loss, w, x = _task(cfg, n * n * 12345)
-        h = F.leaky_relu(x @ w["0.weight"].T, 0.1)
-        target = _problems(cfg, [n * n * 12345])[1].y[0].T
-        solved = torch.linalg.lstsq(h, target).solution.T
-        least.append(loss(w | {"2.weight": solved}, x).item())
-        out = teleport(loss, w, group, x, search=Whiten(rate, full_batch=True))
-        w, losses = out.w, []
-        drifts.append(out.drift.item())
-        for _ in range(11):
-            c, value = grad_and_value(lambda w: loss(w, x))(w)
-            losses.append(value.detach())
-            w = descent_step(w, c, rate)
-        columns.append(torch.stack(losses))
+    (rate,) = cfg["rates"][arm]
+    found = [_written(cfg, n * n * 12345, rate) for n in range(cfg["problems"])]
+    columns, drifts, least = zip(*found)
     losses = torch.stack(columns, 1)[:, None]
     row = _curves(losses, cfg) | dict(rate=rate, drift=max(drifts))
-    return dict(
-        runs={arm: row | dict(ends=_ends(losses[-1]))}, least=rounded(least)
-    )
+    row["ends"] = _ends(losses[-1])
+    return dict(runs={arm: row}, least=rounded(least))
 
 # %% ../nbs/52_learned_study.ipynb #2060b957
 def _by_teleport(
