@@ -149,7 +149,7 @@ def _unroll(
         w = tuple(torch.where(held, a, b) for a, b in zip(new, old))
     return _At(w, memory), torch.stack([*losses, _look(w, data).loss])
 
-# %% ../nbs/52_learned_study.ipynb #b8ca2560
+# %% ../nbs/52_learned_study.ipynb #b66b06f1
 def _rules(cfg: Config, says: str) -> tuple[Learned, Named]:
     "A rule, and the weights of all rules, stacked"
     d, outputs = cfg["size"], 1 if says == "rate" else 2 * cfg["size"] ** 2
@@ -196,7 +196,7 @@ def _trained(
     "A rule, trained weights of all, and their losses after every update"
     (rule, weights), lanes = _rules(cfg, way.says), cfg["lanes"]
     first, count = [10000 * s for s in range(cfg["rules"])], lanes
-    numbers = [[n + i for i in range(lanes)] for n in first]
+    numbers = [[*range(n, n + lanes)] for n in first]
     at, data = _beginning(cfg, rule, numbers, -1)
     optimizer = torch.optim.Adam(weights.values(), lr=cfg["meta_rate"])
     call, record = partial(functional_call, rule, weights), []
