@@ -488,7 +488,7 @@ def _operations(cfg: Config) -> tuple[int, int]:
     passes = count_flops(lambda: _slope(w, data, _look(w, data)))
     return passes, count_flops(lambda: _moved(w, data, seen, t))
 
-# %% ../nbs/52_learned_study.ipynb #41c6719b
+# %% ../nbs/52_learned_study.ipynb #a567c457
 _CONFIG = dict(
     size=20,
     norm=0.01,
@@ -505,7 +505,7 @@ _CONFIG = dict(
     rates={
         "GD": [1e-4, 2e-4, 2.5e-4, 3e-4, 3.5e-4, 4e-4, 5e-4],
         "momentum": [2e-5, 5e-5, 1e-4, 1.5e-4, 2e-4],
-        "Adam": [5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2],
+        "Adam": [2e-2, 5e-2, 0.1, 0.2, 0.4, 0.8],
         "written": [1e-5],
     },
 )
@@ -525,3 +525,42 @@ def _run_arm(cfg: Config, arm: str) -> Row:
 
 
 experiments = (Experiment("learned", _CONFIG, _jobs, _run_arm, workers=1),)
+
+# %% ../nbs/52_learned_study.ipynb #8457dc6f
+_LOOK: Look = {
+    "GD": ("gradient descent", "#444444", "-"),
+    "momentum": ("momentum", "#8c564b", (0, (1, 1))),
+    "rate": ("learned rate", "#b0843b", (0, (6, 1, 1, 1))),
+    "rate, teleport": ("learned rate and teleport", "#1f77b4", "-"),
+    "rate, fixed": ("one random direction", "#9467bd", (0, (4, 2))),
+    "rate, random": ("random at every step", "#c5a3e0", (0, (2, 1))),
+    "rate, teleport: mean": ("its mean, held", "#17becf", (0, (4, 2))),
+    "rate, teleport: negative": ("its negative", "#d62728", (0, (2, 1))),
+    "rate, teleport: none": ("its rate alone", "#7f7f7f", (0, (1, 2))),
+    "update": ("learned update", "#2ca02c", (0, (6, 1, 1, 1))),
+    "update, teleport": ("learned update and teleport", "#e6550d", "-"),
+}
+
+
+def _gradients(run: Row) -> int:
+    "Gradients that a run takes at each step"
+    return 2 if "drift" in run else 1
+
+
+def _draw(runs: dict[str, Row], names: list[str], by: str) -> Figure:
+    "Losses against steps or gradients, median and range"
+    with plt.rc_context(STYLE):
+        fig, ax = plt.subplots(figsize=(7.2, 4.2))
+        for name in names:
+            label, colour, line = _LOOK[name]
+            run = runs[name]
+            each = _gradients(run) if by == "gradients" else 1
+            x = [each * k for k in run["points"][1:]]
+            ax.plot(x, run["mid"][1:], color=colour, ls=line, label=label)
+            low, high = run["low"][1:], run["high"][1:]
+            ax.fill_between(x, low, high, color=colour, alpha=0.1, lw=0)
+        ax.set(xscale="log", xlabel=by, ylabel="loss", ylim=(7, 3000))
+        ax.set_xlim(1, 600)
+        log_axis(ax)
+        fig.legend(loc="outside lower center", ncols=3)
+    return fig
