@@ -488,7 +488,7 @@ def _operations(cfg: Config) -> tuple[int, int]:
     passes = count_flops(lambda: _slope(w, data, _look(w, data)))
     return passes, count_flops(lambda: _moved(w, data, seen, t))
 
-# %% ../nbs/52_learned_study.ipynb #a567c457
+# %% ../nbs/52_learned_study.ipynb #351a3537
 _CONFIG = dict(
     size=20,
     norm=0.01,
@@ -505,7 +505,7 @@ _CONFIG = dict(
     rates={
         "GD": [1e-4, 2e-4, 2.5e-4, 3e-4, 3.5e-4, 4e-4, 5e-4],
         "momentum": [2e-5, 5e-5, 1e-4, 1.5e-4, 2e-4],
-        "Adam": [2e-2, 5e-2, 0.1, 0.2, 0.4, 0.8],
+        "Adam": [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2],
         "written": [1e-5],
     },
 )
