@@ -149,7 +149,7 @@ def _unroll(
         w = tuple(torch.where(held, a, b) for a, b in zip(new, old))
     return _At(w, memory), torch.stack([*losses, _look(w, data).loss])
 
-# %% ../nbs/52_learned_study.ipynb #b66b06f1
+# %% ../nbs/52_learned_study.ipynb #3ef78d15
 def _rules(cfg: Config, says: str) -> tuple[Learned, Named]:
     "A rule, and the weights of all rules, stacked"
     d, outputs = cfg["size"], 1 if says == "rate" else 2 * cfg["size"] ** 2
@@ -191,7 +191,8 @@ def _clipped(weights: Named):
 def _trained(
     cfg: Config,
     way: _Way,
-    updates: int | None = None,  # None: as many as the settings say
+    updates: int,
+    times: int = 1,  # Lengths of a run
 ) -> tuple[Learned, Named, list[list[float]]]:
     "A rule, trained weights of all, and their losses after every update"
     (rule, weights), lanes = _rules(cfg, way.says), cfg["lanes"]
@@ -200,8 +201,8 @@ def _trained(
     at, data = _beginning(cfg, rule, numbers, -1)
     optimizer = torch.optim.Adam(weights.values(), lr=cfg["meta_rate"])
     call, record = partial(functional_call, rule, weights), []
-    pieces = cfg["steps"][way.says] // cfg["unroll"]
-    for k in range(updates or cfg["updates"][way.says]):
+    pieces = times * cfg["steps"][way.says] // cfg["unroll"]
+    for k in range(updates):
         for i in range(lanes):  # those whose run has ended begin another
             if k and (k - i * pieces // lanes) % pieces == 0:
                 new = _beginning(cfg, rule, [[n + count] for n in first], -1)
@@ -302,12 +303,13 @@ def _tested(
         watch.sum = watch.sum / watch.moves
     return row, watch.sum
 
-# %% ../nbs/52_learned_study.ipynb #cb42f269
+# %% ../nbs/52_learned_study.ipynb #f242bfd2
 _ARMS = {  # what a rule says beside the element, and the element it trains with
     "rate": ("rate", "none"),
     "rate, teleport": ("rate", "learned"),
     "rate, fixed": ("rate", "fixed"),
     "rate, random": ("rate", "random"),
+    "rate, twice": ("rate", "none"),  # in runs of twice as many steps
     "update": ("update", "none"),
     "update, teleport": ("update", "learned"),
 }
@@ -335,7 +337,8 @@ def _run_rule(cfg: Config, arm: str) -> Row:
     began = time.process_time()
     says, element = _ARMS[arm]
     way = _Way(says, _element(cfg, element))
-    rule, weights, record = _trained(cfg, way)
+    updates, times = cfg["updates"][says], 1 + arm.endswith("twice")
+    rule, weights, record = _trained(cfg, way, updates, times)
     trained, steps = (rule, weights), cfg["steps"][says]
     seconds = time.process_time() - began
     test = partial(_tested, cfg, trained)
@@ -488,7 +491,7 @@ def _operations(cfg: Config) -> tuple[int, int]:
     passes = count_flops(lambda: _slope(w, data, _look(w, data)))
     return passes, count_flops(lambda: _moved(w, data, seen, t))
 
-# %% ../nbs/52_learned_study.ipynb #351a3537
+# %% ../nbs/52_learned_study.ipynb #708bb5b0
 _CONFIG = dict(
     size=20,
     norm=0.01,
@@ -496,7 +499,7 @@ _CONFIG = dict(
     problems=20,
     lanes=10,
     unroll=10,
-    updates=dict(rate=1500, update=1000),
+    updates=dict(rate=1500, update=600),
     meta_rate=1e-3,
     hidden=dict(rate=20, update=64),
     steps=dict(rate=300, update=100),
