@@ -303,12 +303,11 @@ def _tested(
         watch.sum = watch.sum / watch.moves
     return row, watch.sum
 
-# %% ../nbs/52_learned_study.ipynb #f242bfd2
+# %% ../nbs/52_learned_study.ipynb #3e72eea0
 _ARMS = {  # what a rule says beside the element, and the element it trains with
     "rate": ("rate", "none"),
     "rate, teleport": ("rate", "learned"),
     "rate, fixed": ("rate", "fixed"),
-    "rate, random": ("rate", "random"),
     "rate, twice": ("rate", "none"),  # in runs of twice as many steps
     "update": ("update", "none"),
     "update, teleport": ("update", "learned"),
@@ -491,7 +490,7 @@ def _operations(cfg: Config) -> tuple[int, int]:
     passes = count_flops(lambda: _slope(w, data, _look(w, data)))
     return passes, count_flops(lambda: _moved(w, data, seen, t))
 
-# %% ../nbs/52_learned_study.ipynb #708bb5b0
+# %% ../nbs/52_learned_study.ipynb #e95573d5
 _CONFIG = dict(
     size=20,
     norm=0.01,
@@ -499,7 +498,7 @@ _CONFIG = dict(
     problems=20,
     lanes=10,
     unroll=10,
-    updates=dict(rate=1500, update=600),
+    updates=dict(rate=1500, update=400),
     meta_rate=1e-3,
     hidden=dict(rate=20, update=64),
     steps=dict(rate=300, update=100),
@@ -529,41 +528,47 @@ def _run_arm(cfg: Config, arm: str) -> Row:
 
 experiments = (Experiment("learned", _CONFIG, _jobs, _run_arm, workers=1),)
 
-# %% ../nbs/52_learned_study.ipynb #8457dc6f
+# %% ../nbs/52_learned_study.ipynb #bf8d0072
 _LOOK: Look = {
     "GD": ("gradient descent", "#444444", "-"),
     "momentum": ("momentum", "#8c564b", (0, (1, 1))),
+    "Adam": ("Adam", "#2ca02c", (0, (3, 1, 1, 1))),
     "rate": ("learned rate", "#b0843b", (0, (6, 1, 1, 1))),
     "rate, teleport": ("learned rate and teleport", "#1f77b4", "-"),
-    "rate, fixed": ("one random direction", "#9467bd", (0, (4, 2))),
-    "rate, random": ("random at every step", "#c5a3e0", (0, (2, 1))),
+    "rate, fixed": ("trained with a random direction", "#9467bd", (0, (4, 2))),
+    "rate, teleport: random": ("random at every step", "#c5a3e0", (0, (2, 1))),
     "rate, teleport: mean": ("its mean, held", "#17becf", (0, (4, 2))),
     "rate, teleport: negative": ("its negative", "#d62728", (0, (2, 1))),
     "rate, teleport: none": ("its rate alone", "#7f7f7f", (0, (1, 2))),
-    "update": ("learned update", "#2ca02c", (0, (6, 1, 1, 1))),
+    "update": ("learned update", "#b0843b", (0, (6, 1, 1, 1))),
     "update, teleport": ("learned update and teleport", "#e6550d", "-"),
 }
 
 
-def _gradients(run: Row) -> int:
-    "Gradients that a run takes at each step"
-    return 2 if "drift" in run else 1
+def _gradients(runs: dict[str, Row], name: str) -> int:
+    "Gradients that an arm takes at each step; an update is read off the first"
+    return 2 if "drift" in runs[name] and name.startswith("rate") else 1
 
 
 def _draw(runs: dict[str, Row], names: list[str], by: str) -> Figure:
-    "Losses against steps or gradients, median and range"
+    "Losses against steps or gradients, median and range: the beginning, the end"
+    end, floor, top = (200, 14, 40) if "update" in names else (600, 8, 25)
     with plt.rc_context(STYLE):
-        fig, ax = plt.subplots(figsize=(7.2, 4.2))
-        for name in names:
-            label, colour, line = _LOOK[name]
-            run = runs[name]
-            each = _gradients(run) if by == "gradients" else 1
-            x = [each * k for k in run["points"][1:]]
-            ax.plot(x, run["mid"][1:], color=colour, ls=line, label=label)
-            low, high = run["low"][1:], run["high"][1:]
-            ax.fill_between(x, low, high, color=colour, alpha=0.1, lw=0)
-        ax.set(xscale="log", xlabel=by, ylabel="loss", ylim=(7, 3000))
-        ax.set_xlim(1, 600)
-        log_axis(ax)
-        fig.legend(loc="outside lower center", ncols=3)
+        fig, axes = plt.subplots(1, 2, figsize=(8.2, 4.0))
+        for ax in axes:
+            for name in names:
+                label, colour, line = _LOOK[name]
+                run = runs[name]
+                each = _gradients(runs, name) if by == "gradients" else 1
+                x = [each * k for k in run["points"]]
+                ax.plot(x, run["mid"], color=colour, ls=line, label=label)
+                style = dict(color=colour, alpha=0.1, lw=0)
+                ax.fill_between(x, run["low"], run["high"], **style)
+            ax.set(xlabel=by)
+        axes[0].set(xlim=(0, 30), ylim=(10, 1e4), ylabel="loss")
+        axes[1].set(xlim=(30, end), ylim=(floor, top))
+        for ax in axes:
+            log_axis(ax)
+        handles, labels = axes[0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=3)
     return fig
