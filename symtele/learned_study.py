@@ -149,7 +149,7 @@ def _unroll(
         w = tuple(torch.where(held, a, b) for a, b in zip(new, old))
     return _At(w, memory), torch.stack([*losses, _look(w, data).loss])
 
-# %% ../nbs/52_learned_study.ipynb #3ef78d15
+# %% ../nbs/52_learned_study.ipynb #9995591d
 def _rules(cfg: Config, says: str) -> tuple[Learned, Named]:
     "A rule, and the weights of all rules, stacked"
     d, outputs = cfg["size"], 1 if says == "rate" else 2 * cfg["size"] ** 2
@@ -303,7 +303,7 @@ def _tested(
         watch.sum = watch.sum / watch.moves
     return row, watch.sum
 
-# %% ../nbs/52_learned_study.ipynb #3e72eea0
+# %% ../nbs/52_learned_study.ipynb #a4daddd5
 _ARMS = {  # what a rule says beside the element, and the element it trains with
     "rate": ("rate", "none"),
     "rate, teleport": ("rate", "learned"),
@@ -389,7 +389,7 @@ def _run_plain(cfg: Config, arm: str) -> Row:
         runs[arm if steps == half else f"{arm}: twice"] = row
     return dict(runs=runs)
 
-# %% ../nbs/52_learned_study.ipynb #849bb7c5
+# %% ../nbs/52_learned_study.ipynb #87c76334
 def _model(w: _Layers) -> nn.Sequential:
     "Two layers as a module"
     d = len(w[0])
