@@ -780,9 +780,8 @@ def _draw_moves(kinds: dict[str, list[Row]]) -> Figure:
         for n, (kind, moves) in enumerate(kinds.items()):
             colour = (_BLUE, "#e6550d")[n]
             look = dict(color=colour, alpha=0.4, ms=3, ls="")
-            before, after = (
-                [m[f"cos_{w}"] for m in moves] for w in ("before", "after")
-            )
+            before = [m["cos_before"] for m in moves]
+            after = [m["cos_after"] for m in moves]
             left.plot(before, after, "o", label=kind, **look)
             drift = [max(m["held_worst"], 1e-8) for m in moves]
             spread = torch.linspace(-0.25, 0.25, len(drift)).tolist()
