@@ -1,5 +1,5 @@
 PYTHON      ?= python3
-EXPERIMENTS ?= test_functions mlp mnist schedules runtime input_whitening whitening_study balance models_study
+EXPERIMENTS ?= test_functions mlp mnist schedules runtime input_whitening whitening_study balance sharpness_study models_study
 NB          ?= $(filter-out nbs/_%,$(sort $(wildcard nbs/*.ipynb)))
 
 BIN := .venv/bin
