@@ -26,7 +26,6 @@ from symtele.experiments import (
     Config,
     Experiment,
     Row,
-    count_flops,
     grid,
     rounded,
 )
@@ -342,7 +341,7 @@ _networks = Experiment(
             "CIFAR-10": [32, 10],
         },
         "rates": {"MNIST": 1e-2, "Fashion-MNIST": 1e-2, "CIFAR-10": 2e-2},
-        "epochs": {"MNIST": 40, "Fashion-MNIST": 40, "CIFAR-10": 20},
+        "epochs": {"MNIST": 20, "Fashion-MNIST": 20, "CIFAR-10": 20},
         "radii": {
             "MNIST": [round(1e-3 + 1e-2 * i, 4) for i in range(20)],
             "Fashion-MNIST": [round(1e-4 + 1e-3 * i, 5) for i in range(20)],
@@ -430,9 +429,20 @@ class _Mover:
         if move.like:
             element = self.found[move.like].element
             return grad_norm, Matched(_To(element))
-        objective = move.objective(self.cfg)
-        search = Ascent(self.cfg["steps"], max_norm=self.cfg["norm"], growth=None)
+        objective, cfg = move.objective(self.cfg), self.cfg
+        dear = move.objective is _curved and isinstance(move.group, BatchGL)
+        steps = cfg["few_steps"] if dear else cfg["steps"]
+        search = Ascent(steps, max_norm=cfg["norm"], growth=None)
         return (objective if move.sign > 0 else -objective), search
+
+    def gradient_seconds(self) -> float:
+        "Processor seconds of one gradient of the batch, the least of five"
+        found = []
+        for _ in range(5):
+            began = time.process_time()
+            measure(fixed(self.loss, self.x), self.w)
+            found.append(time.process_time() - began)
+        return min(found)
 
     def heights(self, w: Named, group: NetworkGroup) -> Row:
         "φ and ψ with the directions of the search and with others, at a point"
@@ -447,22 +457,19 @@ class _Mover:
     def __call__(self, arm: str) -> tuple[Named, Row]:
         "The network after the move of an arm, and its record"
         move = _MOVES[arm]
-        group, made = move.group.on(self.wiring), []
+        group = move.group.on(self.wiring)
         objective, search = self.search(move)
         rng = Generator().manual_seed(self.seed)
 
-        def go():
-            options = dict(objective=objective, search=search, rng=rng)
-            made.append(teleport(self.loss, self.w, group, self.x, **options))
-
-        flops, x = count_flops(go), self.x
-        (out,) = made
-        self.found[arm] = out
-        one = count_flops(lambda: measure(fixed(self.loss, x), self.w))
+        options = dict(objective=objective, search=search, rng=rng)
+        began = time.process_time()
+        out = teleport(self.loss, self.w, group, self.x, **options)
+        spent, self.found[arm] = time.process_time() - began, out
         before, after = (self.heights(p, group) for p in (self.w, out.w))
         told = dict(accepted=bool(out.accepted), drift=out.drift.item())
-        told |= dict(away=distance(out.w, self.w).item(), price=flops / one)
-        told |= dict(seconds=out.seconds, before=before, after=after)
+        told |= dict(away=distance(out.w, self.w).item(), evals=out.evals.item())
+        told |= dict(price=spent / self.gradient_seconds(), seconds=spent)
+        told |= dict(before=before, after=after)
         return out.w, told
 
 # %% ../nbs/50_sharpness_study.ipynb #50500016
@@ -525,6 +532,9 @@ def _run_moves(
         starts[arm] = [t[None] for t in w.values()]
         at_once = _losses(starts[arm], data.valid_x, data.valid_y)[0]
         moves[arm]["valid"] = at_once.item()
+    farther = cfg | dict(norm=cfg["reach"])
+    mover = _Mover(farther, data, W, seed)
+    reach = {arm: mover(arm)[1] for arm in cfg["reached"]}
     moved = time.perf_counter() - began
     factors = cfg["factors"]
     layers = zip(*starts.values())
@@ -544,7 +554,8 @@ def _run_moves(
     _train(sam, rates, data, cfg, cfg["after"] // 2, rho)
     ends |= _scores(sam, data, [f"SAM {r:g}" for r in cfg["rho"]])
     seconds = time.perf_counter() - began
-    return row | dict(moves=moves, ends=ends, moved=moved, seconds=seconds)
+    row |= dict(moves=moves, reach=reach, ends=ends)
+    return row | dict(moved=moved, seconds=seconds)
 
 
 _moving = Experiment(
@@ -556,14 +567,17 @@ _moving = Experiment(
         "factors": [0.25, 1.0, 2.0],
         "batch": 20,
         "before": 10,
-        "after": 10,
+        "after": 8,
         "arms": [*_MOVES],
         "move_batch": 500,
         "radii": [0.3, 0.6, 0.9],
         "directions": 4,
         "elements": 4,
-        "steps": 12,
-        "norm": 1.0,
+        "steps": 10,
+        "few_steps": 6,
+        "norm": 0.25,
+        "reach": 1.0,
+        "reached": ["flatter", "sharper", "straighter", "more curved"],
         "rho": [0.05, 0.1, 0.2],
         "seeds": [0, 1, 2, 3, 4],
     },
