@@ -467,7 +467,8 @@ class _Mover:
         spent, self.found[arm] = time.process_time() - began, out
         before, after = (self.heights(p, group) for p in (self.w, out.w))
         told = dict(accepted=bool(out.accepted), drift=out.drift.item())
-        told |= dict(away=distance(out.w, self.w).item(), evals=out.evals.item())
+        told |= dict(loss=out.loss[0].item(), evals=out.evals.item())
+        told |= dict(away=distance(out.w, self.w).item())
         told |= dict(price=spent / self.gradient_seconds(), seconds=spent)
         told |= dict(before=before, after=after)
         return out.w, told
