@@ -43,7 +43,7 @@ from .sharpness import curvature, sharpness
 from .teleporting import teleport
 from .wiring import wire
 
-# %% ../nbs/50_sharpness_study.ipynb #50500005
+# %% ../nbs/50_sharpness_study.ipynb #50500018
 def _folders(part: str) -> tuple[Tensor, Tensor]:
     "CIFAR-10 from folders of JPEG files: pixels, shape (n, 3072), and labels"
     found = datasets.ImageFolder(mnist_root() / "cifar10" / part)
@@ -94,7 +94,7 @@ def _each(values: Tensor, like: Tensor) -> Tensor:
     "A number for each network, to multiply an array with"
     return values.view(-1, *[1] * (like.ndim - 1)).to(like)
 
-# %% ../nbs/50_sharpness_study.ipynb #50500007
+# %% ../nbs/50_sharpness_study.ipynb #5050001a
 def _hidden(W: _Stack, x: Tensor) -> tuple[list[Tensor], Tensor]:
     "What enters every layer, x (n, in) or (networks, n, in), and what comes out"
     networks, width, _ = W[0].shape
@@ -176,7 +176,7 @@ def _losses(W: _Stack, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         wrong = wrong + (z.argmax(2) != b).double().sum(1)
     return loss / len(x), wrong / len(x)
 
-# %% ../nbs/50_sharpness_study.ipynb #5050000b
+# %% ../nbs/50_sharpness_study.ipynb #5050001e
 def _disturbed(
     W: _Stack, radius: float, rng: Generator, positive: bool = True
 ) -> _Stack:
@@ -258,7 +258,7 @@ def _rescaled(W: _Stack, seed: int) -> _Stack:
         W[k], W[k + 1] = W[k] * s[..., None], W[k + 1] / s[:, None]
     return W
 
-# %% ../nbs/50_sharpness_study.ipynb #5050000f
+# %% ../nbs/50_sharpness_study.ipynb #50500022
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
     "Pearson's r along the last axis"
     a, b = (t - t.mean(-1, keepdim=True) for t in (a, b))
@@ -285,7 +285,7 @@ def _interval(
     ends = found.nan_to_num().quantile(torch.tensor([0.025, 0.975]).to(found))
     return _correlation(*columns).item(), *ends.tolist()
 
-# %% ../nbs/50_sharpness_study.ipynb #50500012
+# %% ../nbs/50_sharpness_study.ipynb #50500025
 def _measured(W: _Stack, data: Images, cfg: Config) -> Row:
     "Losses and measures of every network of a stack"
     n, radii = cfg["measured"], cfg["radii"]
@@ -341,7 +341,7 @@ _networks = Experiment(
             "CIFAR-10": [32, 10],
         },
         "rates": {"MNIST": 1e-2, "Fashion-MNIST": 1e-2, "CIFAR-10": 2e-2},
-        "epochs": {"MNIST": 20, "Fashion-MNIST": 20, "CIFAR-10": 20},
+        "epochs": {"MNIST": 12, "Fashion-MNIST": 12, "CIFAR-10": 10},
         "radii": {
             "MNIST": [round(1e-3 + 1e-2 * i, 4) for i in range(20)],
             "Fashion-MNIST": [round(1e-4 + 1e-3 * i, 5) for i in range(20)],
@@ -353,8 +353,8 @@ _networks = Experiment(
         "draws": 8,
         "batches": 10,
         "batch": 20,
-        "measured": 4000,
-        "train": 20000,
+        "measured": 2000,
+        "train": 10000,
         "blocks": [0, 1],
     },
     _network_jobs,
@@ -363,7 +363,7 @@ _networks = Experiment(
     grows=("blocks",),
 )
 
-# %% ../nbs/50_sharpness_study.ipynb #50500014
+# %% ../nbs/50_sharpness_study.ipynb #50500027
 @dataclass(frozen=True)
 class _Move:
     "What one arm does to the network, once"
@@ -473,7 +473,7 @@ class _Mover:
         told |= dict(before=before, after=after)
         return out.w, told
 
-# %% ../nbs/50_sharpness_study.ipynb #50500016
+# %% ../nbs/50_sharpness_study.ipynb #50500029
 class _Averages:
     "EMA of every step and SWA of every epoch of some networks of a stack"
 
@@ -567,15 +567,15 @@ _moving = Experiment(
         "rate": 2e-2,
         "factors": [0.25, 1.0, 2.0],
         "batch": 20,
-        "before": 10,
-        "after": 8,
+        "before": 6,
+        "after": 6,
         "arms": [*_MOVES],
-        "move_batch": 500,
+        "move_batch": 300,
         "radii": [0.3, 0.6, 0.9],
         "directions": 4,
         "elements": 4,
         "steps": 10,
-        "few_steps": 6,
+        "few_steps": 4,
         "norm": 0.25,
         "reach": 1.0,
         "reached": ["flatter", "sharper", "straighter", "more curved"],
