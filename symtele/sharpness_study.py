@@ -341,7 +341,7 @@ _networks = Experiment(
             "CIFAR-10": [32, 10],
         },
         "rates": {"MNIST": 1e-2, "Fashion-MNIST": 1e-2, "CIFAR-10": 2e-2},
-        "epochs": {"MNIST": 12, "Fashion-MNIST": 12, "CIFAR-10": 10},
+        "epochs": {"MNIST": 24, "Fashion-MNIST": 12, "CIFAR-10": 10},
         "radii": {
             "MNIST": [round(1e-3 + 1e-2 * i, 4) for i in range(20)],
             "Fashion-MNIST": [round(1e-4 + 1e-3 * i, 5) for i in range(20)],
