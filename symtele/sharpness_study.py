@@ -355,7 +355,7 @@ _networks = Experiment(
         "batch": 20,
         "measured": 2000,
         "train": 10000,
-        "blocks": [0, 1],
+        "blocks": [0],
     },
     _network_jobs,
     _run_networks,
@@ -509,13 +509,14 @@ def _scores(W: _Stack, data: Images, names: list[str]) -> Row:
 
 def _run_moves(
     cfg: Config,  # Settings
+    data: str,  # Name of the images
     seed: int,  # Of weights, and of the random moves
     check: bool = False,  # True: the base at its first epoch, for a check
 ) -> Row:  # Records of moves, and losses at the end by arm
     "One network trained, moved by every arm, and trained on at every rate"
-    began, data = time.perf_counter(), _images(cfg["data"])
-    widths = data.x.shape[1], *cfg["hidden"], 10
-    W, rate = _drawn(widths, [54321 * (seed + 1)]), torch.tensor([cfg["rate"]])
+    began, lr, data = time.perf_counter(), cfg["rate"][data], _images(data)
+    widths = data.x.shape[1], *cfg["hidden"][data.name], 10
+    W, rate = _drawn(widths, [54321 * (seed + 1)]), torch.tensor([lr])
     if check:
         _train(W, rate, data, cfg, 1)
         return dict(first=_losses(W, data.valid_x, data.valid_y)[0].item())
@@ -533,8 +534,7 @@ def _run_moves(
         starts[arm] = [t[None] for t in w.values()]
         at_once = _losses(starts[arm], data.valid_x, data.valid_y)[0]
         moves[arm]["valid"] = at_once.item()
-    farther = cfg | dict(norm=cfg["reach"])
-    mover = _Mover(farther, data, W, seed)
+    mover = _Mover(cfg | dict(norm=cfg["reach"]), data, W, seed)
     reach = {arm: mover(arm)[1] for arm in cfg["reached"]}
     moved = time.perf_counter() - began
     factors = cfg["factors"]
@@ -542,7 +542,7 @@ def _run_moves(
     stack = [
         torch.cat(same).repeat_interleave(len(factors), 0) for same in layers
     ]
-    rates = cfg["rate"] * torch.tensor(factors).repeat(len(starts))
+    rates = lr * torch.tensor(factors).repeat(len(starts))
     rows, epoch = torch.arange(len(factors)), len(data.x) // cfg["batch"]
     averages = _Averages(stack, rows, epoch)
     _train(stack, rates, data, cfg, cfg["after"], seen=averages)
@@ -551,7 +551,7 @@ def _run_moves(
     ends |= _scores(averages.swa, data, ["SWA"])
     pairs = torch.cartesian_prod(torch.tensor(cfg["rho"]), torch.tensor(factors))
     sam = [w.repeat(len(pairs), 1, 1) for w in W]
-    rho, rates = pairs[:, 0].contiguous(), cfg["rate"] * pairs[:, 1]
+    rho, rates = pairs[:, 0].contiguous(), lr * pairs[:, 1]
     _train(sam, rates, data, cfg, cfg["after"] // 2, rho)
     ends |= _scores(sam, data, [f"SAM {r:g}" for r in cfg["rho"]])
     seconds = time.perf_counter() - began
@@ -562,13 +562,13 @@ def _run_moves(
 _moving = Experiment(
     "sharpness_moves",
     {
-        "data": "CIFAR-10",
-        "hidden": [32, 10],
-        "rate": 2e-2,
+        "images": ["Fashion-MNIST"],
+        "hidden": {"Fashion-MNIST": [16, 10], "CIFAR-10": [32, 10]},
+        "rate": {"Fashion-MNIST": 1e-2, "CIFAR-10": 2e-2},
         "factors": [0.25, 1.0, 2.0],
         "batch": 20,
-        "before": 4,
-        "after": 4,
+        "before": 8,
+        "after": 6,
         "arms": [*_MOVES],
         "move_batch": 300,
         "radii": [0.3, 0.6, 0.9],
@@ -582,8 +582,9 @@ _moving = Experiment(
         "rho": [0.05, 0.1, 0.2],
         "seeds": [0, 1, 2, 3, 4],
     },
-    lambda cfg: grid(seed=cfg["seeds"]),
+    lambda cfg: grid(data=cfg["images"], seed=cfg["seeds"]),
     _run_moves,
     workers=1,
+    grows=("images", "seeds"),
 )
 experiments = [_networks, _moving]
