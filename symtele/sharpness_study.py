@@ -328,12 +328,13 @@ def _run_networks(
 
 def _network_jobs(cfg: Config) -> list[Row]:
     "Every block of networks"
-    return grid(data=cfg["block"], block=cfg["blocks"])
+    return grid(data=cfg["images"], block=cfg["blocks"])
 
 
 _networks = Experiment(
     "sharpness_networks",
     {
+        "images": ["MNIST", "Fashion-MNIST"],
         "block": {"MNIST": 50, "Fashion-MNIST": 50, "CIFAR-10": 20},
         "hidden": {
             "MNIST": [16, 10],
@@ -360,7 +361,7 @@ _networks = Experiment(
     _network_jobs,
     _run_networks,
     workers=1,
-    grows=("blocks",),
+    grows=("images", "blocks"),
 )
 
 # %% ../nbs/50_sharpness_study.ipynb #50500027
@@ -567,8 +568,8 @@ _moving = Experiment(
         "rate": {"Fashion-MNIST": 1e-2, "CIFAR-10": 2e-2},
         "factors": [0.25, 1.0, 2.0],
         "batch": 20,
-        "before": 8,
-        "after": 6,
+        "before": 4,
+        "after": 4,
         "arms": [*_MOVES],
         "move_batch": 300,
         "radii": [0.3, 0.6, 0.9],
