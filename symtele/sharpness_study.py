@@ -43,7 +43,7 @@ from .sharpness import curvature, sharpness
 from .teleporting import teleport
 from .wiring import wire
 
-# %% ../nbs/50_sharpness_study.ipynb #5050001b
+# %% ../nbs/50_sharpness_study.ipynb #5050001c
 def _folders(part: str) -> tuple[Tensor, Tensor]:
     "CIFAR-10 from folders of JPEG files: pixels, shape (n, 3072), and labels"
     found = datasets.ImageFolder(mnist_root() / "cifar10" / part)
@@ -94,7 +94,7 @@ def _each(values: Tensor, like: Tensor) -> Tensor:
     "A number for each network, to multiply an array with"
     return values.view(-1, *[1] * (like.ndim - 1)).to(like)
 
-# %% ../nbs/50_sharpness_study.ipynb #5050001d
+# %% ../nbs/50_sharpness_study.ipynb #5050001e
 def _hidden(W: _Stack, x: Tensor) -> tuple[list[Tensor], Tensor]:
     "What enters every layer, x (n, in) or (networks, n, in), and what comes out"
     networks, width, _ = W[0].shape
@@ -176,7 +176,7 @@ def _losses(W: _Stack, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         wrong = wrong + (z.argmax(2) != b).double().sum(1)
     return loss / len(x), wrong / len(x)
 
-# %% ../nbs/50_sharpness_study.ipynb #50500021
+# %% ../nbs/50_sharpness_study.ipynb #50500022
 def _disturbed(
     W: _Stack, radius: float, rng: Generator, positive: bool = True
 ) -> _Stack:
@@ -258,7 +258,7 @@ def _rescaled(W: _Stack, seed: int) -> _Stack:
         W[k], W[k + 1] = W[k] * s[..., None], W[k + 1] / s[:, None]
     return W
 
-# %% ../nbs/50_sharpness_study.ipynb #50500025
+# %% ../nbs/50_sharpness_study.ipynb #50500026
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
     "Pearson's r along the last axis"
     a, b = (t - t.mean(-1, keepdim=True) for t in (a, b))
@@ -285,7 +285,7 @@ def _interval(
     ends = found.nan_to_num().quantile(torch.tensor([0.025, 0.975]).to(found))
     return _correlation(*columns).item(), *ends.tolist()
 
-# %% ../nbs/50_sharpness_study.ipynb #50500028
+# %% ../nbs/50_sharpness_study.ipynb #50500029
 def _measured(W: _Stack, data: Images, cfg: Config) -> Row:
     "Losses and measures of every network of a stack"
     n, radii = cfg["measured"], cfg["radii"]
@@ -364,7 +364,7 @@ _networks = Experiment(
     grows=("images", "blocks"),
 )
 
-# %% ../nbs/50_sharpness_study.ipynb #5050002a
+# %% ../nbs/50_sharpness_study.ipynb #5050002b
 @dataclass(frozen=True)
 class _Move:
     "What one arm does to the network, once"
@@ -474,7 +474,7 @@ class _Mover:
         told |= dict(before=before, after=after)
         return out.w, told
 
-# %% ../nbs/50_sharpness_study.ipynb #5050002c
+# %% ../nbs/50_sharpness_study.ipynb #5050002d
 class _Averages:
     "EMA of every step and SWA of every epoch of some networks of a stack"
 
