@@ -389,27 +389,29 @@ def _errors(
 ) -> Row:  # "method share bits" -> scope -> errors
     "A model rounded in every way"
     calibration, x = batches
-    u, row = factors(model, calibration), {}
+    u, row, scales = factors(model, calibration), {}, []
     own = {f"{k}.weight": model.get_submodule(k).weight for k in u}
-    for share, bits in product(cfg["shares"], cfg["bits"]):
-        plain = Quantizer(bits, _SHARES[share])
-        layers = {k: plain(w) for k, w in own.items()}
-        scopes = _SCOPES if bits == cfg["for_bits"] else ("attention", "all")
-        found = _errors_of(model, layers, x, wanted, scopes)
-        row[f"nearest {share} {bits}"] = found
-        if bits not in cfg["careful"]:
-            continue
-        cut = replace(plain, clip=True)
-        scales = {k: cut.scale(w) for k, w in own.items()}
-        layers = {k: cut(w, scales[k]) for k, w in own.items()}
-        scopes = "attention", "all"
-        found = _errors_of(model, layers, x, wanted, scopes)
+    both, bits = ("attention", "all"), cfg["for_bits"]
+    for share in cfg["shares"]:
+        for b in cfg["bits"]:
+            plain = Quantizer(b, _SHARES[share])
+            layers = {k: plain(w) for k, w in own.items()}
+            scopes = _SCOPES if b == bits else both
+            found = _errors_of(model, layers, x, wanted, scopes)
+            row[f"nearest {share} {b}"] = found
+        cut = Quantizer(bits, _SHARES[share], clip=True)
+        scales.append({k: cut.scale(w) for k, w in own.items()})
+        layers = {k: cut(w, scales[-1][k]) for k, w in own.items()}
+        found = _errors_of(model, layers, x, wanted, both)
         row[f"clip {share} {bits}"] = found
-        layers = {
-            f"{k}.weight": gptq(w, u[k][0], cut, scales[f"{k}.weight"])
-            for k, w in ((k, own[f"{k}.weight"]) for k in u)
-        }
-        found = _errors_of(model, layers, x, wanted, scopes)
+    n, done = len(scales), {}
+    for k, w in own.items():  # rows do not touch: all scales at once
+        s = torch.cat([of[k] for of in scales])
+        factor = u[k.removesuffix(".weight")][0]
+        done[k] = gptq(w.repeat(n, 1), factor, cut, s).chunk(n)
+    for i, share in enumerate(cfg["shares"]):
+        layers = {k: parts[i] for k, parts in done.items()}
+        found = _errors_of(model, layers, x, wanted, both)
         row[f"GPTQ {share} {bits}"] = found
     return row
 
@@ -548,7 +550,6 @@ _study = Experiment(
         "rates": {"matrices": 0.02, "rotations": 0.05, "diagonals": 0.05},
         "shares": ["tensor", "channel", "group"],
         "bits": [8, 6, 4, 3],
-        "careful": [4, 3],
         "length": 24,
         "calibration": 96,
         "held": 24,
@@ -560,3 +561,78 @@ _study = Experiment(
     grows=("seeds", "arms"),
 )
 experiments = [_study]
+
+# %% ../nbs/43_transformer_study.ipynb #43a00061
+_ARMS: dict[str, str] = {  # arm -> how it is called
+    "none": "no move",
+    "random rotation": "random rotation",
+    "random matrices": "random matrices",
+    "least norm": "least norm, diagonals",
+    "diagonals": "descent, diagonals",
+    "rotations": "descent, rotations",
+    "matrices": "descent, matrices",
+}
+
+
+def _ends(
+    rows: list[Row],  # Of the study
+    arm: str,  # A key of `_ARMS`
+    key: str,  # "method share bits"
+    scope: str = "attention",  # A key of `_SCOPES`
+    column: int = 0,  # 0: 1 - cosine. 1: relative squared error
+) -> list[float]:  # One per seed
+    "Errors of an arm"
+    found = select(rows, arm=arm)
+    return [r["errors"][key][scope][column] for r in found]
+
+
+def _falls(
+    rows: list[Row],  # Of the study
+    arm: str,  # A key of `_ARMS`
+    key: str,  # "method share bits"
+    scope: str = "attention",  # A key of `_SCOPES`
+    column: int = 0,  # As in `_ends`
+) -> list[float]:  # One per seed; negative where the error grows
+    "By which share an arm makes the error smaller than no move does"
+    pairs = zip(
+        _ends(rows, "none", key, scope, column),
+        _ends(rows, arm, key, scope, column),
+        strict=True,
+    )
+    return [1 - after / before for before, after in pairs]
+
+
+_COLOURS = {8: "#7f7f7f", 6: "#2ca02c", 4: "#1f77b4", 3: "#d62728"}  # by bits
+_MARKS = {8: "D", 6: "^", 4: "o", 3: "s"}
+
+
+def _draw_arms(
+    rows: list[Row],  # Of the study
+    cfg: Config,  # Its settings
+    share: str,  # A key of `_SHARES`
+    method: str,  # "nearest", "clip" or "GPTQ"
+) -> Figure:  # Two panels: attention's layers rounded, all layers rounded
+    "Errors of every arm, median and range over seeds, a mark for each bits"
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.9), sharey=True)
+    titles = {"attention": "attention rounded", "all": "all layers rounded"}
+    places = range(len(_ARMS) - 1, -1, -1)
+    for ax, (scope, title) in zip(axes, titles.items()):
+        for bits in cfg["bits"]:
+            if f"{method} {share} {bits}" not in rows[0]["errors"]:
+                continue
+            style = dict(color=_COLOURS[bits], marker=_MARKS[bits], ls="")
+            for place, arm in zip(places, _ARMS):
+                found = _ends(rows, arm, f"{method} {share} {bits}", scope)
+                ax.plot(
+                    [min(found), max(found)], [place] * 2, color=style["color"]
+                )
+                label = f"int{bits}" if arm == "none" else None
+                ax.plot(median(found), place, **style, label=label)
+            own = median(_ends(rows, "none", f"{method} {share} {bits}", scope))
+            ax.axvline(own, color=style["color"], lw=0.8, ls=(0, (1, 2)))
+        ax.set(xscale="log", xlim=(1e-5, 1), title=title, xlabel="1 − cosine")
+    axes[0].set_yticks(places, _ARMS.values())
+    handles, labels = axes[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=4)
+    return fig
