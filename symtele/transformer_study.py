@@ -374,8 +374,8 @@ def _errors_of(
     "Errors with some layers rounded"
     row = {}
     for scope in scopes:
-        part = _SCOPES[scope]
-        own = {k: t for k, t in layers.items() if any(n in k for n in part)}
+        within = re.compile("|".join(_SCOPES[scope])).search
+        own = {k: t for k, t in layers.items() if within(k)}
         row[scope] = _error(partial(functional_call, model, own), x, wanted)
     return row
 
@@ -473,14 +473,17 @@ def _measure(
         held = partial(_drawn, search, seed)
         out = move_model(moved, calibration[:8], group, _objective(cfg), held)
         row |= dict(accepted=bool(out.accepted), drift=out.drift.item())
-        before, after = (
-            {k: p.detach() for k, p in m.named_parameters()}
-            for m in (model, moved)
-        )
-        row["far"] = distance(after, before).item()
+        row["far"] = _distance(model, moved)
     row["float"] = _error(moved, x, wanted)
     row["errors"] = _errors(moved, cfg, batches, wanted)
     return row | _outliers(moved, x, wanted)
+
+
+def _distance(a: nn.Module, b: nn.Module) -> float:
+    "How far the parameters of two models are apart"
+    w, v = (dict(m.named_parameters()) for m in (a, b))
+    with torch.no_grad():
+        return distance(w, v).item()
 
 
 def _drawn(
