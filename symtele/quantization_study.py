@@ -43,7 +43,6 @@ from symtele.quantization import (
     rounding,
 )
 from .quantizers import Quantizer, correct_biases, quantize
-from .searches import Random
 from .teleporting import Teleported
 
 # %% ../nbs/41_quantization_study.ipynb #41aa0040
