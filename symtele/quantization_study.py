@@ -485,7 +485,7 @@ _networks = Experiment(
         "bits": [8, 6, 4, 3],
         "corrected": [4, 3],
         "shares": [*_SHARES],
-        "seeds": [0, 1],
+        "seeds": [0, 1, 2],
     },
     _network_jobs,
     _run_network,
