@@ -43,7 +43,6 @@ from symtele.quantization import (
     rounding,
 )
 from .quantizers import Quantizer, correct_biases, quantize
-from .searches import Random
 from .teleporting import Teleported
 
 # %% ../nbs/41_quantization_study.ipynb #41aa0040
@@ -486,7 +485,7 @@ _networks = Experiment(
         "bits": [8, 6, 4, 3],
         "corrected": [4, 3],
         "shares": [*_SHARES],
-        "seeds": [0, 1],
+        "seeds": [0, 1, 2],
     },
     _network_jobs,
     _run_network,
