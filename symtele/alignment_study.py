@@ -487,7 +487,9 @@ def advice() -> Row:  # "want", "move", "lines", "cost", "expect", "measured"
     def left(network, kind="kept"):
         found = []
         for r in select(rows, network=network):
-            tests = (r["arms"][a][kind]["test"] for a in ("activations", "nothing"))
+            tests = (
+                r["arms"][a][kind]["test"] for a in ("activations", "nothing")
+            )
             after, before = map(_barrier, tests)
             found.append(after / before)
         return found
