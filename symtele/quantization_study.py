@@ -499,15 +499,28 @@ _networks = Experiment(
 )
 
 # %% ../nbs/41_quantization_study.ipynb #41aa0046
-def _folded(make: Callable[..., nn.Module]) -> nn.Module:
-    "A convolutional network of torchvision, random weights, norms folded"
-    return optimization.fuse(make(weights=None).eval())
+def _folded(make: Callable[..., nn.Module], x: Tensor) -> nn.Module:
+    "A convolutional network whose norms know the images and are folded"
+    model = make(weights=None)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(x)
+    return optimization.fuse(model.eval())
+
+
+def _vit(x: Tensor) -> nn.Module:
+    "A vision transformer, with a head that is not zero"
+    model = tv.vit_b_16(weights=None)
+    nn.init.normal_(model.heads.head.weight, std=0.02)
+    return model
 
 
 _MODELS = {
     "ResNet-18": partial(_folded, tv.resnet18),
     "MobileNet-V2": partial(_folded, tv.mobilenet_v2),
-    "ViT-B/16": tv.vit_b_16,
+    "ViT-B/16": _vit,
 }
 
 
@@ -540,8 +553,8 @@ def _run_model(
 ) -> Row:  # Seconds of a processor, and what the moves did
     "One model moved and timed"
     torch.manual_seed(cfg["seed"])
-    net = _MODELS[model]().eval().requires_grad_()
     x = torch.randn(cfg["images"], 3, cfg["side"], cfg["side"])
+    net = _MODELS[model](x).eval().requires_grad_()
     row = dict(share=rounded([wire(net, x).share(positive)])[0])
     move_model(net, x, Scaling(), ranges, Random(cfg["away"]))
     search = Adam(steps, begin=Equalize())
