@@ -39,7 +39,6 @@ from symtele.quantization import (
     by_channel,
     by_group,
     by_tensor,
-    equalize,
     fisher,
     prepare,
     ranges,
@@ -564,7 +563,7 @@ def _run_model(
             return search(land, rng)
 
     with _clock(row, "equalize"):
-        equal = equalize(net, x)
+        equal = move_model(net, x, Scaling(), ranges, Equalize())
     with _clock(row, "fisher"):
         known = fisher(net, x, probes)
     with _clock(row, "move"):
@@ -588,14 +587,14 @@ _sizes = Experiment(
     "quantization_models",
     {
         "models": {
-            "ResNet-18": [16, 100],
-            "MobileNet-V2": [16, 100],
-            "ViT-B/16": [2, 5],
+            "ResNet-18": [4, 20],
+            "MobileNet-V2": [4, 20],
+            "ViT-B/16": [1, 2],
         },
         "images": 4,
         "side": 224,
         "away": 40.0,
-        "rounds": 4,
+        "rounds": 3,
         "seed": 0,
     },
     _model_jobs,
