@@ -587,8 +587,8 @@ _sizes = Experiment(
     "quantization_models",
     {
         "models": {
-            "ResNet-18": [4, 20],
-            "MobileNet-V2": [4, 20],
+            "ResNet-18": [16, 100],
+            "MobileNet-V2": [16, 100],
             "ViT-B/16": [1, 2],
         },
         "images": 4,
