@@ -559,7 +559,7 @@ _study = Experiment(
         "length": 24,
         "calibration": 96,
         "held": 24,
-        "seeds": [0, 1, 2, 3],
+        "seeds": [0, 1, 2, 3, 4],
     },
     _jobs,
     _run_arm,
