@@ -1466,8 +1466,8 @@ _ABOUT_MOVES = (
     f"{_MOVING.config['after']} more, {len(_MOVING.config['seeds'])} seeds."
 )
 _TO_PLACES = (
-    f"{_SHARP}moving-to-flatter-or-more-curved-places-buys-less-than-a-smaller-"
-    "rate-or-an-average-of-the-weights"
+    f"{_SHARP}moving-to-flatter-or-more-curved-places-buys-far-less-than-an-"
+    "average-of-the-weights"
 )
 _OF_SHARPNESS = [
     Statement(
