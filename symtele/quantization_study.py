@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
 from torch.fx.experimental import optimization
 from torchvision import datasets
+from torchvision import models as tv
 from tqdm.auto import tqdm
 
 from .balance import Balance, least_norm, move_model
@@ -31,6 +32,7 @@ from .experiments import Config, Experiment, Row, grid, rounded, select
 from .figures import STYLE
 from .groups import Loss, Named
 from .networks import Scaling, run_model
+from .networks import scale as positive
 from symtele.quantization import (
     Adam,
     Equalize,
@@ -43,7 +45,9 @@ from symtele.quantization import (
     rounding,
 )
 from .quantizers import Quantizer, correct_biases, quantize
+from .searches import Random
 from .teleporting import Teleported
+from .wiring import wire
 
 # %% ../nbs/41_quantization_study.ipynb #41aa0040
 def _halved(name: str, found: Images, side: int) -> Images:
@@ -492,7 +496,113 @@ _networks = Experiment(
     workers=1,
     grows=("seeds", "data", "nets"),
 )
-experiments = [_networks]
+
+# %% ../nbs/41_quantization_study.ipynb #41aa0046
+def _folded(make: Callable[..., nn.Module], x: Tensor) -> nn.Module:
+    "A convolutional network whose norms know the images and are folded"
+    model = make(weights=None)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(x)
+    return optimization.fuse(model.eval())
+
+
+def _vit(x: Tensor) -> nn.Module:
+    "A vision transformer, with a head that is not zero"
+    model = tv.vit_b_16(weights=None)
+    nn.init.normal_(model.heads.head.weight, std=0.02)
+    return model
+
+
+_MODELS = {
+    "ResNet-18": partial(_folded, tv.resnet18),
+    "MobileNet-V2": partial(_folded, tv.mobilenet_v2),
+    "ViT-B/16": _vit,
+}
+
+
+@contextmanager
+def _clock(row: Row, name: str) -> Iterator[None]:
+    "Write the seconds of the processor that a block takes into a row"
+    began = time.process_time()
+    yield
+    row[f"{name}_seconds"] = time.process_time() - began
+
+
+def _step_seconds(model: nn.Module, x: Tensor, rounds: int) -> float:
+    "The median step of training by SGD with momentum, the first one aside"
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9)
+    labels, times = torch.zeros(len(x), dtype=torch.int64), []
+    for _ in range(rounds):
+        began = time.process_time()
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+        times.append(time.process_time() - began)
+    return median(times[1:])
+
+
+def _run_model(
+    cfg: Config,  # Settings
+    model: str,  # A key of `_MODELS`
+    probes: int,  # Passes of `fisher`
+    steps: int,  # Of the descent
+) -> Row:  # Seconds of a processor, and what the moves did
+    "One model moved and timed"
+    torch.manual_seed(cfg["seed"])
+    x = torch.randn(cfg["images"], 3, cfg["side"], cfg["side"])
+    net = _MODELS[model](x).eval().requires_grad_()
+    row = dict(share=rounded([wire(net, x).share(positive)])[0])
+    move_model(net, x, Scaling(), ranges, Random(cfg["away"]))
+    search = Adam(steps, begin=Equalize())
+
+    def clocked(land, rng):
+        with _clock(row, "descent"):
+            return search(land, rng)
+
+    with _clock(row, "equalize"):
+        equal = move_model(net, x, Scaling(), ranges, Equalize())
+    with _clock(row, "fisher"):
+        known = fisher(net, x, probes)
+    with _clock(row, "move"):
+        objective = rounding(4, by_tensor, known)
+        least = move_model(net, x, Scaling(), objective, clocked)
+    del known, objective
+    row["accepted"] = [bool(r.accepted) for r in (equal, least)]
+    row["drift"] = max(r.drift.item() for r in (equal, least))
+    return row | dict(step_seconds=_step_seconds(net, x, cfg["rounds"]))
+
+
+def _model_jobs(cfg: Config) -> list[Row]:
+    "Every model, with its passes and steps"
+    return [
+        dict(model=model, probes=probes, steps=steps)
+        for model, (probes, steps) in cfg["models"].items()
+    ]
+
+
+_sizes = Experiment(
+    "quantization_models",
+    {
+        "models": {
+            "ResNet-18": [16, 100],
+            "MobileNet-V2": [16, 100],
+            "ViT-B/16": [1, 2],
+        },
+        "images": 4,
+        "side": 224,
+        "away": 40.0,
+        "rounds": 3,
+        "seed": 0,
+    },
+    _model_jobs,
+    _run_model,
+    workers=1,
+    grows=("models",),
+)
+experiments = [_networks, _sizes]
 
 # %% ../nbs/41_quantization_study.ipynb #41aa0047
 _LOOK = {
