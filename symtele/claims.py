@@ -1453,12 +1453,12 @@ def _check_distances(results):
     return checks
 
 
+_SIZE = _NETWORKS.config["block"]["MNIST"] * len(_NETWORKS.config["blocks"])
 _ABOUT_NETWORKS = (
     f"784-16-10-10, {_NETWORKS.config['epochs']['MNIST']} of the paper's 40 "
-    f"epochs, {_NETWORKS.config['block']['MNIST']} of its 100 networks, at its "
-    "radii; CIFAR-10 not run. 95 % intervals. The values of the paper's table "
-    "are in no text at hand: its direction is judged. Rescaled, r should keep "
-    "nine tenths of what it was."
+    f"epochs, {_SIZE} of its 100 networks, at its radii; CIFAR-10 not run. 95 % "
+    "intervals. The values of the paper's table are in no text at hand: "
+    "its direction is judged. Rescaled, r should keep nine tenths of what it was."
 )
 _ABOUT_MOVES = (
     f"{_MOVING.config['images'][0]} in place of CIFAR-10, one exact move of "
