@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .balance import move_model
+from .balance import move_model, need_kind
 from .groups import Loss, Named, dot, need, wide
 from symtele.networks import (
     KINDS,
@@ -86,12 +86,9 @@ class Match:
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         "The landscape seen from where nothing gets better any more"
-        blocks = getattr(land.orbit, "blocks", None)
-        kinds = {kind for _, kind in blocks.spaces} if blocks else set()
-        if kinds != {perm}:
-            found = ", ".join(sorted(k.name for k in kinds)) or "no network"
-            only = "Match finds permutations, the moves of Permutation()"
-            raise TypeError(f"{only}; here the kinds are: {found}")
+        only = "Match finds permutations, the moves of Permutation()"
+        need_kind(land.orbit, perm, only)
+        blocks = land.orbit.blocks
         w = land.orbit.w
         other = _fitting(self.other, w)
         moves = blocks.moves(blocks.zero(next(iter(w.values())).device))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .balance import move_model
+from .balance import move_model, need_kind
 from .groups import Loss, Named, need, readable, wide
 from symtele.networks import (
     Move,
@@ -83,11 +83,9 @@ def _moves(orbit: Any, who: str, only: bool) -> list[Move]:
     "The moving spaces of a network's orbit, or an error"
     if not isinstance(orbit, NetworkOrbit):
         raise TypeError(f"{who} needs the orbit of a network, got {orbit!r}")
-    kinds = {kind for _, kind in orbit.blocks.spaces}
-    if only and kinds != {positive}:
-        found = ", ".join(sorted(k.name for k in kinds))
-        only_scale = f"{who} is for positive diagonals, the moves of Scaling()"
-        raise TypeError(f"{only_scale}; here the kinds are: {found}")
+    if only:
+        must = f"{who} is for positive diagonals, the moves of Scaling()"
+        need_kind(orbit, positive, must)
     return orbit.blocks.moves(orbit.at)
 
 
