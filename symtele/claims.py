@@ -118,7 +118,7 @@ class Results:
             task_moves=_TASK_MOVES.load(),
             findings=[Finding(**row) for row in file["rows"]],
             printed=_as_printed(),
-            distances=_mean_distances(),
+            distances=sharpness_study._mean_distances(),
             prices=_task_prices(),
         )
 
@@ -1286,7 +1286,6 @@ _OF_OPTIMIZERS = [
 # %% ../nbs/90_claims.ipynb #90b20006
 _SHARP = "50_sharpness_study.ipynb#"
 _IMAGES = _NETWORKS.config["images"]
-_BENDS = [round(0.1 * i, 1) for i in range(1, 61)]  # Curvatures, Fig. 7
 
 
 def _r_of(results, images, name, state="trained", given=()):
@@ -1424,30 +1423,16 @@ def _check_flat(results):
     return [*checks, Check(max(fallen) < 1, words)]
 
 
-def _mean_distances():
-    "From points one away from a point of a curve to the curve, all directions"
-    turns = torch.arange(720).double() * (2 * torch.pi / 720)
-    around = torch.stack((turns.cos(), turns.sin()), 1)
-    x, found = torch.linspace(-3, 3, 3001).double(), dict(circle=[], parabola=[])
-    for k in _BENDS:
-        far = (around + around.new_tensor([0, 1 / k])).norm(dim=1)
-        found["circle"].append((far - 1 / k).abs().mean().item())
-        curve = torch.stack((x, k / 2 * x * x), 1)
-        near = torch.cdist(around, curve).amin(1)
-        found["parabola"].append(near.mean().item())
-    return found
-
-
 def _check_distances(results):
     "Whether they fall at first, and to the end"
-    checks = []
+    checks, bends = [], sharpness_study._BENDS
     for name, own in results.distances.items():
         i = own.index(min(own))
-        words = f"{name}: up to κ = {_BENDS[i]:g} it falls, "
+        words = f"{name}: up to κ = {bends[i]:g} it falls, "
         words += f"from {own[0]:.3f} to {own[i]:.3f}"
         checks.append(Check(i > 5 and _rises(own[i::-1]), words))
     for name, own in results.distances.items():
-        words = f"{name}: at κ = {_BENDS[-1]:g} it is {own[-1]:.3f}, to a "
+        words = f"{name}: at κ = {bends[-1]:g} it is {own[-1]:.3f}, to a "
         words += f"straight line {2 / math.pi:.3f}"
         checks.append(Check(own[-1] < 2 / math.pi, words))
     return checks

@@ -285,6 +285,23 @@ def _interval(
     ends = found.nan_to_num().quantile(torch.tensor([0.025, 0.975]).to(found))
     return _correlation(*columns).item(), *ends.tolist()
 
+# %% ../nbs/50_sharpness_study.ipynb #50500051
+_BENDS = [round(0.1 * i, 1) for i in range(1, 61)]  # Curvatures
+
+
+def _mean_distances():
+    "From points one away from a point of a curve to the curve, all directions"
+    turns = torch.arange(720).double() * (2 * torch.pi / 720)
+    around = torch.stack((turns.cos(), turns.sin()), 1)
+    x, found = torch.linspace(-3, 3, 3001).double(), dict(circle=[], parabola=[])
+    for k in _BENDS:
+        far = (around + around.new_tensor([0, 1 / k])).norm(dim=1)
+        found["circle"].append((far - 1 / k).abs().mean().item())
+        curve = torch.stack((x, k / 2 * x * x), 1)
+        near = torch.cdist(around, curve).amin(1)
+        found["parabola"].append(near.mean().item())
+    return found
+
 # %% ../nbs/50_sharpness_study.ipynb #50500029
 def _measured(W: _Stack, data: Images, cfg: Config) -> Row:
     "Losses and measures of every network of a stack"
