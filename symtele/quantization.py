@@ -66,17 +66,26 @@ def _grouped(t: Tensor, n: int) -> Tensor:
 # %% ../nbs/13_quantization.ipynb #13aa0009
 def _sides(
     move: Move,  # A space, and its slots
-    w: Named,  # Parameters
-) -> tuple[Tensor, Tensor]:  # Of what writes each unit and what reads it
-    "The largest weights before and behind the units of a space, 0 without any"
-    sides = {False: [], True: []}
-    for t in (t for t in move.slots if t.param in w and w[t.param].ndim > 1):
+    w: Named,  # Parameters; slots of others are passed over
+    size: Callable[[Tensor], Tensor],  # Of rows (outer, copies, n, units, rest)
+) -> tuple[
+    list[Tensor], list[Tensor]
+]:  # Of what writes units, of what reads them
+    "The sizes of what each slot holds of every unit of a space"
+    sides = [], []
+    for t in (t for t in move.slots if t.param in w):
         rows = t.rows(w[t.param], move.space)
-        sides[t.dual].append(rows.abs().amax((0, 2, 4)).flatten())
-    blank = torch.zeros_like(move.element[..., :1]).flatten()[:1]
-    blank = blank.expand(move.space.copies * move.space.size)
-    p, q = (torch.stack(s) if s else blank[None] for s in sides.values())
-    return p.amax(0), q.amax(0)
+        sides[t.dual].append(size(rows).flatten())
+    return sides
+
+
+def _ranges_of(move: Move, w: Named) -> tuple[Tensor, Tensor]:
+    "The largest weights before and behind the units of a space, 0 without any"
+    matrices = {k: t for k, t in w.items() if t.ndim > 1}
+    sides = _sides(move, matrices, lambda rows: rows.abs().amax((0, 2, 4)))
+    none = move.element.new_zeros(move.space.copies * move.space.size)
+    p, q = (torch.stack(s).amax(0) if s else none for s in sides)
+    return p, q
 
 
 def _moves(orbit: Any, who: str, only: bool) -> list[Move]:
@@ -105,7 +114,7 @@ class _Ranges:
     def __call__(self, loss: Loss, w: Named) -> Tensor:
         apart = []
         for move in self.moves:
-            p, q = _sides(move, w)
+            p, q = _ranges_of(move, w)
             alive = (p > 0) & (q > 0)
             one = torch.ones_like(p)
             log = torch.where(alive, q, one).log()
@@ -164,7 +173,7 @@ def _largest(moves: list[Move], w: Named) -> Named:
 
 def _equal_step(move: Move, w: Named) -> Tensor:
     "Logarithms of the factors that make the ranges of a space equal"
-    p, q = _sides(move, w)
+    p, q = _ranges_of(move, w)
     axes = {(t.param, t.axis) for t in move.slots}
     names = [name for name, _ in axes]
     crowd = max(map(names.count, names))
@@ -172,16 +181,10 @@ def _equal_step(move: Move, w: Named) -> Tensor:
     return torch.where(alive, (q.log() - p.log()) / (2 * crowd), 0.0)
 
 # %% ../nbs/13_quantization.ipynb #13aa000d
-def _energies(
-    move: Move,  # A space, and its slots
-    w: Named,  # Parameters
-) -> tuple[Tensor, Tensor]:  # Of what writes each unit and what reads it
+def _energies(move: Move, w: Named) -> tuple[Tensor, Tensor]:
     "Sums of squares before and behind the units of a space"
-    sides = {False: [], True: []}
-    for t in (t for t in move.slots if t.param in w):
-        rows = t.rows(w[t.param], move.space)
-        sides[t.dual].append(rows.square().sum((0, 2, 4)).flatten())
-    p, q = (sum(s).clamp_min(_LEAST) if s else None for s in sides.values())
+    sides = _sides(move, w, lambda rows: rows.square().sum((0, 2, 4)))
+    p, q = (sum(s).clamp_min(_LEAST) if s else None for s in sides)
     # along an orbit of diagonals their product stays
     return (1 / q if p is None else p), (1 / p if q is None else q)
 
