@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .balance import move_model, need_kind
+from .balance import crowd, move_model, need_kind
 from .groups import Loss, Named, need, readable, wide
 from symtele.networks import (
     Move,
@@ -141,12 +141,13 @@ class Equalize:
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         "The landscape seen from the equalized place; each sweep is one move"
         moves, done = _moves(land.orbit, "Equalize", True), 0
+        most = [crowd(move, land.orbit.w) for move in moves]
         w = _largest(moves, land.orbit.w)
         total = [torch.zeros_like(move.element) for move in moves]
         while done < self.sweeps:
             far, done = total[0].new_zeros(()), done + 1
             for i, move in enumerate(moves):
-                z = _equal_step(move, w).view_as(move.element)
+                z = _equal_step(move, w, most[i]).view_as(move.element)
                 known = [t for t in move.slots if t.param in w]
                 w = transform(w, [move._replace(element=z, slots=known)])
                 total[i], far = total[i] + z, far.maximum(z.abs().max())
@@ -171,14 +172,11 @@ def _largest(moves: list[Move], w: Named) -> Named:
     return out
 
 
-def _equal_step(move: Move, w: Named) -> Tensor:
-    "Logarithms of the factors that make the ranges of a space equal"
+def _equal_step(move: Move, w: Named, k: int) -> Tensor:
+    "Logarithms of the factors that make the ranges of a space equal, a k-th of"
     p, q = _ranges_of(move, w)
-    axes = {(t.param, t.axis) for t in move.slots}
-    names = [name for name, _ in axes]
-    crowd = max(map(names.count, names))
     alive = (p > 0) & (q > 0) & (p + q).isfinite()
-    return torch.where(alive, (q.log() - p.log()) / (2 * crowd), 0.0)
+    return torch.where(alive, (q.log() - p.log()) / (2 * k), 0.0)
 
 # %% ../nbs/13_quantization.ipynb #13aa000d
 def _energies(move: Move, w: Named) -> tuple[Tensor, Tensor]:
