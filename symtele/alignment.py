@@ -31,15 +31,7 @@ from symtele.networks import (
 )
 from .objectives import Landscape, unwrap
 from .teleporting import Teleported, check_input
-from symtele.wiring import (
-    Facts,
-    _components,
-    _equal,
-    _Labelled,
-    _Reading,
-    touched,
-    wire,
-)
+from .wiring import Facts, Labelled, Reading, touched, wire
 
 # %% ../nbs/14_alignment.ipynb #14a10006
 def _products(
@@ -171,7 +163,7 @@ class _Near:
 
 # %% ../nbs/14_alignment.ipynb #14a1000d
 @dataclass(eq=False)
-class _Listener(_Reading):
+class _Listener(Reading):
     "One pass on data, which hands on what sums over units are given"
 
     keep: Callable[[Tensor, Tensor], None] | None = None  # (labels, activations)
@@ -181,7 +173,7 @@ class _Listener(_Reading):
         given = [a for a in tree_leaves((args, kwargs)) if _is_fed(a)]
         known = len(self.facts.equal)
         out = super().hear(op, args, kwargs)
-        for a in (a for a in tree_leaves(out) if isinstance(a, _Labelled)):
+        for a in (a for a in tree_leaves(out) if isinstance(a, Labelled)):
             a.fed = bool(given)
         read = [
             np.abs(rows[(rows[:, 0] * rows[:, 1] < 0)]).ravel()
@@ -198,7 +190,7 @@ class _Listener(_Reading):
 
 def _is_fed(a: Any) -> bool:
     "Whether it is a tensor that depends on the data"
-    own = isinstance(a, _Labelled)
+    own = isinstance(a, Labelled)
     return own and getattr(a, "fed", not hasattr(a, "_is_param"))
 
 # %% ../nbs/14_alignment.ipynb #14a1000f
@@ -221,7 +213,7 @@ def _owners(
     spaces: list[Space],  # Those that permutations move
 ) -> np.ndarray:  # Unit of the pass -> place in all spaces in a row, or -1
     "Which unit of which space the units of a pass are"
-    same = _components(facts.n + 1, np.abs(_equal(facts, perm)))
+    same = facts.related(perm)
     owner, first = np.full(facts.n + 1, -1), 0
     for s in spaces:
         place = first + torch.arange(s.copies * s.size)
