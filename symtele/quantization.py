@@ -15,21 +15,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from .balance import crowd, move_model, need_kind
+from symtele.balance import (
+    check_model,
+    crowd,
+    move_model,
+    need_kind,
+    outputs_of,
+)
 from .groups import Loss, Named, need, readable, wide
 from symtele.networks import (
     Move,
     NetworkOrbit,
     Scaling,
-    run_model,
     transform,
 )
 from .networks import scale as positive
-from .objectives import Landscape, unwrap
+from .objectives import Landscape
 from .searches import Search, Stay, run_search
 from .teleporting import Teleported
+from .training import whole
 
 # %% ../nbs/13_quantization.ipynb #13aa0006
 _Rows = Callable[[Tensor], Tensor]  # A parameter -> its rows, a step for each
@@ -46,19 +51,20 @@ def by_channel(
     t: Tensor,  # A parameter, outputs along axis 0; at least two axes
 ) -> Tensor:  # Shape (outputs, entries of one)
     "A step for every output channel"
+    shape = f"shape {tuple(t.shape)}"
+    need(t.ndim > 1, "by_channel(t) needs two axes or more", shape)
     return t.flatten(1)
 
 
 def by_group(
     n: int,  # Neighbouring inputs of an output that share a step, at least 1
 ) -> _Rows:  # Weights -> shape (groups, n); (outputs, inputs) if they are fewer
-    "A step for every `n` inputs of an output, zeros behind the last of them"
-    need(n >= 1, "by_group(n) must be at least 1", n)
-    return partial(_grouped, n=n)
+    "`per` for a step for every `n` inputs of an output, zeros behind the last"
+    return partial(_grouped, n=whole("by_group(n)", n, 1))
 
 
 def _grouped(t: Tensor, n: int) -> Tensor:
-    rows = t.flatten(1)
+    rows = by_channel(t)
     if rows.shape[1] > n:
         rows = F.pad(rows, (0, -rows.shape[1] % n)).reshape(-1, n)
     return rows
@@ -112,6 +118,9 @@ class _Ranges:
         return _Ranges(tuple(_moves(orbit, "ranges", False)))
 
     def __call__(self, loss: Loss, w: Named) -> Tensor:
+        if not self.moves:
+            must = "ranges asks for the orbit it is on"
+            raise TypeError(f"{must}: use ranges.on(orbit)")
         apart = []
         for move in self.moves:
             p, q = _ranges_of(move, w)
@@ -135,8 +144,7 @@ class Equalize:
     def __post_init__(self):
         fits = 0 < self.tol < math.inf
         need(fits, "Equalize(tol=...) must be positive and finite", self.tol)
-        must = "Equalize(sweeps=...) must be at least 1"
-        need(self.sweeps >= 1, must, self.sweeps)
+        whole("Equalize(sweeps=...)", self.sweeps, 1)
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         "The landscape seen from the equalized place; each sweep is one move"
@@ -213,6 +221,8 @@ class _Rounding:
         if known:
             lost = [k for k in own.weights(w) if k not in self.fisher]
             need(not lost, "fisher must hold every weight that moves", lost)
+            for k, t in own.weights(w).items():
+                _check_fisher(k, self.fisher[k], t)
             return own
         means: tuple[Named, Named] = {}, {}
         for m in moves:
@@ -269,6 +279,15 @@ class _Rounding:
 _FLOOR = 1e-3  # of the mean, below which no weight of a parameter counts
 
 
+def _check_fisher(name: str, f: Tensor, w: Tensor) -> None:
+    must = f"fisher[{name!r}] must be of shape {tuple(w.shape)}"
+    need(f.shape == w.shape, must, tuple(f.shape))
+    if readable(f):
+        bad = (~(f.isfinite() & (f >= 0))).sum().item()
+        must = f"fisher[{name!r}] must be finite and at least 0"
+        need(not bad, must, f"{bad} values that are not")
+
+
 def rounding(
     bits: int,  # Of a weight, 2 to 16; levels are -(2ᵇ⁻¹-1) to 2ᵇ⁻¹-1
     per: _Rows = by_tensor,  # Which weights share a step
@@ -281,7 +300,11 @@ def rounding(
     of the squared outputs; without, f is the product of the squares of what
     reads and writes a weight's units, and errors are relative.
     """
+    bits = whole("rounding(bits)", bits)
     need(2 <= bits <= 16, "rounding(bits) must be between 2 and 16", bits)
+    if per is by_group or not callable(per):
+        must = "rounding(per=...) must be by_tensor, by_channel or by_group(n)"
+        raise TypeError(f"{must}, got {per!r}")
     return _Rounding(bits, per, fisher)
 
 # %% ../nbs/13_quantization.ipynb #13aa000e
@@ -291,15 +314,19 @@ def fisher(
     probes: int = 16,  # Backward passes, at least 1
 ) -> Named:  # By name of the parameter, in its shape, at least 0
     "E Σₖ(∂outputₖ/∂w)², the mean over samples, estimated by random signs"
-    need(probes >= 1, "fisher(probes=...) must be at least 1", probes)
-    model = unwrap(model)
+    probes = whole("fisher(probes=...)", probes, 1)
+    model = check_model(model, x)
     own = {k: p for k, p in model.named_parameters() if p.requires_grad}
     w = {k: p.detach().clone().requires_grad_() for k, p in own.items()}
     rng = Generator().manual_seed(0)
     with torch.enable_grad():
-        leaves = tree_leaves(run_model(model, w, x))
-        outputs = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
-    need(outputs, "model(x) must return something that depends on w", "nothing")
+        outputs = [t for t in outputs_of(model, w, x) if t.requires_grad]
+    must = (
+        "model(x) must return something that depends on a parameter that trains"
+    )
+    need(outputs, must, "nothing")
+    must = "model(x) must have its samples along axis 0"
+    need(outputs[0].ndim > 0, must, "a single number")
     total = {k: torch.zeros_like(t) for k, t in w.items()}
     for _ in range(probes):
         signs = [
@@ -327,12 +354,19 @@ class Adam:
     begin: Search = Stay()  # Where it begins
 
     def __post_init__(self):
-        need(self.steps >= 1, "Adam(steps=...) must be at least 1", self.steps)
+        whole("Adam(steps=...)", self.steps, 1)
         fits = 0 < self.lr < math.inf
         need(fits, "Adam(lr=...) must be positive and finite", self.lr)
+        search = callable(self.begin) or hasattr(self.begin, "step")
+        if isinstance(self.begin, type) or not search:
+            must = "Adam(begin=...) must be a search such as Equalize()"
+            raise TypeError(f"{must}, got {self.begin!r}")
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         "The landscape seen from the highest place on the way"
+        if land.orbit.discrete:
+            must = "Adam needs a group with a slope"
+            raise TypeError(f"{must}; use Sample(n) for permutations")
         land, _ = run_search(self.begin, land, rng)
         best, first, second = land, 0.0, 0.0
         for k in range(1, self.steps + 1):
@@ -362,5 +396,6 @@ def prepare(
     search: Search = Adam(begin=Equalize()),  # How to look for the place
 ) -> Teleported:  # What was done; `objective`: `rounding`
     "Move a model to where rounding its weights is to change its outputs least"
-    objective = rounding(bits, per, fisher(model, x))
+    objective = rounding(bits, per)  # first, for its errors cost nothing
+    objective = replace(objective, fisher=fisher(model, x))
     return move_model(model, x, Scaling(), objective, search)
