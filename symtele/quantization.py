@@ -305,6 +305,9 @@ def rounding(
     if per is by_group or not callable(per):
         must = "rounding(per=...) must be by_tensor, by_channel or by_group(n)"
         raise TypeError(f"{must}, got {per!r}")
+    if not (fisher is None or isinstance(fisher, dict)):
+        must = "rounding(fisher=...) must be what fisher(model, x) returns"
+        raise TypeError(f"{must}, got {type(fisher).__name__}")
     return _Rounding(bits, per, fisher)
 
 # %% ../nbs/13_quantization.ipynb #13aa000e

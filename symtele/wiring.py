@@ -20,7 +20,7 @@ from torch.nn.modules import module as modules
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .batch import NO_LAYER, SHOWS, Origin, Taps
-from .groups import Named
+from .groups import Named, need
 from symtele.networks import (
     KINDS,
     Kind,
@@ -43,16 +43,21 @@ def wire(
     train: bool | None = None,  # For one mode alone; None: exact in both
 ) -> Wiring:  # What moves together, by what, and what holds the rest
     "Find the exact symmetries of a model by listening to its forward pass"
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"wire(model, x) needs an nn.Module, got {kind}")
+    trains = inputs or any(p.requires_grad for p in model.parameters())
+    need(
+        trains, "wire(model, x) needs a parameter that trains", f"none in {kind}"
+    )
     if isinstance(pin, str):
         raise TypeError(f"wire(..., pin=...) needs a list of names, got {pin!r}")
     names = dict(model.named_parameters(remove_duplicate=False))
     if unknown := [name for name in pin if name not in names]:
         raise ValueError(f"wire(..., pin=...) knows no parameter {unknown}")
     shapes = [tuple(t.shape) for t in tree_leaves(x) if isinstance(t, Tensor)]
-    if any(0 in shape for shape in shapes):
-        raise ValueError(
-            f"wire(model, x) needs at least one sample, got x of shape {shapes}"
-        )
+    full, must = not any(0 in s for s in shapes), "needs at least one sample"
+    need(full, f"wire(model, x) {must}", f"x of shape {shapes}")
     if inputs and not (isinstance(x, Tensor) and x.ndim == 2):
         must = "wire(..., inputs=True) needs data of shape (n, d)"
         raise ValueError(f"{must}, got {shapes}; flatten them first")
@@ -66,10 +71,8 @@ def wire(
             error = e
         else:
             return _finish(reading)
-    name = type(model).__name__
-    raise ValueError(
-        f"wire cannot run {name} on x of shape {shapes}: {error}"
-    ) from error
+    cannot = f"wire cannot run {kind} on x of shape {shapes}"
+    raise ValueError(f"{cannot}: {error}") from error
 
 # %% ../nbs/04_wiring.ipynb #13adc831
 _Units = np.ndarray  # int64: +u moves with unit u, -u against it, 0 does not move
@@ -129,14 +132,10 @@ class Facts:
     n: int = 0  # Units so far, 1 to n
     tensors: dict[str, Value] = field(default_factory=dict)  # Those with units
     axes: list[_Axis] = field(default_factory=list)  # Theirs
-    equal: list[tuple[Kinds, _Units]] = field(
-        default_factory=list
-    )  # Shape (k, 2)
+    equal: list[tuple[Kinds, _Units]] = field(default_factory=list)  # (k, 2)
     sums: list[_Units] = field(default_factory=list)  # Of log-scales, o = a + b
     told: list[tuple[_Units, str]] = field(default_factory=list)  # Unit and key
-    stops: list[tuple[Kinds, _Units, str]] = field(
-        default_factory=list
-    )  # By an op
+    stops: list[tuple[Kinds, _Units, str]] = field(default_factory=list)  # By ops
     duals: list[_Units] = field(default_factory=list)  # Of weights that read
     why: str = ""  # The op that is heard, and the module it happens in
     values: list[Value] = field(default_factory=list)  # What it is given
