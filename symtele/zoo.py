@@ -499,8 +499,8 @@ Inputs = Tensor | tuple[Any, ...] | dict[str, Any]  # What a model is given
 class Example(NamedTuple):
     "How to make a model, and what it is called with"
 
-    make: Callable[[], nn.Module]
-    data: Callable[[], Inputs]
+    make: Callable[[], nn.Module]  # Makes the model
+    data: Callable[[], Inputs]  # Makes what it is called with
 
 
 def _two_inputs() -> tuple[Tensor, Tensor]:
