@@ -467,7 +467,7 @@ class _Heard(TorchFunctionMode):
         getter = f.__name__ == "__get__"  # of a property such as T
         name = (f.__self__ if getter else f).__name__
         once = {k for k in (weight, bias) if own.count(k) == 1}
-        self.other |= {k: name for k in own if k not in once}
+        self.other = {k: name for k in own if k not in once} | self.other
 
     def take(self, weight: str, rows: Tensor) -> None:
         "Inputs of a layer, to those that it was given before"
