@@ -8,7 +8,7 @@ __all__ = ['LevelSet', 'SLP', 'NullSpace']
 # %% ../nbs/18_level_sets.ipynb #18c00002
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .groups import Named, Orbit, Params, Rule, need, readable, wide
-from .networks import run_model
+from .networks import NetworkGroup, run_model
 from .objectives import CLOSED, GradNorm, Landscape, found
 
 # %% ../nbs/18_level_sets.ipynb #18c00011
@@ -270,11 +270,9 @@ class NullSpace:
 
     threshold: float = 1.0  # Share that is protected, above 0; 1: all of it
     names: tuple[str, ...] | None = None  # Of weights; None: all there are
-    model: nn.Module | None = None  # What `orbit` runs; `teleport` needs none
+    model: nn.Module | None = field(default=None, repr=False)  # Run by `orbit`
     exact: ClassVar[bool] = False
-
-    class NothingToMove(ValueError):
-        "What `orbit` raises where no layer has a direction that is free"
+    NothingToMove: ClassVar[type] = NetworkGroup.NothingToMove
 
     def __post_init__(self):
         must = "NullSpace(threshold=...) must be above 0 and at most 1"
