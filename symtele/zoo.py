@@ -586,6 +586,7 @@ _TORCHVISION = {
     "efficientnet_b0": tv.efficientnet_b0,
     "regnet_y_400mf": tv.regnet_y_400mf,
 }
+# Name -> a model and what it is called with
 ZOO = {name: Example(make, _PIXELS) for name, make in _TORCHVISION.items()}
 for _name in ("mobilenet_v2", "efficientnet_b0", "regnet_y_400mf"):
     ZOO[_name] = Example(_TORCHVISION[_name], _MORE_PIXELS)
