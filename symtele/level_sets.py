@@ -141,7 +141,7 @@ class _OnLevel(Landscape):
         f = grad(lambda w: self.objective(self.loss_here, w))
         return self.orbit.flat(f(self.orbit.w))
 
-    @property
+    @found
     def normal(self) -> Tensor:
         "∇L here, shape (size,)"
         return self.orbit.flat(self.gradient)
