@@ -266,7 +266,7 @@ def correlations(
     other: nn.Module,  # Of the same wiring; not modified
     wiring: Wiring,  # Of `model`
     x: Any,  # One batch, as both are called with it; no labels
-    rows: int = 4096,  # Images, pixels or tokens of one place, at most
+    rows: int = 4096,  # Images, pixels or tokens of a place, at most; at least 2
 ) -> Named:  # Space -> (copies, size, size), row of `other`, in [-1, 1]
     "How alike the units of two models are: correlations of their activations"
     rows = whole("correlations(rows=...)", rows, 2)

@@ -135,7 +135,7 @@ def need_kind(
 class Balance:
     "Search: the positive diagonals with the least Σw², in closed form by sweeps"
 
-    tol: float = 1e-7  # Of Σw², what may be left to gain, positive
+    tol: float = 1e-7  # Of Σw², what may be left to gain, between 0 and 1
     sweeps: int = 1000  # At most; under `vmap` exactly, at least 1
 
     def __post_init__(self):

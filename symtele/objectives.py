@@ -302,7 +302,7 @@ class Landscape:
         return grad(self)(self.orbit.zero())
 
     def along(self, d: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        "J at the elements t·d, and its slopes by t where those are closed"
+        "J at t·d for t of shape (m,), and its slopes by t where those are closed"
 
         def one(t: Tensor) -> tuple[Tensor, Tensor]:
             there = self.move(t * d)  # a closed height comes with its slope

@@ -59,7 +59,7 @@ def by_channel(
 def by_group(
     n: int,  # Neighbouring inputs of an output that share a step, at least 1
 ) -> _Rows:  # Weights -> shape (groups, n); (outputs, inputs) if they are fewer
-    "`per` for a step for every `n` inputs of an output, zeros behind the last"
+    "A step for every `n` inputs of an output, zeros behind the last of them"
     return partial(_grouped, n=whole("by_group(n)", n, 1))
 
 

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .balance import check_model
 from .groups import Named, need
 from .quantization import by_channel
+from .training import whole
 
 # %% ../nbs/26_quantizers.ipynb #26a00009
 _CUTS = 40  # thresholds that are tried
@@ -32,8 +34,9 @@ class Quantizer:
     clip: bool = False  # Whether rows are cut where that lessens Σ(w - q)²
 
     def __post_init__(self):
-        fits = 2 <= self.bits <= 16
-        need(fits, "Quantizer(bits=...) must be from 2 to 16", self.bits)
+        bits = whole("Quantizer(bits=...)", self.bits)
+        fits = 2 <= bits <= 16
+        need(fits, "Quantizer(bits=...) must be from 2 to 16", bits)
 
     @property
     def top(self) -> int:
@@ -144,7 +147,7 @@ def factors(
 ) -> Named:  # Name of a layer -> U, shape (groups, inputs, inputs)
     "For GPTQ: U with UᵀU = (H + damping)⁻¹, H = Σxxᵀ over a layer's inputs"
     need(damp > 0, "factors(damp=...) must be positive", damp)
-    sums = {}
+    model, sums = check_model(model, x), {}
 
     def hear(name: str, layer: nn.Module, given: Tensor, out: Tensor):
         columns = _columns(layer, given)
@@ -171,6 +174,10 @@ def quantize(
 ) -> nn.Module:  # A copy; embeddings, norms and biases as they were
     "A model with the weights of its linear and convolutional layers rounded"
     model = deepcopy(model)
+    if factors is not None:
+        lost = [name for name in layers_of(model) if name not in factors]
+        must = "quantize(factors=...) must hold every layer of the model"
+        need(not lost, must, f"none of {lost}")
     for name, layer in layers_of(model).items():
         w = layer.weight
         s = quantizer.scale(w)
@@ -190,7 +197,8 @@ def correct_biases(
     x: Any,  # One batch, as `model(x)` takes it; no labels
 ) -> nn.Module:  # A copy
     "Biases that give back the mean output of every layer, in the order of calls"
-    model, means = deepcopy(model), {}
+    model, means = deepcopy(check_model(model, x)), {}
+    original = check_model(original, x, "correct_biases(original=...)")
 
     def mean(layer: nn.Module, out: Tensor) -> Tensor:
         axis = 1 if isinstance(layer, nn.Conv2d) else -1
@@ -200,6 +208,10 @@ def correct_biases(
         means[name] = mean(layer, out)
 
     def correct(name: str, layer: nn.Module, given: Tensor, out: Tensor):
+        must = (
+            "correct_biases(original=...) must call every layer that model does"
+        )
+        need(name in means, must, f"no call of {name!r}")
         shift = means[name] - mean(layer, out)
         if layer.bias is None:
             layer.bias = nn.Parameter(torch.zeros_like(shift))

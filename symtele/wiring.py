@@ -76,7 +76,7 @@ def wire(
 
 # %% ../nbs/04_wiring.ipynb #13adc831
 _Units = np.ndarray  # int64: +u moves with unit u, -u against it, 0 does not move
-Kinds = frozenset[Kind]
+Kinds = frozenset[Kind]  # those that something is said about
 
 
 @dataclass(frozen=True, eq=False)
