@@ -75,7 +75,7 @@ def _images(name: str) -> Images:
     test_x = test_x.float() / 255
     return Images(name, x[:n], y[:n], x[n:], y[n:], test_x, test_y)
 
-
+# %% ../nbs/50_sharpness_study.ipynb #50500070
 _Stack = list[Tensor]  # Weights by layer, shape (networks, out, in)
 
 
@@ -117,7 +117,7 @@ def _slopes(
         found.append(torch.where(a > 0, slope, 0.1 * slope))
     return given, found[::-1]
 
-
+# %% ../nbs/50_sharpness_study.ipynb #50500071
 def _by_network(z: Tensor, W: _Stack) -> Tensor:
     "The columns (n, networks · width) of all networks, as (networks, n, width)"
     return z.view(len(z), *W[0].shape[:2]).transpose(0, 1)
@@ -150,7 +150,7 @@ def _descend(
     for w, a, d in zip(W, given, slopes):
         w.baddbmm_((d * _each(rates, d)).mT, a, alpha=-1)
 
-
+# %% ../nbs/50_sharpness_study.ipynb #50500072
 def _worse(
     above: _Stack, z: Tensor, y: Tensor, gram: Tensor, rho: Tensor
 ) -> tuple[_Stack, Tensor]:
@@ -164,7 +164,7 @@ def _worse(
     moved = [w + _each(by, g) * g for w, g in zip(above, gradients)]
     return moved, z + _each(by, z) * along
 
-
+# %% ../nbs/50_sharpness_study.ipynb #50500074
 def _steps(
     W: _Stack,  # Changed in place, the first layers once
     rates: Tensor,  # Of each network
@@ -188,7 +188,7 @@ def _steps(
         turned[now] = (d * _each(rates, d)).transpose(0, 1).flatten(1)
     first.addmm_(turned.mT, x, alpha=-1)
 
-
+# %% ../nbs/50_sharpness_study.ipynb #50500073
 def _train(
     W: _Stack,  # Trained in place
     rates: Tensor,  # Of each network
@@ -241,7 +241,7 @@ def _relative(
         found.append(_losses(point, *images)[0])
     return torch.stack(found).mean(0)
 
-
+# %% ../nbs/50_sharpness_study.ipynb #50500075
 def _kappa(U: Tensor, M: Tensor, h: Tensor, z: Tensor, spread: Tensor) -> Tensor:
     "κ of one pair of layers by the paper's formulas; `spread` is X⁺ or its root"
     steep = torch.where(z > 0, torch.ones_like(z), torch.full_like(z, 0.1))
@@ -279,7 +279,7 @@ def _psi(W: _Stack, x: Tensor, seed: int = 0) -> Tensor:
             found.append(_kappa(U, M, F.leaky_relu(z, 0.1), z, spread))
     return torch.stack(found).mean(0)
 
-
+# %% ../nbs/50_sharpness_study.ipynb #50500076
 def _rescaled(W: _Stack, seed: int) -> _Stack:
     "Every hidden unit times exp N(0, 1), what reads it by the inverse"
     rng, W = Generator().manual_seed(seed), list(W)
@@ -455,7 +455,7 @@ _MOVES = {
     "random, BatchGL": _Move(BatchGL(), like="more curved, BatchGL"),
 }
 
-
+# %% ../nbs/50_sharpness_study.ipynb #50500077
 @dataclass(frozen=True)
 class _To:
     "Search: an element that is known"
@@ -487,7 +487,9 @@ class _Mover:
             element = self.found[move.like].element
             return grad_norm, Matched(_To(element))
         objective, cfg = move.objective(self.cfg), self.cfg
-        search = Ascent(cfg["steps"], max_norm=cfg["norm"], growth=None)
+        dear = move.objective is _curved and isinstance(move.group, BatchGL)
+        steps = cfg["few_steps"] if dear else cfg["steps"]
+        search = Ascent(steps, max_norm=cfg["norm"], growth=None)
         return (objective if move.sign > 0 else -objective), search
 
     def gradient_seconds(self) -> float:
@@ -548,7 +550,7 @@ class _Averages:
         for s, w in zip(self.swa, self.W):
             s.add_((w[self.rows] - s) / self.epochs)
 
-
+# %% ../nbs/50_sharpness_study.ipynb #50500078
 def _scores(W: _Stack, data: Images, names: list[str]) -> Row:
     "Validation, test and training losses of a stack, by arm, a value a rate"
     found = dict(
@@ -579,7 +581,7 @@ def _go_on(
     memory = len(data.x) / (cfg["batch"] * cfg["together"])
     averages = _Averages(stack, torch.arange(len(factors)), memory)
     one, curves = factors.index(1.0), {arm: [] for arm in [*starts, "EMA"]}
-    for _ in range(cfg["after"]):
+    for _ in range(cfg["after"][data.name]):
         _train(stack, rates, data, cfg, 1, seen=averages.follow)
         averages.end_epoch()
         seen = [w[one :: len(factors)] for w in stack]
@@ -592,14 +594,14 @@ def _go_on(
     ends |= _scores(averages.swa, data, ["SWA"])
     return dict(ends=ends, curves=curves)
 
-
+# %% ../nbs/50_sharpness_study.ipynb #50500079
 def _go_on_sam(cfg: Config, data: Images, W: _Stack, lr: float) -> Row:
     "SAM from one network at every ρ and rate, half the epochs: losses by ρ"
     rho, factors = torch.tensor(cfg["rho"]), torch.tensor(cfg["factors"])
     pairs = torch.cartesian_prod(rho, factors)
     stack = [w.repeat(len(pairs), 1, 1) for w in W]
     rates, rho = lr * pairs[:, 1], pairs[:, 0].contiguous()
-    _train(stack, rates, data, cfg, cfg["after"] // 2, rho)
+    _train(stack, rates, data, cfg, cfg["after"][data.name] // 2, rho)
     return _scores(stack, data, [f"SAM {r:g}" for r in cfg["rho"]])
 
 # %% ../nbs/50_sharpness_study.ipynb #50500067
@@ -615,7 +617,7 @@ def _run_moves(
     W, rate = _drawn(widths, [54321 * (seed + 1)]), torch.tensor([lr])
     valid = data.valid_x, data.valid_y
     before = []
-    for _ in range(1 if check else cfg["before"]):
+    for _ in range(1 if check else cfg["before"][data.name]):
         _train(W, rate, data, cfg, 1)
         before.append(_losses(W, *valid)[0].item())
     row = dict(before=rounded(before))
@@ -644,17 +646,18 @@ _moving = Experiment(
         "factors": [0.25, 1.0, 2.0],
         "batch": 20,
         "together": 10,
-        "before": 20,
-        "after": 20,
+        "before": {"CIFAR-10": 20, "Fashion-MNIST": 4},
+        "after": {"CIFAR-10": 20, "Fashion-MNIST": 4},
         "arms": [*_MOVES],
         "move_batch": 300,
         "radii": [0.3, 0.6, 0.9],
         "directions": 4,
         "elements": 4,
         "steps": 10,
+        "few_steps": 4,
         "norm": 0.25,
         "reach": 1.0,
-        "reached": [arm for arm, move in _MOVES.items() if not move.like],
+        "reached": ["flatter", "sharper", "straighter", "more curved"],
         "rho": [0.05, 0.1, 0.2],
         "seeds": [0, 1, 2, 3, 4],
     },
