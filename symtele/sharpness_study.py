@@ -647,7 +647,7 @@ _moving = Experiment(
         "batch": 20,
         "together": 10,
         "before": {"CIFAR-10": 20, "Fashion-MNIST": 4},
-        "after": {"CIFAR-10": 20, "Fashion-MNIST": 4},
+        "after": {"CIFAR-10": 8, "Fashion-MNIST": 4},
         "arms": [*_MOVES],
         "move_batch": 300,
         "radii": [0.3, 0.6, 0.9],
