@@ -335,7 +335,7 @@ def _mean_distances():
 # %% ../nbs/50_sharpness_study.ipynb #50500029
 def _measured(W: _Stack, data: Images, cfg: Config) -> Row:
     "Losses and measures of every network of a stack"
-    n, radii = cfg["measured"], cfg["radii"]
+    n, radii = cfg["measured"][data.name], cfg["radii"]
     images = data.x[:n], data.y[:n]
     test, error = _losses(W, data.test_x, data.test_y)
     found = dict(
@@ -400,7 +400,7 @@ _networks = Experiment(
             "CIFAR-10": [128, 32],
         },
         "rates": {"MNIST": 1e-2, "Fashion-MNIST": 1e-2, "CIFAR-10": 2e-2},
-        "epochs": {"MNIST": 40, "Fashion-MNIST": 40, "CIFAR-10": 40},
+        "epochs": {"MNIST": 40, "Fashion-MNIST": 40, "CIFAR-10": 10},
         "radii": {
             "MNIST": [round(1e-3 + 1e-2 * i, 4) for i in range(20)],
             "Fashion-MNIST": _SMALL_RADII,
@@ -412,7 +412,7 @@ _networks = Experiment(
         "draws": 8,
         "batch": 20,
         "together": 10,
-        "measured": 10000,
+        "measured": {"MNIST": 10000, "Fashion-MNIST": 10000, "CIFAR-10": 2000},
     },
     _network_jobs,
     _run_networks,
