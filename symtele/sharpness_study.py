@@ -392,7 +392,7 @@ _networks = Experiment(
     "sharpness_networks",
     {
         "images": ["MNIST", "Fashion-MNIST", "CIFAR-10"],
-        "networks": {"MNIST": 100, "Fashion-MNIST": 100, "CIFAR-10": 40},
+        "networks": {"MNIST": 100, "Fashion-MNIST": 100, "CIFAR-10": 20},
         "block": {"MNIST": 50, "Fashion-MNIST": 50, "CIFAR-10": 10},
         "hidden": {
             "MNIST": [16, 10],
@@ -640,7 +640,7 @@ def _run_moves(
 _moving = Experiment(
     "sharpness_moves",
     {
-        "images": ["CIFAR-10", "Fashion-MNIST"],
+        "images": ["CIFAR-10"],
         "hidden": {"CIFAR-10": [32, 10], "Fashion-MNIST": [16, 10]},
         "rate": {"CIFAR-10": 2e-2, "Fashion-MNIST": 1e-2},
         "factors": [0.25, 1.0, 2.0],
