@@ -392,7 +392,7 @@ _networks = Experiment(
     "sharpness_networks",
     {
         "images": ["MNIST", "Fashion-MNIST", "CIFAR-10"],
-        "networks": {"MNIST": 100, "Fashion-MNIST": 100, "CIFAR-10": 20},
+        "networks": {"MNIST": 100, "Fashion-MNIST": 100, "CIFAR-10": 40},
         "block": {"MNIST": 50, "Fashion-MNIST": 50, "CIFAR-10": 10},
         "hidden": {
             "MNIST": [16, 10],
