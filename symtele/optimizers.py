@@ -8,9 +8,10 @@ __all__ = ['OPTIMIZERS', 'training', 'pilot', 'costs', 'experiments', 'by_arm', 
 # %% ../nbs/51_optimizers.ipynb #51a00003
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache, partial
-from itertools import groupby, product
+from itertools import groupby
 from statistics import median
 from typing import Any
 
@@ -94,9 +95,8 @@ _ARMS = {
 
 def _arms_of(optimizer):
     "The arms that make sense for an optimizer"
-    stateless = optimizer == "SGD"
     about_state = "reset", "teleport, reset", "teleport, transport"
-    left_out = about_state if stateless else ("lookahead",)
+    left_out = about_state if optimizer == "SGD" else ()
     return [arm for arm in _ARMS if arm not in left_out]
 
 # %% ../nbs/51_optimizers.ipynb #51c00006
@@ -143,11 +143,12 @@ def _first_steps(
     )
 
 # %% ../nbs/51_optimizers.ipynb #51c00008
-def _age(optimizer: optim.Optimizer) -> int:
-    "How many steps its state has counted; 1 where it holds something else"
-    return max(
-        int(s.get("step", bool(s))) for s in [{}, *optimizer.state.values()]
-    )
+def _kind(pair: _Pair) -> tuple[float, int]:
+    "The rate of its optimizer, and how many steps that has counted, if it does"
+    _, optimizer = pair
+    (group,), states = optimizer.param_groups, optimizer.state.values()
+    ages = [int(s.get("step", bool(s))) for s in states]
+    return group["lr"], max(ages, default=0)
 
 
 def _joined_state(states: list[Row]) -> Row:
@@ -159,39 +160,49 @@ def _joined_state(states: list[Row]) -> Row:
     return joined
 
 
+def _fused(optimizer: optim.Optimizer) -> optim.Optimizer:
+    "RMSprop as Adam with no first moment and no bias left; others as they are"
+    if not isinstance(optimizer, optim.RMSprop):
+        return optimizer
+    (group,) = optimizer.param_groups
+    params, lr, eps = (group[k] for k in ("params", "lr", "eps"))
+    adam = optim.Adam(params, lr, (0.0, group["alpha"]), eps, fused=True)
+    for p in params:
+        square = optimizer.state[p].get("square_avg", torch.zeros_like(p))
+        state = dict(step=torch.tensor(1e6), exp_avg=torch.zeros_like(p))
+        adam.state[p] = state | dict(exp_avg_sq=square)
+    return adam
+
+
 class _Crowd:
     "Networks of one shape, trained on the same batches, each as if alone"
 
     def __init__(
         self,
         pairs: list[_Pair],  # Their weights become views of a stack
-        make: Callable[..., optim.Optimizer],  # Makes an optimizer of parameters
+        make: Callable[..., optim.Optimizer],  # `make(parameters, lr)`
     ):
-        pairs = sorted(pairs, key=lambda pair: _age(pair[1]))
+        pairs = sorted(pairs, key=_kind)
         layers = (model.parameters() for model, _ in pairs)
         own = list(zip(*layers, strict=True))
         self.W = [torch.stack(same).detach() for same in own]
         self.G = [torch.zeros_like(w) for w in self.W]
         self.one_hot = torch.eye(self.W[-1].shape[1]).to(self.W[0])
         self.optimizers, begin = [], 0
-        for _, alike in groupby(pairs, lambda pair: _age(pair[1])):
+        for (lr, _), alike in groupby(pairs, _kind):
             states = [optimizer.state for _, optimizer in alike]
             some = slice(begin, begin := begin + len(states))
-            self.optimizers.append(self._joined(some, own, states, make))
+            params = [nn.Parameter(w[some]) for w in self.W]
+            optimizer = make(params, lr)
+            for p, g, same in zip(params, self.G, own):
+                p.grad = g[some]
+                held = [s.get(w, {}) for s, w in zip(states, same[some])]
+                if held[0]:
+                    optimizer.state[p] = _joined_state(held)
+            self.optimizers.append(_fused(optimizer))
         for w, same in zip(self.W, own):
             for view, p in zip(w, same):
                 p.data = view
-
-    def _joined(self, some, own, states, make):
-        "The optimizer of those that are equally old"
-        params = [nn.Parameter(w[some]) for w in self.W]
-        optimizer = make(params)
-        for p, g, same in zip(params, self.G, own):
-            p.grad = g[some]
-            held = [s.get(w, {}) for s, w in zip(states, same[some])]
-            if held[0]:
-                optimizer.state[p] = _joined_state(held)
-        return optimizer
 
     def advance(
         self,
@@ -216,6 +227,16 @@ class _Crowd:
             optimizer.step()
 
 # %% ../nbs/51_optimizers.ipynb #51c0000c
+@contextmanager
+def _without_denormals():
+    "Numbers below 1e-38, which processors are slow with, are zero meanwhile"
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def _scores(model: nn.Sequential, x: Tensor, y: Tensor) -> tuple[float, float]:
     "Mean cross-entropy, inf where it is not finite, and share of wrong answers"
     with torch.no_grad():
@@ -232,54 +253,70 @@ def _look(model: nn.Sequential, data: Images) -> Row:
     return dict(train_loss=train, valid_loss=loss, valid_error=error)
 
 
+def _batches(data: Images, size: int) -> _Batches:
+    "Those of an epoch, in the order of the file"
+    return list(zip(data.x.split(size), data.y.split(size)))
+
+
+def _begun(
+    cfg: Config,  # Settings
+    pair: _Pair,  # A new network and its optimizer, trained up to the moves
+    optimizer: str,  # A key of `OPTIMIZERS`
+    seed: int,  # Of random moves
+    data: Images,  # To train on
+) -> list[Row]:  # "arm", "seed", its "pair", "looks" so far and "moves"
+    "The arms of a seed after their moves; up to the first they are one network"
+    steps, (model, made) = _batches(data, cfg["batch"]), pair
+    each, lr = len(steps), made.param_groups[0]["lr"]
+    begin = round(cfg["begin"][optimizer] * each)
+    stops, looks = {round(e * each) for e in cfg["points"]}, []
+    for k in range(begin + 1):
+        if k in stops:
+            looks.append(_look(model, data))
+        if k < begin:
+            _step(model, made, *steps[k % each])
+    went_on = range(begin, begin + cfg["moves"])
+    to_move_on = _batches(data, cfg["move_batch"])[: cfg["moves"]]
+    batches, runs = (to_move_on, [steps[k % each] for k in went_on]), []
+    for arm in _arms_of(optimizer):
+        own = deepcopy(pair)
+        moves = _first_steps(own, _ARMS[arm], lr, seed, data, batches)
+        run = dict(arm=arm, seed=seed, pair=own, looks=[*looks], moves=moves)
+        runs.append(run)
+    return runs
+
+
+@_without_denormals()
 def _run_arms(
     cfg: Config,  # Settings
     optimizer: str,  # A key of `OPTIMIZERS`
     lr: float,  # Learning rate
-    seed: int,  # Of the weights and of random moves
-) -> Row:  # "arms": arm -> what was seen and what the moves did
-    "All arms, from the same weights, on the same batches"
+) -> Row:  # "runs": for each seed and arm what was seen and what its moves did
+    "All arms from the weights of all seeds, on the same batches"
     data = _pixels(cfg["data"], cfg["images"])
-    small, wide = (
-        list(zip(data.x.split(n), data.y.split(n)))
-        for n in (cfg["batch"], cfg["move_batch"])
-    )
-    make = partial(OPTIMIZERS[optimizer], lr=lr)
-    model = _network(data, cfg["hidden"], seed)
-    alone = model, make(model.parameters())
-    each = len(small)
-    end, begin = (
-        round(e * each) for e in (cfg["epochs"], cfg["begin"][optimizer])
-    )
+    steps, make, runs = _batches(data, cfg["batch"]), OPTIMIZERS[optimizer], []
+    for seed in cfg["seeds"]:
+        model = _network(data, cfg["hidden"], seed)
+        pair = model, make(model.parameters(), lr)
+        runs += _begun(cfg, pair, optimizer, seed, data)
+    crowd = _Crowd([run["pair"] for run in runs], make)
+    each = len(steps)
+    begin, end = cfg["begin"][optimizer], round(cfg["epochs"] * each)
     stops = {round(e * each) for e in cfg["points"]}
-    seen = []
-    for k in range(begin):
+    for k in range(round(begin * each) + cfg["moves"], end + 1):
         if k in stops:
-            seen.append(_look(model, data))
-        _step(*alone, *small[k % each])
-    if begin in stops:
-        seen.append(_look(model, data))
-    pairs = {arm: deepcopy(alone) for arm in _arms_of(optimizer)}
-    looks, moves = {arm: [*seen] for arm in pairs}, {}
-    went_on = begin + cfg["moves"]
-    steps = [small[k % each] for k in range(begin, went_on)]
-    for arm, pair in pairs.items():
-        batches = wide[: cfg["moves"]], steps
-        moves[arm] = _first_steps(pair, _ARMS[arm], lr, seed, data, batches)
-    crowd = _Crowd([*pairs.values()], make)
-    for k in range(went_on, end + 1):
-        if k in stops:
-            for arm, (model, _) in pairs.items():
-                looks[arm].append(_look(model, data))
+            for run in runs:
+                run["looks"].append(_look(run["pair"][0], data))
         if k < end:
-            crowd.advance(*small[k % each])
-    arms = {}
-    for arm, (model, _) in pairs.items():
-        columns = zip(*(look.values() for look in looks[arm]))
-        arms[arm] = dict(zip(looks[arm][0], map(list, columns)))
-        test, error = _scores(model, data.test_x, data.test_y)
-        arms[arm] |= moves[arm] | dict(test_loss=test, test_error=error)
-    return dict(arms=arms)
+            crowd.advance(*steps[k % each])
+    rows = []
+    for run in runs:
+        names, values = run["looks"][0], (look.values() for look in run["looks"])
+        columns = dict(zip(names, map(list, zip(*values))))
+        test, error = _scores(run["pair"][0], data.test_x, data.test_y)
+        row = dict(arm=run["arm"], seed=run["seed"]) | columns | run["moves"]
+        rows.append(row | dict(test_loss=test, test_error=error))
+    return dict(runs=rows)
 
 # %% ../nbs/51_optimizers.ipynb #51c0000e
 _PAPER = {  # the paper's rates, those of SGD and AdamW ours
@@ -298,48 +335,55 @@ _SETTINGS = dict(
     moves=8,
     move_batch=200,
     begin=dict.fromkeys(_PAPER, 0) | dict(AdaGrad=2),  # epoch
-    epochs=6,
-    points=[0, 0.1, 0.3, 1, 2, 2.1, 2.3, 3, 4, 6],
+    epochs=40,
+    points=[0, 0.1, 0.3, 1, 2, 2.1, 2.3, 3, 4, 6, 9, 13, 18, 24, 32, 40],
     rates={
-        "SGD": [0.01, 0.05],
         "momentum": [0.001, 0.005],
+        "Adam": [0.0001, 0.002],
         "AdaGrad": [0.01, 0.1],
         "RMSprop": [0.0001, 0.002],
-        "Adam": [0.0001, 0.002],
+        "SGD": [0.01, 0.05],
         "AdamW": [0.0001, 0.002],
     },
-    seeds=[0, 1, 2],
+    seeds=[0, 1, 2, 3, 4],
 )
 
 
 def _jobs(cfg):
-    "Every optimizer at each of its rates, seed by seed"
+    "Every optimizer at each of its rates"
     jobs = []
-    for seed, (optimizer, rates) in product(cfg["seeds"], cfg["rates"].items()):
-        jobs += grid(optimizer=[optimizer], lr=rates, seed=[seed])
+    for optimizer, rates in cfg["rates"].items():
+        jobs += grid(optimizer=[optimizer], lr=rates)
     return jobs
 
 
-training = Experiment(
-    "optimizers", _SETTINGS, _jobs, _run_arms, grows=("seeds", "rates")
-)
+training = Experiment("optimizers", _SETTINGS, _jobs, _run_arms, grows=("rates",))
 
 
+@_without_denormals()
 def _run_base(
     cfg: Config,  # Settings
     optimizer: str,  # A key of `OPTIMIZERS`
-    lr: float,  # Learning rate
-    seed: int,  # Of the weights
-) -> Row:  # What is seen at the end
+) -> Row:  # Columns over rates, each a list over epochs
     "The base alone, by which the larger rate is chosen"
     data = _pixels(cfg["data"], cfg["images"])
-    make = partial(OPTIMIZERS[optimizer], lr=lr)
-    model = _network(data, cfg["hidden"], seed)
-    crowd = _Crowd([(model, make(model.parameters()))], make)
-    for _ in range(cfg["epochs"]):
-        for x, y in zip(data.x.split(cfg["batch"]), data.y.split(cfg["batch"])):
-            crowd.advance(x, y)
-    return _look(model, data)
+    steps, make, pairs = _batches(data, cfg["batch"]), OPTIMIZERS[optimizer], []
+    for lr in cfg["rates"][optimizer]:
+        model = _network(data, cfg["hidden"], cfg["seeds"][0])
+        pairs.append((model, make(model.parameters(), lr)))
+    crowd, losses = _Crowd(pairs, make), [[] for _ in pairs]
+    for epoch in range(1, cfg["epochs"] + 1):
+        for batch in steps:
+            crowd.advance(*batch)
+        if epoch in cfg["points"]:
+            for (model, _), column in zip(pairs, losses):
+                column.append(_look(model, data)["valid_loss"])
+    return dict(valid_loss=losses)
+
+
+def _one_each(cfg):
+    "Every optimizer"
+    return grid(optimizer=list(cfg["rates"]))
 
 
 pilot = Experiment(
@@ -347,18 +391,19 @@ pilot = Experiment(
     _SETTINGS
     | dict(
         rates={
-            "SGD": [0.01, 0.02, 0.05, 0.1, 0.2],
             "momentum": [0.001, 0.002, 0.005, 0.01, 0.02],
+            "Adam": [0.0001, 0.0005, 0.001, 0.002, 0.005],
             "AdaGrad": [0.01, 0.05, 0.1, 0.2, 0.5],
             "RMSprop": [0.0001, 0.0005, 0.001, 0.002, 0.005],
-            "Adam": [0.0001, 0.001, 0.002, 0.005, 0.01],
-            "AdamW": [0.0001, 0.001, 0.002, 0.005, 0.01],
+            "SGD": [0.01, 0.02, 0.05, 0.1, 0.2],
+            "AdamW": [0.0001, 0.0005, 0.001, 0.002, 0.005],
         },
+        points=[1, 2, 3, 4, 6, 9, 13, 18, 24, 32, 40],
         seeds=[0],
     ),
-    _jobs,
+    _one_each,
     _run_base,
-    grows=("seeds", "rates"),
+    grows=(),
 )
 
 # %% ../nbs/51_optimizers.ipynb #51c00010
@@ -393,14 +438,9 @@ def _run_costs(
     return in_turn(runs, cfg["rounds"]) | dict(gradients=counted)
 
 
-def _one_each(cfg):
-    "Every optimizer"
-    return grid(optimizer=list(cfg["begin"]))
-
-
 costs = Experiment(
     "optimizers_costs",
-    {**_SETTINGS, "seeds": [], "rates": {}, "rounds": 20},
+    _SETTINGS | dict(seeds=[], rates=_PAPER, rounds=20),
     _one_each,
     _run_costs,
     workers=1,
@@ -409,11 +449,11 @@ experiments = [training, pilot, costs]
 
 # %% ../nbs/51_optimizers.ipynb #51c00012
 def by_arm(rows: list[Row]) -> list[Row]:
-    "A row for each arm of each job"
+    "A row for each seed and arm of each job"
     runs = []
     for row in rows:
-        job = {k: row[k] for k in ("optimizer", "lr", "seed")}
-        runs += [job | dict(arm=arm) | seen for arm, seen in row["arms"].items()]
+        job = {k: row[k] for k in ("optimizer", "lr")}
+        runs += [job | run for run in row["runs"]]
     return runs
 
 
