@@ -80,6 +80,8 @@ OPTIMIZERS = {
     "Adam": partial(optim.Adam, fused=True),
     "AdamW": partial(optim.AdamW, fused=True),
 }
+
+
 _ARMS = {
     "base": None,
     "reset": Arm(Scaling(), Stay(), state=reset),
@@ -101,6 +103,8 @@ def _arms_of(optimizer):
 
 # %% ../nbs/51_optimizers.ipynb #51c00006
 _Batches = list[tuple[Tensor, Tensor]]  # Images and labels
+
+
 _Pair = tuple[nn.Sequential, optim.Optimizer]  # A network and what trains it
 
 
@@ -142,7 +146,7 @@ def _first_steps(
         refused=sum(not m["accepted"] for m in moves),
     )
 
-# %% ../nbs/51_optimizers.ipynb #51c00008
+# %% ../nbs/51_optimizers.ipynb #51d00001
 def _kind(pair: _Pair) -> tuple[float, int]:
     "The rate of its optimizer, and how many steps that has counted, if it does"
     _, optimizer = pair
@@ -159,7 +163,7 @@ def _joined_state(states: list[Row]) -> Row:
         joined[key] = torch.stack([s[key] for s in states]) if stacked else value
     return joined
 
-
+# %% ../nbs/51_optimizers.ipynb #51d00003
 def _fused(optimizer: optim.Optimizer) -> optim.Optimizer:
     "RMSprop as Adam with no first moment and no bias left; others as they are"
     if not isinstance(optimizer, optim.RMSprop):
@@ -173,7 +177,7 @@ def _fused(optimizer: optim.Optimizer) -> optim.Optimizer:
         adam.state[p] = state | dict(exp_avg_sq=square)
     return adam
 
-
+# %% ../nbs/51_optimizers.ipynb #51c00008
 _BACK = torch.ops.aten.leaky_relu_backward
 
 
@@ -219,7 +223,7 @@ class _Crowd:
         for w in W[1:]:
             h.append(F.leaky_relu(z, 0.1))
             z = torch.bmm(h[-1], w.mT)
-        # a softmax by hand and this backward are ten times PyTorch's usual ones
+        # many rows of ten: PyTorch's softmax and `torch.where` are slow there
         e = z.sub_(z.amax(2, keepdim=True)).exp_()
         d = e.div_(e.sum(2, keepdim=True)).sub_(self.one_hot[y]).div_(len(y))
         for a, w, g in zip(h[::-1], W[:0:-1], G[:0:-1]):
@@ -231,7 +235,7 @@ class _Crowd:
         for optimizer in self.optimizers:
             optimizer.step()
 
-# %% ../nbs/51_optimizers.ipynb #51c0000c
+# %% ../nbs/51_optimizers.ipynb #51d00005
 @contextmanager
 def _without_denormals():
     "Numbers below 1e-38, which processors are slow with, are zero meanwhile"
@@ -257,7 +261,7 @@ def _look(model: nn.Sequential, data: Images) -> Row:
     loss, error = _scores(model, data.valid_x, data.valid_y)
     return dict(train_loss=train, valid_loss=loss, valid_error=error)
 
-
+# %% ../nbs/51_optimizers.ipynb #51c0000c
 def _batches(data: Images, size: int) -> _Batches:
     "Those of an epoch, in the order of the file"
     return list(zip(data.x.split(size), data.y.split(size)))
@@ -290,7 +294,7 @@ def _begun(
         runs.append(run)
     return runs
 
-
+# %% ../nbs/51_optimizers.ipynb #51d00008
 @_without_denormals()
 def _run_arms(
     cfg: Config,  # Settings
@@ -332,6 +336,8 @@ _PAPER = {  # the paper's rates, those of SGD and AdamW ours
     "Adam": 0.0001,
     "AdamW": 0.0001,
 }
+
+
 _SETTINGS = dict(
     data="MNIST",
     images=50000,
@@ -364,7 +370,7 @@ def _jobs(cfg):
 
 training = Experiment("optimizers", _SETTINGS, _jobs, _run_arms, grows=("rates",))
 
-
+# %% ../nbs/51_optimizers.ipynb #51d0000a
 @_without_denormals()
 def _run_base(
     cfg: Config,  # Settings
@@ -415,8 +421,8 @@ pilot = Experiment(
 def _run_costs(
     cfg: Config,  # Settings, and "rounds"
     optimizer: str,  # A key of `OPTIMIZERS`
-) -> Row:  # Seconds of ten steps and of one move of each arm, quartiles
-    "Ten steps of training and one move of each arm, in turn; and counted"
+) -> Row:  # Seconds of ten steps, a move of each arm, a step of a crowd
+    "Quartiles of what is timed in turn, and each arm's move in gradients"
     data, lr = _pixels(cfg["data"], cfg["images"]), _PAPER[optimizer]
     x, y = data.x[: cfg["move_batch"]], data.y[: cfg["move_batch"]]
     few = x[: cfg["batch"]], y[: cfg["batch"]]
@@ -440,6 +446,10 @@ def _run_costs(
             runs[arm] = partial(tele.step, x, y)
             times = cfg["move_batch"] / cfg["batch"]
             counted[arm] = times * gradient_equivalents(tele, x, y)
+    for name, seeds in (("one seed", 1), ("five seeds", 5)):
+        pairs = [fresh() for _ in _arms_of(optimizer) for _ in range(seeds)]
+        crowd = _Crowd(pairs, OPTIMIZERS[optimizer])
+        runs[name] = partial(crowd.advance, *few)
     return in_turn(runs, cfg["rounds"]) | dict(gradients=counted)
 
 
@@ -450,6 +460,8 @@ costs = Experiment(
     _run_costs,
     workers=1,
 )
+
+
 experiments = [training, pilot, costs]
 
 # %% ../nbs/51_optimizers.ipynb #51c00012
@@ -485,7 +497,7 @@ def seen(
     mine = select(runs, optimizer=optimizer, arm=arm, lr=lr)
     return [r[key][point] if isinstance(r[key], list) else r[key] for r in mine]
 
-
+# %% ../nbs/51_optimizers.ipynb #51d0000c
 def behind(
     runs: list[Row],  # Of `by_arm`
     optimizer: str,  # A key of `OPTIMIZERS`
@@ -516,7 +528,7 @@ def _standing_out(
             out[o, arm] = -median(lower)
     return out
 
-
+# %% ../nbs/51_optimizers.ipynb #51d0000e
 def _ratio(
     runs: list[Row],  # Of `by_arm`
     optimizer: str,  # A key of `OPTIMIZERS`
@@ -577,14 +589,15 @@ def _draw_runs(
             if arm == "base":
                 ax.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
     for ax, unit in zip(axes, ("epochs", "seconds")):
-        ax.set(xlabel=unit, ylim=(0.15, 2.6))
+        ax.set(xlabel=unit, xscale="log", ylim=(0.15, 2.6))
+        ax.xaxis.set_major_formatter("{x:g}")
         log_axis(ax)
     axes[0].set(ylabel="validation loss")
     handles, labels = axes[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=3)
     return fig
 
-
+# %% ../nbs/51_optimizers.ipynb #51d00011
 def _draw_behind(
     runs: list[Row],  # Of `by_arm`
     arms: list[str],  # Which to draw
@@ -634,7 +647,8 @@ def _draw_advantage(
             ax.plot(points, middle, color=colour, ls=line, label=optimizer)
             ax.fill_between(points, low, high, color=colour, alpha=0.08, lw=0)
         ax.axhline(1, color="#999999", lw=0.8)
-        ax.set(xlabel="epochs", title=_LOOK[arm][0])
+        ax.set(xlabel="epochs", xscale="log", title=_LOOK[arm][0])
+        ax.xaxis.set_major_formatter("{x:g}")
     axes[0].set(ylabel="validation loss over the base's")
     handles, labels = axes[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=6)
