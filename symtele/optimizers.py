@@ -576,6 +576,7 @@ def _draw_runs(
     seconds: dict[str, list[float]],  # The same of each arm
 ) -> Figure:  # Validation loss, as in Z24's Figs 5 and 13
     "Medians of all arms, and the range of the base over seeds"
+    shade = dict(alpha=0.2, lw=0)
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1, 2, figsize=(8.2, 4.1), sharey=True)
     for arm in _arms_of(optimizer):
@@ -585,9 +586,10 @@ def _draw_runs(
         label, colour, line = _LOOK[arm]
         label += f" ({lr:g})" * tuned
         for ax, x in zip(axes, (epochs, seconds[arm])):
-            ax.plot(x, middle, color=colour, ls=line, label=label)
+            # the first look is at zero, where no logarithm is
+            ax.plot(x[1:], middle[1:], color=colour, ls=line, label=label)
             if arm == "base":
-                ax.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+                ax.fill_between(x[1:], low[1:], high[1:], color=colour, **shade)
     for ax, unit in zip(axes, ("epochs", "seconds")):
         ax.set(xlabel=unit, xscale="log", ylim=(0.15, 2.6))
         ax.xaxis.set_major_formatter("{x:g}")
@@ -618,6 +620,7 @@ def _draw_behind(
                 ax.hlines(height, min(values), max(values), color=colour, lw=1)
                 seeds = [height] * len(values)
                 ax.plot(values, seeds, "o", ms=3.5, color=colour, label=label)
+                ax.plot(median(values), height, "|", ms=8, color="#222222")
         ax.axvline(0, color="#444444", lw=1)
         ax.set(xlim=(-1.05 * edge, 1.05 * edge))
         ax.set(
@@ -643,9 +646,11 @@ def _draw_advantage(
         fig, axes = plt.subplots(1, 2, figsize=(8.2, 3.8), sharey=True)
     for ax, arm in zip(axes, arms):
         for optimizer, colour, line in zip(OPTIMIZERS, colours, lines):
-            middle, low, high = band(_ratio(runs, optimizer, arm))
-            ax.plot(points, middle, color=colour, ls=line, label=optimizer)
-            ax.fill_between(points, low, high, color=colour, alpha=0.08, lw=0)
+            middle, low, high = (
+                v[1:] for v in band(_ratio(runs, optimizer, arm))
+            )
+            ax.plot(points[1:], middle, color=colour, ls=line, label=optimizer)
+            ax.fill_between(points[1:], low, high, color=colour, alpha=0.08, lw=0)
         ax.axhline(1, color="#999999", lw=0.8)
         ax.set(xlabel="epochs", xscale="log", title=_LOOK[arm][0])
         ax.xaxis.set_major_formatter("{x:g}")
