@@ -514,19 +514,14 @@ def _gain(runs: list[Row], optimizer: str, arm: str, **which: Any) -> float:
     return -median(behind(runs, optimizer, arm, **which))
 
 
-def _standing_out(
+def _ahead(
     runs: list[Row],  # Of `by_arm`
     pairs: list[tuple[str, str]],  # Optimizer and arm
     tuned: bool,  # Each at its best rate, or at the paper's
 ) -> dict[tuple[str, str], float]:  # How far they are ahead, in the median
-    "Those ahead in every seed, by more than the seeds of the base differ"
-    out = {}
-    for o, arm in pairs:
-        base = seen(runs, o, "base", tuned)
-        lower = behind(runs, o, arm, tuned=tuned)
-        if max(lower) < 0 and -median(lower) > max(base) - min(base):
-            out[o, arm] = -median(lower)
-    return out
+    "Those with a lower test loss than the base's in every seed"
+    found = {pair: behind(runs, *pair, tuned=tuned) for pair in pairs}
+    return {p: -median(values) for p, values in found.items() if max(values) < 0}
 
 # %% ../nbs/51_optimizers.ipynb #51d0000e
 def _ratio(
@@ -543,6 +538,32 @@ def _ratio(
         pairs = zip(a["valid_loss"], b["valid_loss"], strict=True)
         ratios.append([one / other for one, other in pairs])
     return ratios
+
+
+def _reached(
+    runs: list[Row],  # Of `by_arm`
+    optimizer: str,  # A key of `OPTIMIZERS`
+    arm: str,  # A key of `_ARMS`
+    lr: float,  # Its learning rate
+    points: list[float],  # Epochs that were looked at
+    epoch: float,  # One of them
+) -> list[float]:  # For each seed, in epochs; inf: not at all
+    "When an arm has the validation loss that the base has after some epochs"
+    base = select(runs, optimizer=optimizer, arm="base", lr=_PAPER[optimizer])
+    ours, out = select(runs, optimizer=optimizer, arm=arm, lr=lr), []
+    for run, other in zip(ours, base, strict=True):
+        losses, target = run["valid_loss"], other["valid_loss"]
+        target = target[points.index(epoch)]
+        below = (i for i, loss in enumerate(losses) if loss <= target)
+        i = next(below, None)
+        if i is None:
+            out.append(math.inf)
+            continue
+        # between two looks as if both axes were logarithmic
+        before, after = (math.log(losses[j] / target) for j in (i - 1, i))
+        part = before / (before - after)
+        out.append(points[i - 1] * (points[i] / points[i - 1]) ** part)
+    return out
 
 
 def _seconds(
