@@ -417,7 +417,7 @@ pilot = Experiment(
 def _run_costs(
     cfg: Config,  # Settings, and "rounds"
     optimizer: str,  # A key of `OPTIMIZERS`
-) -> Row:  # Seconds of ten steps, a move of each arm, a step of a crowd
+) -> Row:  # Seconds of ten steps and of a move of each arm
     "Quartiles of what is timed in turn, and each arm's move in gradients"
     data, lr = _pixels(cfg["data"], cfg["images"]), _PAPER[optimizer]
     x, y = data.x[: cfg["move_batch"]], data.y[: cfg["move_batch"]]
@@ -442,10 +442,6 @@ def _run_costs(
             runs[arm] = partial(tele.step, x, y)
             times = cfg["move_batch"] / cfg["batch"]
             counted[arm] = times * gradient_equivalents(tele, x, y)
-    for name, seeds in (("one seed", 1), ("five seeds", 5)):
-        pairs = [fresh() for _ in _arms_of(optimizer) for _ in range(seeds)]
-        crowd = _Crowd(pairs, OPTIMIZERS[optimizer])
-        runs[name] = partial(crowd.advance, *few)
     return in_turn(runs, cfg["rounds"]) | dict(gradients=counted)
 
 
