@@ -7,7 +7,6 @@ __all__ = ['experiments']
 
 # %% ../nbs/52_learned_study.ipynb #11b41283
 import math
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -344,14 +343,20 @@ def _common(mean: Tensor, norm: float) -> Row:
     )
 
 
+def _updates(cfg: Config, arm: str) -> int:
+    "How often the rules of an arm are changed"
+    return cfg["updates"].get(arm, cfg["updates"][_ARMS[arm][0]])
+
+
 def _paced(cfg: Config, arm: str, times: int) -> dict[float, float]:
     "Rates of training, and the median loss that each leads to in short"
-    few = cfg | cfg["pacing"]
+    few = cfg | dict(rules=cfg["pacing"]["rules"])
+    updates = round(cfg["pacing"]["share"] * _updates(cfg, arm))
     says, element = _ARMS[arm]
     way, steps = _Way(says, _element(few, element)), times * cfg["steps"][says]
     found = {}
     for pace in cfg["paces"]:
-        *trained, _ = _trained(few, way, few["updates"][says], pace, times)
+        *trained, _ = _trained(few, way, updates, pace, times)
         row, _ = _tested(few, trained, way, steps, -2)
         ends = row["later" if times > 1 else "ends"]
         found[pace] = median(v for own in ends for v in own)
@@ -360,13 +365,11 @@ def _paced(cfg: Config, arm: str, times: int) -> dict[float, float]:
 
 def _run_rule(cfg: Config, arm: str) -> Row:
     "An arm that is trained"
-    began = time.process_time()
     says, element = _ARMS[arm]
     times, steps = 1 + arm.endswith("twice"), cfg["steps"][says]
     paces = _paced(cfg, arm, times)
     pace, way = min(paces, key=paces.get), _Way(says, _element(cfg, element))
-    updates = cfg["updates"].get(arm, cfg["updates"][says])
-    *trained, record = _trained(cfg, way, updates, pace, times)
+    *trained, record = _trained(cfg, way, _updates(cfg, arm), pace, times)
     test = partial(_tested, cfg, trained)
     runs = {arm: test(way, steps if way.element else 2 * steps)[0]}
     row = dict(pace=pace, paces=[*paces.items()], first=record[:2])
@@ -380,8 +383,7 @@ def _run_rule(cfg: Config, arm: str) -> Row:
             runs[f"{arm}: {name}"] = test(other, steps)[0]
         other = replace(way, act=_published)
         runs[f"{arm}: published"] = test(other, steps)[0]
-    seconds = round(time.process_time() - began, 1)
-    return row | dict(seconds=seconds, runs=runs)
+    return row | dict(runs=runs)
 
 # %% ../nbs/52_learned_study.ipynb #f276891a
 _PLAIN = {  # name -> how it is made, in torch.optim
@@ -543,9 +545,9 @@ _CONFIG = dict(
     problems=20,
     lanes=10,
     unroll=10,
-    updates={"rate": 1500, "update": 600, "update, teleport": 700},
-    paces=[3e-4, 1e-3, 3e-3],
-    pacing=dict(rules=2, updates=dict(rate=300, update=100)),
+    updates={"rate": 900, "update": 600, "update, teleport": 700},
+    paces=[1e-4, 3e-4, 1e-3, 3e-3],
+    pacing=dict(rules=2, share=0.3),
     hidden=dict(rate=20, update=300),
     steps=dict(rate=300, update=100),
     rounds=20,
