@@ -545,7 +545,7 @@ _CONFIG = dict(
     problems=20,
     lanes=10,
     unroll=10,
-    updates={"rate": 900, "update": 600, "update, teleport": 700},
+    updates={"rate": 900, "update": 300, "update, teleport": 350},
     paces=[1e-4, 3e-4, 1e-3],
     pacing=dict(rules=2, share=0.2),
     hidden=dict(rate=20, update=300),
