@@ -546,7 +546,7 @@ _CONFIG = dict(
     lanes=10,
     unroll=10,
     updates={"rate": 900, "update": 300, "update, teleport": 350},
-    paces=[1e-4, 3e-4, 1e-3],
+    paces=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
     pacing=dict(rules=2, share=0.2),
     hidden=dict(rate=20, update=300),
     steps=dict(rate=300, update=100),
