@@ -343,16 +343,10 @@ def _common(mean: Tensor, norm: float) -> Row:
     )
 
 
-def _updates(cfg: Config, arm: str) -> int:
-    "How often the rules of an arm are changed"
-    return cfg["updates"].get(arm, cfg["updates"][_ARMS[arm][0]])
-
-
 def _paced(cfg: Config, arm: str, times: int) -> dict[float, float]:
     "Rates of training, and the median loss that each leads to in short"
-    few = cfg | dict(rules=cfg["pacing"]["rules"])
-    updates = round(cfg["pacing"]["share"] * _updates(cfg, arm))
-    says, element = _ARMS[arm]
+    few, (says, element) = cfg | dict(rules=cfg["pacing"]["rules"]), _ARMS[arm]
+    updates = round(cfg["pacing"]["share"] * cfg["updates"][says])
     way, steps = _Way(says, _element(few, element)), times * cfg["steps"][says]
     found = {}
     for pace in cfg["paces"]:
@@ -369,7 +363,7 @@ def _run_rule(cfg: Config, arm: str) -> Row:
     times, steps = 1 + arm.endswith("twice"), cfg["steps"][says]
     paces = _paced(cfg, arm, times)
     pace, way = min(paces, key=paces.get), _Way(says, _element(cfg, element))
-    *trained, record = _trained(cfg, way, _updates(cfg, arm), pace, times)
+    *trained, record = _trained(cfg, way, cfg["updates"][says], pace, times)
     test = partial(_tested, cfg, trained)
     runs = {arm: test(way, steps if way.element else 2 * steps)[0]}
     row = dict(pace=pace, paces=[*paces.items()], first=record[:2])
@@ -545,10 +539,10 @@ _CONFIG = dict(
     problems=20,
     lanes=10,
     unroll=10,
-    updates={"rate": 900, "update": 300, "update, teleport": 350},
+    updates=dict(rate=900, update=400),
     paces=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
     pacing=dict(rules=2, share=0.2),
-    hidden=dict(rate=20, update=300),
+    hidden=dict(rate=20, update=64),
     steps=dict(rate=300, update=100),
     rounds=20,
     points=[*range(31), *range(40, 601, 10)],
