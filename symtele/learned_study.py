@@ -323,6 +323,7 @@ _ARMS = {  # what a rule says beside the element, and the element it trains with
     "rate, twice": ("rate", "none"),  # in runs of twice as many steps
     "update": ("update", "none"),
     "update, teleport": ("update", "learned"),
+    "update, large": ("update", "none"),  # of the paper's hidden size
 }
 _SWAPS = ("mean", "negative", "fixed", "random", "none")
 
@@ -543,6 +544,7 @@ _CONFIG = dict(
     paces=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
     pacing=dict(rules=2, share=0.2),
     hidden=dict(rate=20, update=64),
+    large=dict(hidden=dict(update=300), updates=dict(update=300)),
     steps=dict(rate=300, update=100),
     rounds=20,
     points=[*range(31), *range(40, 601, 10)],
@@ -561,6 +563,7 @@ def _jobs(cfg: Config) -> list[Row]:
 
 def _run_arm(cfg: Config, arm: str) -> Row:
     "An arm, with every rule and problem"
+    cfg = cfg | cfg["large"] if arm.endswith("large") else cfg
     if arm == "cost":
         return _run_cost(cfg, arm)
     if arm == "written":
@@ -583,6 +586,7 @@ _LOOK: Look = {
     "rate, teleport: negative": ("its negative", "#d62728", (0, (2, 1))),
     "rate, teleport: none": ("its rate alone", "#7f7f7f", (0, (1, 2))),
     "update": ("learned update", "#b0843b", (0, (6, 1, 1, 1))),
+    "update, large": ("learned update, 300 units", "#2ca02c", (0, (4, 2))),
     "update, teleport": ("learned update and teleport", "#e6550d", "-"),
 }
 
