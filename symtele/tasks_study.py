@@ -31,7 +31,6 @@ from symtele.experiments import (
     count_flops,
     grid,
     rounded,
-    select,
 )
 from .figures import STYLE
 from .groups import Loss, Named, Orbit
@@ -64,7 +63,7 @@ _CASES = {
     "ten tasks": _Case(("MNIST",), (1.0,) * 10, "ten tasks"),
 }
 
-
+# %% ../nbs/60_tasks_study.ipynb #ce900383
 @lru_cache
 def _pictures(name: str, train: bool) -> _Pair:
     "Pixels from 0 to 1, shape (n, 28, 28), and labels; 8×8 digits made larger"
@@ -80,7 +79,7 @@ def _pictures(name: str, train: bool) -> _Pair:
 
 
 def _drawn(name: str, n: int, part: str, rng: Generator) -> _Pair:
-    "Random pictures of a part; validation has the last sixth of the training ones"
+    "Random pictures of a part; validation has the last sixth of training"
     x, y = _pictures(name, part != "test")
     first, last = 0, len(x)
     if part != "test":
@@ -89,7 +88,7 @@ def _drawn(name: str, n: int, part: str, rng: Generator) -> _Pair:
     i = torch.randint(first, last, (n,), generator=rng)
     return x[i], y[i]
 
-
+# %% ../nbs/60_tasks_study.ipynb #bd7fe263
 @lru_cache
 def _images(
     names: tuple[str, ...],  # Data sets: of two corners, or of ten tasks
@@ -112,7 +111,7 @@ def _images(
     x = F.avg_pool2d(canvas[:, None], pool)
     return (x - 0.2) / 0.3, torch.stack(labels)
 
-
+# %% ../nbs/60_tasks_study.ipynb #4540817e
 class _Tasks(nn.Module):
     "A trunk, and a linear head for each task"
 
@@ -153,7 +152,7 @@ def _network(kind: str, seed: int, pool: int = 1) -> _Tasks:
         )
         return _Tasks(trunk, 24, outputs)
 
-
+# %% ../nbs/60_tasks_study.ipynb #10e41c75
 def _each_loss(
     outputs: list[Tensor],  # Of each task, (n, classes), or (n, 1) for yes or no
     y: Tensor,  # Labels, shape (T, n)
@@ -195,7 +194,7 @@ def _pcgrad(
         total = total + own
     return total
 
-
+# %% ../nbs/60_tasks_study.ipynb #631c590d
 def _cagrad(
     gram: Tensor,  # As in `_plain_sum`
     rng: Generator | None = None,  # Not looked at
@@ -227,7 +226,7 @@ def _cagrad(
     size = (w * moved).sum(-1, keepdim=True).clamp_min(1e-30).sqrt()
     return ((1 / tasks + radius / size * w) * tasks / (1 + c**2)).to(kind)
 
-
+# %% ../nbs/60_tasks_study.ipynb #113df5e5
 def _fairgrad(
     gram: Tensor,  # As in `_plain_sum`
     rng: Generator | None = None,  # Not looked at
@@ -267,7 +266,7 @@ class _Way:
 
 
 _EXACT, _FAR = Ascent(), Ascent(40, max_norm=1.0, growth=None)
-_FAR_GL = Ascent(40, growth=None)  # matrices are out of range sooner
+_FAR_GL = Ascent(60, growth=1e3)  # matrices leave the range of floats sooner
 _MOVES = {  # name -> search, whether it is LoRA
     "exact": (_EXACT, False),
     "far": (_FAR, False),
@@ -291,7 +290,7 @@ for _state in ("keep", "reuse"):
     _FEW += tuple(f"{move}, {_state}" for move in ("random", "exact", "LoRA"))
 _PARTS = {"main": _WAYS, "more": _MORE, "few": {a: _WAYS[a] for a in _FEW}}
 
-
+# %% ../nbs/60_tasks_study.ipynb #aaf59e28
 class _Stack:
     "Networks of one shape, their Adam, and one batch at a time for all"
 
@@ -464,7 +463,7 @@ def _measure_costs(cfg: Config, network: str) -> Row:
         seconds={k: median(t) / brief for k, t in spent.items()},
     )
 
-
+# %% ../nbs/60_tasks_study.ipynb #878b4191
 def _due(
     k: int, cfg: Config, way: _Way, flags: list[bool], last: list[int]
 ) -> bool:
@@ -549,7 +548,7 @@ class _Run:
         for n, row, sigma in zip(places, told, share):
             self.moves[n].append(dict(k=k) | row | dict(sigma=sigma))
 
-
+# %% ../nbs/60_tasks_study.ipynb #d9d7f5c8
 def _train_pairs(
     cfg: Config,
     data: str,
@@ -628,7 +627,7 @@ def _trained(cfg: Config, network: str, seed: int) -> tuple[_Tasks, _Pair, _Pair
     n, model = cfg["few"], model.double()
     return model, (x[:n].double(), y[:, :n]), (held[0].double(), held[1])
 
-
+# %% ../nbs/60_tasks_study.ipynb #a31f5be2
 # Trunks that move by matrices; the others by `Scaling`
 _GROUPS = {"leaky": BatchGL(), "linear": GL()}
 # Weights between two hidden layers, and how many of them move as one
@@ -697,7 +696,7 @@ def _kinds(network: str, group: NetworkGroup, names: tuple[str, ...]) -> Row:
     kinds["LoRA"] = (LowRank(5, names), -conflict, Cost(20, 0.01), 10.0)
     return kinds
 
-
+# %% ../nbs/60_tasks_study.ipynb #fc8d04dc
 def _measure_moves(cfg: Config, network: str, seed: int) -> Row:
     "The tasks' cosines at both ends of the orbit, and after LoRA"
     began = time.process_time()
@@ -732,7 +731,7 @@ def _measure_moves(cfg: Config, network: str, seed: int) -> Row:
         )
     return row | dict(seconds=time.process_time() - began)
 
-
+# %% ../nbs/60_tasks_study.ipynb #81912b2d
 def _move_a_pair(
     loss: Loss, test: Loss, group: NetworkGroup, w: Named, x: Tensor, held: Tensor
 ) -> Row:
@@ -769,7 +768,7 @@ def _pairs(loss: Loss, w: Named, x: Tensor) -> Row:
         sizes=rounded(sizes.tolist()),
     )
 
-
+# %% ../nbs/60_tasks_study.ipynb #ca593054
 def _walk(
     loss: Loss,
     test: Loss,
@@ -885,7 +884,8 @@ def _range(values: list[float], form: str = ".3f") -> str:
     low, high = min(values), max(values)
     return f"{median(values):{form}} ({low:{form}} to {high:{form}})"
 
-
+# %% ../nbs/60_tasks_study.ipynb #7b0634d7
+_FOUR = "#444444", "#2ca02c", "#e6550d", "#1f77b4"
 _BLUE, _RED, _GREY = "#1f77b4", "#d62728", "#444444"
 
 
@@ -949,25 +949,27 @@ def _draw_moves(kinds: dict[str, list[Row]]) -> Figure:
     return fig
 
 
-def _draw_gains(panels: dict[str, dict[str, list[float]]]) -> Figure:
-    "Differences of test loss to no move, a dot a seed, a bar at the median"
-    deep = max(map(len, panels.values()))
+def _draw_arms(rivals: dict[str, dict[str, list[float]]]) -> Figure:
+    "Differences of test loss to no move, a line for each arm and rival"
+    arms = list(next(iter(rivals.values())))
+    colours = dict(zip(("sum", "PCGrad", "CAGrad", "FairGrad"), _FOUR))
+    marks = dict(zip(colours, "osD^"))
     with plt.rc_context(STYLE):
-        size = (7.8, 0.24 * deep + 0.9)
-        fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True)
-        for ax, (name, arms) in zip(axes, panels.items()):
-            for n, (arm, values) in enumerate(arms.items()):
-                colour = _BLUE if arm.startswith(("exact", "to")) else _GREY
-                colour = "#e6550d" if arm.startswith("LoRA") else colour
-                ax.plot(
-                    values, [n] * len(values), "o", color=colour, ms=4, alpha=0.5
-                )
-                ax.plot(median(values), n, "|", color=colour, ms=13, mew=2.5)
-            ax.axvline(0, color="black", lw=1)
-            ax.set(xlabel="test loss, difference to no move", title=name)
-            ax.locator_params(axis="x", nbins=5)
-        axes[0].set_yticks(range(deep), list(next(iter(panels.values()))))
-        axes[0].invert_yaxis()
+        fig, ax = plt.subplots(figsize=(7.6, 0.45 * len(arms) + 1.0))
+        for n, arm in enumerate(arms):
+            for m, (rival, own) in enumerate(rivals.items()):
+                y = n + 0.17 * (m - (len(rivals) - 1) / 2)
+                look = dict(color=colours[rival], lw=1.2)
+                values = own[arm]
+                ax.plot([min(values), max(values)], [y, y], **look)
+                label = rival if n == 0 else None
+                mark = dict(ms=5, ls="", label=label)
+                ax.plot(median(values), y, marks[rival], **look | mark)
+        ax.axvline(0, color="black", lw=1)
+        ax.set(xlabel="test loss, difference to no move")
+        ax.set_yticks(range(len(arms)), arms)
+        ax.invert_yaxis()
+        ax.legend(ncols=len(rivals), loc="lower center", bbox_to_anchor=(0.5, 1))
     return fig
 
 # %% ../nbs/60_tasks_study.ipynb #60c00034
@@ -979,7 +981,7 @@ def _training_jobs(cfg: Config) -> list[Row]:
         for seed in cfg["seeds"]
     ]
 
-
+# %% ../nbs/60_tasks_study.ipynb #aa1b2afc
 _MLPS = grid(
     data=["digits", "mixed", "unequal"],
     rival=["sum", "PCGrad", "CAGrad", "FairGrad"],
