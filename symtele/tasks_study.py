@@ -285,9 +285,7 @@ for _move in ("sharpness", "keeping"):
 for _move in ("exact", "LoRA"):
     for _when in ("weak", "dominated"):
         _MORE[f"{_move}, {_when}"] = _Way(_move, "reuse", _when)
-_FEW = ("base", "fresh")
-for _state in ("keep", "reuse"):
-    _FEW += tuple(f"{move}, {_state}" for move in ("random", "exact", "LoRA"))
+_FEW = "base", "fresh", "random, keep", "exact, keep", "LoRA, keep", "LoRA, reuse"
 _PARTS = {"main": _WAYS, "more": _MORE, "few": {a: _WAYS[a] for a in _FEW}}
 
 # %% ../nbs/60_tasks_study.ipynb #aaf59e28
