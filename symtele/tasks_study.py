@@ -57,7 +57,6 @@ class _Case:
 _MIXED = ("MNIST", "FashionMNIST")
 _CASES = {
     "digits": _Case(("MNIST", "MNIST")),
-    "mixed": _Case(_MIXED),
     "unequal": _Case(_MIXED, (6.0, 1.0)),
     "convolutional": _Case(_MIXED, (6.0, 1.0), "convolutional"),
     "ten tasks": _Case(("MNIST",), (1.0,) * 10, "ten tasks"),
@@ -250,8 +249,6 @@ _RIVALS = {
     "sum": _plain_sum,
     "PCGrad": _pcgrad,
     "CAGrad": _cagrad,
-    "CAGrad 0.3": partial(_cagrad, c=0.3),
-    "CAGrad 0.8": partial(_cagrad, c=0.8),
     "FairGrad": _fairgrad,
 }
 
@@ -801,29 +798,15 @@ def _walk(
 
 # %% ../nbs/60_tasks_study.ipynb #60c00033
 def _merged(rows: list[Row]) -> list[Row]:
-    "A row for each seed of data and rival: all arms, CAGrad with all of its c"
+    "A row for each seed of case and rival, with all of its arms"
     out: dict[tuple, Row] = {}
     for r in rows:
-        rival = r["rival"].split()[0]
-        key = r["data"], rival, r["seed"]
-        if key not in out:
-            out[key] = r | dict(rival=rival)
-        elif r["part"] == "more":
+        key = r["data"], r["rival"], r["seed"]
+        if key in out:
             out[key] = out[key] | dict(arms=out[key]["arms"] | r["arms"])
         else:
-            out[key] = _side_by_side(out[key], r)
+            out[key] = r
     return list(out.values())
-
-
-def _side_by_side(row: Row, other: Row) -> Row:
-    "One row with the rates of both, first those of one, then of the other"
-    arms, more = {}, {}
-    for arm, own in row["arms"].items():
-        arms[arm] = {k: own[k] + t for k, t in other["arms"][arm].items()}
-    for part in ("valid", "test"):
-        pairs = zip(row["longer"][part], other["longer"][part])
-        more[part] = [a + b for a, b in pairs]
-    return row | dict(arms=arms, longer=row["longer"] | more)
 
 
 def _best(rows: list[Row], arm: str) -> int:
@@ -980,31 +963,19 @@ def _training_jobs(cfg: Config) -> list[Row]:
     ]
 
 # %% ../nbs/60_tasks_study.ipynb #aa1b2afc
-_MLPS = grid(
-    data=["digits", "mixed", "unequal"],
-    rival=["sum", "PCGrad", "CAGrad", "FairGrad"],
-    part=["main"],
-)
-_OTHERS = [
-    *grid(
-        data=["digits", "unequal"],
-        rival=["CAGrad 0.3", "CAGrad 0.8"],
-        part=["main"],
-    ),
-    *grid(data=["unequal"], rival=["FairGrad"], part=["more"]),
-    *grid(
-        data=["ten tasks"],
-        rival=["sum", "PCGrad", "CAGrad", "FairGrad"],
-        part=["few"],
-    ),
-    *grid(data=["convolutional"], rival=["FairGrad", "sum"], part=["few"]),
+_RULES = ["sum", "PCGrad", "CAGrad", "FairGrad"]
+_TRAINED = [
+    *grid(data=["digits", "unequal"], rival=_RULES, part=["main"]),
+    dict(data="unequal", rival="FairGrad", part="more"),
+    dict(data="convolutional", rival="FairGrad", part="few"),
+    *grid(data=["ten tasks"], rival=_RULES, part=["few"]),
 ]
 
 experiments = [
     Experiment(
         "tasks",
         dict(
-            parts=[list(p.values()) for p in (*_MLPS, *_OTHERS)],
+            parts=[list(part.values()) for part in _TRAINED],
             seeds=[0, 1, 2, 3, 4],
             names=None,
             pool=2,
