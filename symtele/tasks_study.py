@@ -9,7 +9,7 @@ __all__ = ['experiments']
 import math
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from statistics import median
 
@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call, grad, vmap
 from torchvision import datasets
 
 from .baselines import Matched
+from .batch import BatchGL
 from .classifier import digits, mnist_root
 from symtele.experiments import (
     Config,
@@ -30,12 +31,11 @@ from symtele.experiments import (
     count_flops,
     grid,
     rounded,
-    select,
 )
 from .figures import STYLE
-from .groups import Loss, Named, Orbit, need
-from .networks import Scaling, run_model
-from .objectives import loss_of
+from .groups import Loss, Named, Orbit
+from .networks import GL, NetworkGroup, Scaling, run_model
+from .objectives import Landscape, loss_of
 from .searches import Ascent
 from .tasks import Cost, LowRank, conflict, cosines, task_gradients
 from .teleporting import Teleported, teleport
@@ -43,13 +43,26 @@ from .wiring import wire
 
 # %% ../nbs/60_tasks_study.ipynb #60c00025
 _Pair = tuple[Tensor, Tensor]  # Images (n, 1, height, width), labels (T, n)
-# data -> what is in the two corners, and the weights of the two losses
-_DATA = {
-    "digits": (("MNIST", "MNIST"), (1.0, 1.0)),
-    "unequal": (("MNIST", "FashionMNIST"), (6.0, 1.0)),
+
+
+@dataclass(frozen=True)
+class _Case:
+    "Tasks, and the network that learns them"
+
+    shown: tuple[str, ...]  # Data sets of what an image shows
+    loads: tuple[float, ...] = (1.0, 1.0)  # Weight of each task's loss
+    network: str = "MLP"  # Kind of the trunk
+
+
+_MIXED = ("MNIST", "FashionMNIST")
+_CASES = {
+    "digits": _Case(("MNIST", "MNIST")),
+    "unequal": _Case(_MIXED, (6.0, 1.0)),
+    "convolutional": _Case(_MIXED, (6.0, 1.0), "convolutional"),
+    "ten tasks": _Case(("MNIST",), (1.0,) * 10, "ten tasks"),
 }
 
-
+# %% ../nbs/60_tasks_study.ipynb #ce900383
 @lru_cache
 def _pictures(name: str, train: bool) -> _Pair:
     "Pixels from 0 to 1, shape (n, 28, 28), and labels; 8×8 digits made larger"
@@ -64,31 +77,40 @@ def _pictures(name: str, train: bool) -> _Pair:
     return own.data.float() / 255, own.targets
 
 
+def _drawn(name: str, n: int, part: str, rng: Generator) -> _Pair:
+    "Random pictures of a part; validation has the last sixth of training"
+    x, y = _pictures(name, part != "test")
+    first, last = 0, len(x)
+    if part != "test":
+        border = 5 * last // 6
+        first, last = (0, border) if part == "train" else (border, last)
+    i = torch.randint(first, last, (n,), generator=rng)
+    return x[i], y[i]
+
+# %% ../nbs/60_tasks_study.ipynb #bd7fe263
 @lru_cache
-def _overlapping(
-    names: tuple[str, str],  # Data sets of the two corners
+def _images(
+    names: tuple[str, ...],  # Data sets: of two corners, or of ten tasks
     n: int,  # Images
     part: str,  # "train", "valid" or "test"
     pool: int = 1,  # Pixels a side that become one
-) -> _Pair:  # Images (n, 1, 36/pool, 36/pool), standardised; labels (2, n)
-    "Pairs of objects that overlap, drawn anew for each part"
+) -> _Pair:  # Images (n, 1, side, side), standardised; labels (T, n)
+    "Two objects that overlap, or one and whether it is of each class"
     rng = Generator().manual_seed(["train", "valid", "test"].index(part))
+    if len(names) == 1:
+        x, y = _drawn(*names, n, part, rng)
+        x = F.avg_pool2d(x[:, None], pool)
+        return (x - 0.13) / 0.31, (torch.arange(10)[:, None] == y).long()
     canvas, labels = torch.zeros(n, 36, 36), []
     for name, place in zip(names, (slice(0, 28), slice(8, 36))):
-        x, y = _pictures(name, part != "test")
-        # the last sixth of the training images is for validation
-        first, last = 0, len(x)
-        if part != "test":
-            border = 5 * last // 6
-            first, last = (0, border) if part == "train" else (border, last)
-        i = torch.randint(first, last, (n,), generator=rng)
+        x, y = _drawn(name, n, part, rng)
         corner = canvas[:, place, place]
-        canvas[:, place, place] = torch.maximum(corner, x[i])
-        labels.append(y[i])
+        canvas[:, place, place] = torch.maximum(corner, x)
+        labels.append(y)
     x = F.avg_pool2d(canvas[:, None], pool)
     return (x - 0.2) / 0.3, torch.stack(labels)
 
-
+# %% ../nbs/60_tasks_study.ipynb #4540817e
 class _Tasks(nn.Module):
     "A trunk, and a linear head for each task"
 
@@ -103,25 +125,33 @@ class _Tasks(nn.Module):
         return [head(h) for head in self.heads]
 
 
+def _side(kind: str, pool: int = 1) -> int:
+    "Pixels a side of the images that a network of this kind sees"
+    return (28 if kind == "ten tasks" else 36) // pool
+
+
 def _network(kind: str, seed: int, pool: int = 1) -> _Tasks:
     "A network of this kind; PyTorch's initial weights"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        relu, n = nn.ReLU, 36 // pool
+        relu, n = nn.ReLU, _side(kind, pool)
         if kind == "convolutional":
+            left = (n // 2 - 4) // 2  # pixels a side after both convolutions
             trunk = nn.Sequential(
-                nn.Conv2d(1, 6, 5), relu(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5),
-                relu(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(576, 48), relu(),
+                nn.Conv2d(1, 6, 5, padding=2), relu(), nn.MaxPool2d(2),
+                nn.Conv2d(6, 16, 5), relu(), nn.MaxPool2d(2), nn.Flatten(),
+                nn.Linear(16 * left**2, 48), relu(),
             )  # fmt: skip
             return _Tasks(trunk, 48, [10, 10])
         outputs = [1] * 10 if kind == "ten tasks" else [10, 10]
-        n = 28 if kind == "ten tasks" else n
+        bend = {"leaky": partial(nn.LeakyReLU, 0.1), "linear": nn.Identity}
+        bend = bend.get(kind, relu)
         trunk = nn.Sequential(
-            nn.Flatten(), nn.Linear(n * n, 48), relu(), nn.Linear(48, 24), relu()
+            nn.Flatten(), nn.Linear(n * n, 48), bend(), nn.Linear(48, 24), bend()
         )
         return _Tasks(trunk, 24, outputs)
 
-
+# %% ../nbs/60_tasks_study.ipynb #10e41c75
 def _each_loss(
     outputs: list[Tensor],  # Of each task, (n, classes), or (n, 1) for yes or no
     y: Tensor,  # Labels, shape (T, n)
@@ -139,6 +169,7 @@ def _each_loss(
 # %% ../nbs/60_tasks_study.ipynb #60c00027
 def _plain_sum(
     gram: Tensor,  # Products of the tasks' gradients, shape (..., T, T)
+    rng: Generator | None = None,  # Draws what a rule leaves to chance
 ) -> Tensor:  # Weight of each task, shape (..., T)
     "Every task counts the same"
     return torch.ones_like(gram[..., 0])
@@ -146,6 +177,7 @@ def _plain_sum(
 
 def _pcgrad(
     gram: Tensor,  # As in `_plain_sum`
+    rng: Generator | None = None,  # Draws the order of the other tasks
 ) -> Tensor:  # As in `_plain_sum`
     "PCGrad: what goes against another task is taken off (Yu et al. 2020)"
     tasks = gram.shape[-1]
@@ -153,7 +185,7 @@ def _pcgrad(
     for i in range(tasks):
         own = torch.zeros_like(total)
         own[..., i] = 1
-        for j in range(tasks):
+        for j in torch.randperm(tasks, generator=rng).tolist():
             if j != i:
                 along = (own * gram[..., j]).sum(-1)
                 size = gram[..., j, j].clamp_min(1e-30)
@@ -161,36 +193,42 @@ def _pcgrad(
         total = total + own
     return total
 
-
+# %% ../nbs/60_tasks_study.ipynb #631c590d
 def _cagrad(
-    gram: Tensor,  # As in `_plain_sum`, two tasks
+    gram: Tensor,  # As in `_plain_sum`
+    rng: Generator | None = None,  # Not looked at
     c: float = 0.5,  # Radius around the mean gradient, at least 0
 ) -> Tensor:  # As in `_plain_sum`
-    "CAGrad: near the mean, where the worse task gains most (Liu et al. 2021)"
-    tasks = gram.shape[-1]
-    need(tasks == 2, "cagrad needs two tasks", tasks)
-    radius = c * gram.mean((-2, -1)).clamp_min(0).sqrt()
-
-    def height(u: Tensor) -> tuple[Tensor, Tensor]:
-        w = torch.stack((u, 1 - u), -1)
-        product = (w * gram.mean(-1)).sum(-1)
+    "CAGrad: near the mean, where the worst task gains most (Liu et al. 2021)"
+    tasks, kind = gram.shape[-1], gram.dtype
+    gram = gram.double()
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
+    gram = gram / scale[..., None, None]
+    mean = gram.mean(-1)  # of each gradient with g0
+    radius = c * mean.mean(-1, keepdim=True).clamp_min(0).sqrt()
+    w, one = torch.full_like(mean, 1 / tasks), torch.ones_like(mean)
+    for k in range(30):  # Newton's method on the simplex, barrier 2⁻ᵏ/10
+        barrier = 0.1 * 0.5**k
         moved = (gram @ w[..., None])[..., 0]
-        size = (w * moved).sum(-1).clamp_min(1e-30).sqrt()
-        return product + radius * size, size
+        size = (w * moved).sum(-1, keepdim=True).clamp_min(1e-30).sqrt()
+        slope = mean + radius * moved / size - barrier / w
+        unit = moved / size
+        bend = gram - unit[..., None] * unit[..., None, :]
+        bend = (radius / size)[..., None] * bend
+        bend = bend + torch.diag_embed(barrier / w**2)
+        both = torch.linalg.solve(bend, torch.stack((slope, one), -1))
+        ratio = both.sum(-2, keepdim=True)
+        step = both[..., 1] * ratio[..., 0] / ratio[..., 1] - both[..., 0]
+        room = 0.9 / (-step / w).amax(-1, keepdim=True).clamp_min(0.9)
+        w = w + room * step
+    moved = (gram @ w[..., None])[..., 0]
+    size = (w * moved).sum(-1, keepdim=True).clamp_min(1e-30).sqrt()
+    return ((1 / tasks + radius / size * w) * tasks / (1 + c**2)).to(kind)
 
-    low, high = torch.zeros_like(radius), torch.ones_like(radius)
-    for _ in range(40):  # convex in u: a third of the interval goes each time
-        a, b = low + (high - low) / 3, high - (high - low) / 3
-        left = height(a)[0] < height(b)[0]
-        low, high = torch.where(left, low, a), torch.where(left, b, high)
-    u = (low + high) / 2
-    share = (radius / height(u)[1])[..., None]
-    mix = torch.stack((u, 1 - u), -1)
-    return (1 / tasks + share * mix) * tasks / (1 + c**2)
-
-
+# %% ../nbs/60_tasks_study.ipynb #113df5e5
 def _fairgrad(
     gram: Tensor,  # As in `_plain_sum`
+    rng: Generator | None = None,  # Not looked at
 ) -> Tensor:  # As in `_plain_sum`
     "FairGrad with α = 1: positive w with Gw = 1/w (Ban, Ji 2024), as Nash-MTL"
     tasks = gram.shape[-1]
@@ -225,6 +263,7 @@ class _Way:
 
 
 _EXACT, _FAR = Ascent(), Ascent(40, max_norm=1.0, growth=None)
+_FAR_GL = Ascent(60, growth=1e3)  # matrices leave the range of floats sooner
 _MOVES = {  # name -> search, whether it is LoRA
     "exact": (_EXACT, False),
     "far": (_FAR, False),
@@ -243,9 +282,10 @@ for _move in ("sharpness", "keeping"):
 for _move in ("exact", "LoRA"):
     for _when in ("weak", "dominated"):
         _MORE[f"{_move}, {_when}"] = _Way(_move, "reuse", _when)
-_PARTS = {"main": _WAYS, "more": _MORE}
+_FEW = "base", "fresh", "random, keep", "exact, keep", "LoRA, keep", "LoRA, reuse"
+_PARTS = {"main": _WAYS, "more": _MORE, "few": {a: _WAYS[a] for a in _FEW}}
 
-
+# %% ../nbs/60_tasks_study.ipynb #aaf59e28
 class _Stack:
     "Networks of one shape, their Adam, and one batch at a time for all"
 
@@ -368,7 +408,8 @@ def _move(
     def seen(w: Named) -> tuple[Tensor, Tensor, Tensor]:
         rows = task_gradients(lambda w: loss(w, x), w)
         flat = torch.cat([rows[k].flatten(1) for k in stack.trunk], 1)
-        return cosines(rows)[0, 1], flat.sum(0).norm(), stack.losses(w, *held)
+        least = -conflict.of(rows)
+        return least, flat.sum(0).norm(), stack.losses(w, *held)
 
     (cos0, size0, held0), (cos1, size1, held1) = (
         vmap(seen)(w) for w in (old, out.w)
@@ -388,25 +429,36 @@ def _move(
     return out.w, [dict(zip(values, row)) for row in zip(*values.values())]
 
 # %% ../nbs/60_tasks_study.ipynb #60c0002f
-def _prices(cfg: Config) -> dict[str, float]:
-    "What a move of each kind costs, in gradients of all tasks on its batch"
-    model = _network("MLP", 0, cfg["pool"])
-    stack = _Stack(model, [0.01], torch.ones(2))
-    side = 36 // cfg["pool"]
-    x = torch.randn(cfg["batch"], 1, side, side)
-    y = torch.zeros(2, cfg["batch"], dtype=torch.int64)
-    one = count_flops(partial(stack.rows, x, y))
+def _measure_costs(cfg: Config, network: str) -> Row:
+    "What a move costs beside a step: counted operations, and seconds"
+    model = _network(network, 0, cfg["pool"])
+    tasks, side = len(model.heads), _side(network, cfg["pool"])
+    stack = _Stack(model, [0.01], torch.ones(tasks))
+    rng = Generator().manual_seed(0)
+    x = torch.randn(cfg["batch"], 1, side, side, generator=rng)
+    y = torch.zeros(tasks, cfg["batch"], dtype=torch.int64)
     loss, w = loss_of(model, _each_loss, y)
     names = tuple(k for k in stack.trunk if k.endswith("weight"))
-    prices = {}
+    calls = {"gradient": partial(stack.rows, x, y)}
     for name, (search, low) in _MOVES.items():
         group = LowRank(5, names) if low else Scaling(wire(model, x))
         how = dict(objective=-conflict, search=search, tol=0.5 if low else None)
-        move = partial(teleport, loss, w, group, x, **how)
-        prices[name] = count_flops(move) / one
-    return prices
+        calls[name] = partial(teleport, loss, w, group, x, **how)
+    torch.manual_seed(0)
+    counts = {name: count_flops(call) for name, call in calls.items()}
+    spent = defaultdict(list)
+    for _ in range(cfg["repeats"]):
+        for name, call in calls.items():  # in turn: the load is the same for all
+            began = time.process_time()
+            call()
+            spent[name].append(time.process_time() - began)
+    one, brief = counts["gradient"], median(spent["gradient"])
+    return dict(
+        gradients={k: n / one for k, n in counts.items()},
+        seconds={k: median(t) / brief for k, t in spent.items()},
+    )
 
-
+# %% ../nbs/60_tasks_study.ipynb #878b4191
 def _due(
     k: int, cfg: Config, way: _Way, flags: list[bool], last: list[int]
 ) -> bool:
@@ -426,26 +478,28 @@ class _Run:
     "All arms at all rates with one rival on one seed"
 
     cfg: Config
-    data: str  # Of `_DATA`
+    data: str  # Of `_CASES`
     rival: str  # Of `_RIVALS`
     seed: int  # Of weights and batches
     part: str  # Of `_PARTS`
     only: tuple[str, ...] = ()  # Of the arms; (): all of the part
 
     def __post_init__(self):
-        cfg, (names, loads) = self.cfg, _DATA[self.data]
+        cfg, case = self.cfg, _CASES[self.data]
         ways = _PARTS[self.part]
         self.ways = {k: ways[k] for k in self.only or ways}
-        names = tuple(cfg["names"] or names)
+        names = cfg["names"] or case.shown
+        names = tuple(names[: len(case.shown)])
         parts = zip(("train", "valid", "test"), cfg["images"])
-        self.sets = {p: _overlapping(names, n, p, cfg["pool"]) for p, n in parts}
+        self.sets = {p: _images(names, n, p, cfg["pool"]) for p, n in parts}
         self.jobs = [(arm, lr) for arm in self.ways for lr in cfg["rates"]]
-        model = _network("MLP", self.seed, cfg["pool"])
+        model = _network(case.network, self.seed, cfg["pool"])
         rates = [lr for _, lr in self.jobs]
-        self.stack = _Stack(model, rates, torch.tensor(loads))
+        self.stack = _Stack(model, rates, torch.tensor(case.loads))
         self.moves: list[list[Row]] = [[] for _ in self.jobs]
         self.fired = torch.zeros(2, len(self.jobs))
         self.rng = Generator().manual_seed(self.seed)
+        self.chance = Generator().manual_seed(self.seed)  # for the rival
 
     def batch(self) -> _Pair:
         "The next batch, the same for all networks"
@@ -460,7 +514,7 @@ class _Run:
         rows = stack.rows(*batch)
         gram = stack.gram(rows)
         against = (gram.sum(2) <= 0).any(1)
-        now = torch.stack((gram[:, 0, 1] < 0, against))
+        now = torch.stack(((gram < 0).flatten(1).any(1), against))
         self.fired += now
         due = defaultdict(list)
         for n, (arm, _) in enumerate(self.jobs):
@@ -472,7 +526,7 @@ class _Run:
         if due:
             rows = stack.rows(*batch)
             gram = stack.gram(rows)
-        stack.advance(rows, _RIVALS[self.rival](gram))
+        stack.advance(rows, _RIVALS[self.rival](gram, self.chance))
 
     def move(
         self, k: int, name: str | None, places: list[int], batch: _Pair
@@ -489,7 +543,7 @@ class _Run:
         for n, row, sigma in zip(places, told, share):
             self.moves[n].append(dict(k=k) | row | dict(sigma=sigma))
 
-
+# %% ../nbs/60_tasks_study.ipynb #d9d7f5c8
 def _train_pairs(
     cfg: Config,
     data: str,
@@ -542,27 +596,18 @@ def _go_on(run: _Run) -> Row:
                 points[part].append(stack.test(*run.sets[part]))
         batch = run.batch()
         rows = stack.rows(*batch)
-        stack.advance(rows, _RIVALS[run.rival](stack.gram(rows)))
+        rule = _RIVALS[run.rival]
+        stack.advance(rows, rule(stack.gram(rows), run.chance))
     return points
 
 # %% ../nbs/60_tasks_study.ipynb #60c00031
-def _ten(n: int, part: str) -> _Pair:
-    "Digits, and for each of ten tasks whether it is that one"
-    x, y = _pictures("MNIST", part == "train")
-    i = torch.randperm(len(x), generator=Generator().manual_seed(0))[:n]
-    one = torch.arange(10)[:, None] == y[i]
-    return (x[i][:, None] - 0.13) / 0.31, one.long()
-
-
 def _trained(cfg: Config, network: str, seed: int) -> tuple[_Tasks, _Pair, _Pair]:
     "A network after its first steps, the images it saw, and others"
-    many, few = cfg["images"]
+    names = tuple(cfg["names"])
     if network == "ten tasks":
-        (x, y), held = _ten(many, "train"), _ten(few, "test")
-    else:
-        names = tuple(cfg["names"])
-        x, y = _overlapping(names, many, "train")
-        held = _overlapping(names, few, "test")
+        names = names[:1]
+    many, few = cfg["images"]
+    (x, y), held = _images(names, many, "train"), _images(names, few, "test")
     model = _network(network, seed)
     adam = torch.optim.Adam(model.parameters(), cfg["lr"])
     rng = Generator().manual_seed(seed)
@@ -571,9 +616,82 @@ def _trained(cfg: Config, network: str, seed: int) -> tuple[_Tasks, _Pair, _Pair
         adam.zero_grad()
         _each_loss(model(x[i]), y[:, i]).sum().backward()
         adam.step()
-    return model, (x, y), held
+    if network not in _GROUPS:
+        return model, (x, y), held
+    # factorisations want float64, and the batch law no more samples than features
+    n, model = cfg["few"], model.double()
+    return model, (x[:n].double(), y[:, :n]), (held[0].double(), held[1])
+
+# %% ../nbs/60_tasks_study.ipynb #a31f5be2
+# Trunks that move by matrices; the others by `Scaling`
+_GROUPS = {"leaky": BatchGL(), "linear": GL()}
+# Weights between two hidden layers, and how many of them move as one
+_BETWEEN = {"trunk.3.weight": 1}
+_KERNELS = {"trunk.3.weight": 25, "trunk.7.weight": 49}
 
 
+@dataclass(frozen=True)
+class _Outgrow:
+    "Search: the gradients of one weight, or kernel, outgrow all others"
+
+    blocks: tuple[tuple[str, int], ...]  # Weights, and how many move as one
+    sizes: tuple[float, ...] = (
+        2.0,
+        4.0,
+        6.0,
+        8.0,
+    )  # Of log-scales, tried in turn
+
+    def __call__(self, land: Landscape, rng: Generator) -> Landscape:
+        "The highest of the places at which one block outgrows the others"
+        picks = [self.best(land, *block) for block in self.blocks]
+        _, d = max(picks, key=lambda pick: pick[0])
+        return max((land.move(s * d) for s in self.sizes), key=_height)
+
+    def best(self, land: Landscape, name: str, many: int) -> tuple[float, Tensor]:
+        "The objective of the best block alone, and the way to it"
+        rows = land.start.tasks
+        own = rows[name].flatten(2).unflatten(2, (-1, many)).movedim(0, -2)
+        alone = vmap(vmap(land.objective.of))(own)  # (out, in)
+        sizes = own.norm(dim=-1) / rows[name].flatten(1).norm(dim=1)
+        alone = torch.where(sizes.amin(-1) > 1e-6, alone, -math.inf)
+        # of the blocks that are as good, the one that is largest in all tasks
+        good = alone >= alone.max() - 0.005
+        out, into = divmod(
+            torch.where(good, sizes.amin(-1), -1.0).argmax().item(),
+            alone.shape[1],
+        )
+        at = own[out, into].sum(0).abs().argmax().item() + into * many
+
+        def log_size(xi: Tensor) -> Tensor:
+            return land.orbit.to(xi).w[name].flatten(1)[out, at].abs().log()
+
+        return alone.max().item(), -grad(log_size)(land.orbit.zero())
+
+
+def _height(land: Landscape) -> float:
+    "The objective there; where it is not a number, below all"
+    return land.height.nan_to_num(-math.inf).item()
+
+
+def _kinds(network: str, group: NetworkGroup, names: tuple[str, ...]) -> Row:
+    "Name -> group, objective, search and tolerance of each move"
+    far = _FAR_GL if network == "linear" else _FAR
+    kinds = {
+        "agree": (group, -conflict, far, None),
+        "oppose": (group, conflict, far, None),
+        "random": (group, -conflict, Matched(far), None),
+    }
+    if network in _GROUPS:
+        return kinds
+    blocks = _KERNELS if network == "convolutional" else _BETWEEN
+    one = _Outgrow(tuple(blocks.items()))
+    kinds["one agrees"] = (group, -conflict, one, None)
+    kinds["one opposes"] = (group, conflict, one, None)
+    kinds["LoRA"] = (LowRank(5, names), -conflict, Cost(20, 0.01), 10.0)
+    return kinds
+
+# %% ../nbs/60_tasks_study.ipynb #fc8d04dc
 def _measure_moves(cfg: Config, network: str, seed: int) -> Row:
     "The tasks' cosines at both ends of the orbit, and after LoRA"
     began = time.process_time()
@@ -581,23 +699,16 @@ def _measure_moves(cfg: Config, network: str, seed: int) -> Row:
     x, y = x[: cfg["batch"]], y[:, : cfg["batch"]]
     loss, w = loss_of(model, _each_loss, y)
     test, _ = loss_of(model, _each_loss, held[1])
-    group, far = Scaling(wire(model, x)), _FAR
+    group = replace(_GROUPS.get(network, Scaling()), wiring=wire(model, x))
     names = tuple(k for k in w if k.startswith("trunk") and w[k].ndim > 1)
-    before, start = test(w, held[0]), _pairs(loss, w, x)
-    row: Row = dict(start=start)
-    kinds = {
-        "agree": (group, -conflict, far, None),
-        "oppose": (group, conflict, far, None),
-        "random": (group, -conflict, Matched(far), None),
-        "LoRA": (LowRank(5, names), -conflict, Cost(20, 0.01), 10.0),
-    }
+    before = test(w, held[0])
+    row: Row = dict(start=_pairs(loss, w, x))
     ends = {}
+    kinds = _kinds(network, group, names)
     for name, (own, objective, search, tol) in kinds.items():
         rng = Generator().manual_seed(seed)
-        out = teleport(
-            loss, w, own, x, objective=objective, search=search, tol=tol, rng=rng
-        )
-        ends[name] = out
+        how = dict(objective=objective, search=search, tol=tol, rng=rng)
+        out = ends[name] = teleport(loss, w, own, x, **how)
         change = (test(out.w, held[0]) - before) / before
         row[name] = _pairs(loss, out.w, x) | dict(
             accepted=bool(out.accepted),
@@ -606,12 +717,35 @@ def _measure_moves(cfg: Config, network: str, seed: int) -> Row:
             evals=out.evals.item(),
             steps=out.steps.item(),
         )
+    if len(y) > 2:
+        row["pair"] = _move_a_pair(loss, test, group, w, x, held[0])
     if network == "MLP":
         path = (ends["oppose"].element, ends["agree"].element)
         row["path"] = _walk(
             loss, test, group.orbit(w, x), path, held[0], cfg["points"]
         )
     return row | dict(seconds=time.process_time() - began)
+
+# %% ../nbs/60_tasks_study.ipynb #81912b2d
+def _move_a_pair(
+    loss: Loss, test: Loss, group: NetworkGroup, w: Named, x: Tensor, held: Tensor
+) -> Row:
+    "The two tasks that agree least of many, made to agree"
+    cos = cosines(task_gradients(lambda w: loss(w, x), w))
+    pair = list(divmod(cos.argmin().item(), len(cos)))
+
+    def two(w: Named, x: Tensor) -> Tensor:
+        return loss(w, x)[pair]
+
+    out = teleport(two, w, group, x, objective=-conflict, search=_FAR)
+    before = test(w, held)
+    return dict(
+        tasks=pair,
+        cosines=[cos.min().item(), _pairs(two, out.w, x)["least"]],
+        least=_pairs(loss, out.w, x)["least"],
+        accepted=bool(out.accepted),
+        held=rounded(((test(out.w, held) - before) / before).tolist()),
+    )
 
 
 def _pairs(loss: Loss, w: Named, x: Tensor) -> Row:
@@ -629,7 +763,7 @@ def _pairs(loss: Loss, w: Named, x: Tensor) -> Row:
         sizes=rounded(sizes.tolist()),
     )
 
-
+# %% ../nbs/60_tasks_study.ipynb #ca593054
 def _walk(
     loss: Loss,
     test: Loss,
@@ -664,16 +798,15 @@ def _walk(
 
 # %% ../nbs/60_tasks_study.ipynb #60c00033
 def _merged(rows: list[Row]) -> list[Row]:
-    "Rows of the main part, with the arms of the other"
-    more = {
-        (r["data"], r["rival"], r["seed"]): r for r in rows if r["part"] == "more"
-    }
-    out = []
-    for r in select(rows, part="main"):
+    "A row for each seed of case and rival, with all of its arms"
+    out: dict[tuple, Row] = {}
+    for r in rows:
         key = r["data"], r["rival"], r["seed"]
-        others = more.get(key, dict(arms={}))["arms"]
-        out.append(r | dict(arms=r["arms"] | others))
-    return out
+        if key in out:
+            out[key] = out[key] | dict(arms=out[key]["arms"] | r["arms"])
+        else:
+            out[key] = r
+    return list(out.values())
 
 
 def _best(rows: list[Row], arm: str) -> int:
@@ -687,9 +820,10 @@ def _best(rows: list[Row], arm: str) -> int:
 
 
 def _tests(rows: list[Row], arm: str) -> list[float]:
-    "Mean test loss of both tasks at the best rate, one per seed"
+    "Mean test loss of the tasks at the best rate, one per seed"
     i = _best(rows, arm)
-    return [sum(r["arms"][arm]["test"][i]) / 2 for r in rows]
+    found = [r["arms"][arm]["test"][i] for r in rows]
+    return [sum(losses) / len(losses) for losses in found]
 
 
 def _gains(
@@ -709,7 +843,8 @@ def _longer(rows: list[Row], steps: float) -> list[float]:
         return median(sum(r["longer"]["valid"][k][i]) for r in rows)
 
     i = min(range(count), key=score)
-    return [sum(r["longer"]["test"][k][i]) / 2 for r in rows]
+    found = [r["longer"]["test"][k][i] for r in rows]
+    return [sum(losses) / len(losses) for losses in found]
 
 
 def _told(row: Row, arm: str) -> list[Row]:
@@ -730,7 +865,8 @@ def _range(values: list[float], form: str = ".3f") -> str:
     low, high = min(values), max(values)
     return f"{median(values):{form}} ({low:{form}} to {high:{form}})"
 
-
+# %% ../nbs/60_tasks_study.ipynb #7b0634d7
+_FOUR = "#444444", "#2ca02c", "#e6550d", "#1f77b4"
 _BLUE, _RED, _GREY = "#1f77b4", "#d62728", "#444444"
 
 
@@ -794,25 +930,27 @@ def _draw_moves(kinds: dict[str, list[Row]]) -> Figure:
     return fig
 
 
-def _draw_gains(panels: dict[str, dict[str, list[float]]]) -> Figure:
-    "Differences of test loss to no move, a dot a seed, a bar at the median"
-    deep = max(map(len, panels.values()))
+def _draw_arms(rivals: dict[str, dict[str, list[float]]]) -> Figure:
+    "Differences of test loss to no move, a line for each arm and rival"
+    arms = list(next(iter(rivals.values())))
+    colours = dict(zip(("sum", "PCGrad", "CAGrad", "FairGrad"), _FOUR))
+    marks = dict(zip(colours, "osD^"))
     with plt.rc_context(STYLE):
-        size = (7.8, 0.24 * deep + 0.9)
-        fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True)
-        for ax, (name, arms) in zip(axes, panels.items()):
-            for n, (arm, values) in enumerate(arms.items()):
-                colour = _BLUE if arm.startswith(("exact", "to")) else _GREY
-                colour = "#e6550d" if arm.startswith("LoRA") else colour
-                ax.plot(
-                    values, [n] * len(values), "o", color=colour, ms=4, alpha=0.5
-                )
-                ax.plot(median(values), n, "|", color=colour, ms=13, mew=2.5)
-            ax.axvline(0, color="black", lw=1)
-            ax.set(xlabel="test loss, difference to no move", title=name)
-            ax.locator_params(axis="x", nbins=5)
-        axes[0].set_yticks(range(deep), list(next(iter(panels.values()))))
-        axes[0].invert_yaxis()
+        fig, ax = plt.subplots(figsize=(7.6, 0.45 * len(arms) + 1.0))
+        for n, arm in enumerate(arms):
+            for m, (rival, own) in enumerate(rivals.items()):
+                y = n + 0.17 * (m - (len(rivals) - 1) / 2)
+                look = dict(color=colours[rival], lw=1.2)
+                values = own[arm]
+                ax.plot([min(values), max(values)], [y, y], **look)
+                label = rival if n == 0 else None
+                mark = dict(ms=5, ls="", label=label)
+                ax.plot(median(values), y, marks[rival], **look | mark)
+        ax.axvline(0, color="black", lw=1)
+        ax.set(xlabel="test loss, difference to no move")
+        ax.set_yticks(range(len(arms)), arms)
+        ax.invert_yaxis()
+        ax.legend(ncols=len(rivals), loc="lower center", bbox_to_anchor=(0.5, 1))
     return fig
 
 # %% ../nbs/60_tasks_study.ipynb #60c00034
@@ -824,17 +962,20 @@ def _training_jobs(cfg: Config) -> list[Row]:
         for seed in cfg["seeds"]
     ]
 
+# %% ../nbs/60_tasks_study.ipynb #aa1b2afc
+_RULES = ["sum", "PCGrad", "CAGrad", "FairGrad"]
+_TRAINED = [
+    *grid(data=["digits", "unequal"], rival=_RULES, part=["main"]),
+    dict(data="unequal", rival="FairGrad", part="more"),
+    dict(data="convolutional", rival="FairGrad", part="few"),
+    *grid(data=["ten tasks"], rival=_RULES, part=["few"]),
+]
 
 experiments = [
     Experiment(
         "tasks",
         dict(
-            parts=[
-                ["unequal", "FairGrad", "main"],
-                ["digits", "FairGrad", "main"],
-                ["unequal", "sum", "main"],
-                ["unequal", "FairGrad", "more"],
-            ],
+            parts=[list(part.values()) for part in _TRAINED],
             seeds=[0, 1, 2, 3, 4],
             names=None,
             pool=2,
@@ -854,15 +995,30 @@ experiments = [
         "tasks_moves",
         dict(
             networks=["MLP", "convolutional", "ten tasks"],
+            others=["leaky", "linear"],
             seeds=[0, 1, 2, 3, 4],
             names=["MNIST", "FashionMNIST"],
             images=[4000, 2000],
             batch=256,
+            few=32,
             steps=20,
             lr=0.001,
             points=17,
         ),
-        lambda cfg: grid(network=cfg["networks"], seed=cfg["seeds"]),
+        lambda cfg: grid(
+            network=cfg["networks"] + cfg["others"], seed=cfg["seeds"]
+        ),
         _measure_moves,
+    ),
+    Experiment(
+        "tasks_costs",
+        dict(
+            networks=["MLP", "convolutional", "ten tasks"],
+            pool=2,
+            batch=64,
+            repeats=3,
+        ),
+        lambda cfg: grid(network=cfg["networks"]),
+        _measure_costs,
     ),
 ]
