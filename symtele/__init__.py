@@ -15,6 +15,7 @@ from .groups import (
     ellipse,
     rosenbrock,
 )
+from .level_sets import LevelSet, NullSpace
 from .networks import GL, Permutation, Scaling, Wiring
 from .objectives import grad_norm, landscape, lookahead, loss_of
 from .searches import Ascent, GreatCircle, Grid, Random, Sample, Stay
@@ -40,6 +41,8 @@ __all__ = [
     "GreatCircle",
     "Grid",
     "LeastSquares",
+    "LevelSet",
+    "NullSpace",
     "Orthogonal",
     "Permutation",
     "Random",

@@ -591,7 +591,7 @@ def shown_first(
 TWICE = re.compile(r"\[\[(`[^`]*`)\]\([^()]*\)\]\(([^()]*)\)")
 
 
-def local(
+def relative_links(
     markdown: str,
 ) -> str:
     "Links to names lead to pages beside this one; links of the prose itself stay"
@@ -609,8 +609,9 @@ class LocalLinks(Processor):
     ):
         "Mend the links of a cell and of what it puts out"
         if cell.cell_type == "markdown":
-            cell.source = local(cell.source)
+            cell.source = relative_links(cell.source)
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "text/markdown" in data:
-                data["text/markdown"] = local("".join(data["text/markdown"]))
+                shown = "".join(data["text/markdown"])
+                data["text/markdown"] = relative_links(shown)

@@ -27,7 +27,7 @@ ELSEWHERE = re.compile(
 )
 
 
-def local(
+def self_contained(
     page: str,  # HTML as Quarto writes it
 ) -> str:  # Asking nobody else
     "A page with its scripts beside it, and without jQuery, which nothing calls"
@@ -173,7 +173,7 @@ def finish(
     found, widgets = [], set()
     for path in sorted(site.rglob("*.html")):
         page = path.read_text(encoding="utf-8")
-        own = local(page)
+        own = self_contained(page)
         if own != page:
             widgets.add(path.parent / WIDGETS)
         written = MODULES.sub(r'<script src="\1" defer></script>', boxed(own))

@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .balance import move_model, need_kind
+from .balance import check_model, move_model, need_kind
 from .groups import Loss, Named, dot, need, wide
 from symtele.networks import (
     KINDS,
@@ -29,17 +29,10 @@ from symtele.networks import (
     perm,
     transform,
 )
-from .objectives import Landscape, unwrap
-from .teleporting import Teleported, check_input
-from symtele.wiring import (
-    Facts,
-    _components,
-    _equal,
-    _Labelled,
-    _Reading,
-    touched,
-    wire,
-)
+from .objectives import Landscape
+from .teleporting import Teleported
+from .training import whole
+from .wiring import Facts, Labelled, Reading, touched, wire
 
 # %% ../nbs/14_alignment.ipynb #14a10006
 def _products(
@@ -77,12 +70,18 @@ class Match:
     sweeps: int = 100  # Over all spaces, at most; at least 1
 
     def __post_init__(self):
-        enough = self.sweeps >= 1
-        need(enough, "Match(sweeps=...) must be at least 1", self.sweeps)
-        if not isinstance(self.other, dict):
-            kind = type(self.other).__name__
-            must = "Match(other=...) must be parameters by name"
-            raise TypeError(f"{must}, got {kind}")
+        whole("Match(sweeps=...)", self.sweeps, 1)
+        for name, what in (
+            ("other", "parameters by name"),
+            ("alike", "tensors by name of a space"),
+        ):
+            given = getattr(self, name)
+            named = isinstance(given, dict) and all(
+                isinstance(t, Tensor) for t in given.values()
+            )
+            if not named:
+                must = f"Match({name}=...) must be {what}"
+                raise TypeError(f"{must}, got {type(given).__name__}")
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         "The landscape seen from where nothing gets better any more"
@@ -93,6 +92,9 @@ class Match:
         other = _fitting(self.other, w)
         moves = blocks.moves(blocks.zero(next(iter(w.values())).device))
         places, free = {m.space.name: m.element for m in moves}, {}
+        unknown = [name for name in self.alike if name not in places]
+        must = f"Match(alike=...) must name spaces that move, of {[*places]}"
+        need(not unknown, must, unknown)
         for m in (m for m in moves if m.space.name in self.alike):
             gain = _gain(self.alike, m.space)
             e = _assignment(gain)
@@ -146,6 +148,8 @@ def _fitting(other: Named, w: Named) -> Named:
         shapes = tuple(other[k].shape), tuple(t.shape)
         must = f"Match(other=...) needs {k!r} of shape {shapes[1]}"
         need(shapes[0] == shapes[1], must, shapes[0])
+        must = f"Match(other=...) needs finite numbers for {k!r}"
+        need(other[k].isfinite().all().item(), must, "nan or infinity")
     return {k: other[k].detach().to(t) for k, t in w.items()}
 
 
@@ -171,7 +175,7 @@ class _Near:
 
 # %% ../nbs/14_alignment.ipynb #14a1000d
 @dataclass(eq=False)
-class _Listener(_Reading):
+class _Listener(Reading):
     "One pass on data, which hands on what sums over units are given"
 
     keep: Callable[[Tensor, Tensor], None] | None = None  # (labels, activations)
@@ -181,7 +185,7 @@ class _Listener(_Reading):
         given = [a for a in tree_leaves((args, kwargs)) if _is_fed(a)]
         known = len(self.facts.equal)
         out = super().hear(op, args, kwargs)
-        for a in (a for a in tree_leaves(out) if isinstance(a, _Labelled)):
+        for a in (a for a in tree_leaves(out) if isinstance(a, Labelled)):
             a.fed = bool(given)
         read = [
             np.abs(rows[(rows[:, 0] * rows[:, 1] < 0)]).ravel()
@@ -198,7 +202,7 @@ class _Listener(_Reading):
 
 def _is_fed(a: Any) -> bool:
     "Whether it is a tensor that depends on the data"
-    own = isinstance(a, _Labelled)
+    own = isinstance(a, Labelled)
     return own and getattr(a, "fed", not hasattr(a, "_is_param"))
 
 # %% ../nbs/14_alignment.ipynb #14a1000f
@@ -221,7 +225,7 @@ def _owners(
     spaces: list[Space],  # Those that permutations move
 ) -> np.ndarray:  # Unit of the pass -> place in all spaces in a row, or -1
     "Which unit of which space the units of a pass are"
-    same = _components(facts.n + 1, np.abs(_equal(facts, perm)))
+    same = facts.related(perm)
     owner, first = np.full(facts.n + 1, -1), 0
     for s in spaces:
         place = first + torch.arange(s.copies * s.size)
@@ -262,10 +266,12 @@ def correlations(
     other: nn.Module,  # Of the same wiring; not modified
     wiring: Wiring,  # Of `model`
     x: Any,  # One batch, as both are called with it; no labels
-    rows: int = 4096,  # Images, pixels or tokens of one place, at most
+    rows: int = 4096,  # Images, pixels or tokens of a place, at most; at least 2
 ) -> Named:  # Space -> (copies, size, size), row of `other`, in [-1, 1]
     "How alike the units of two models are: correlations of their activations"
-    need(rows >= 2, "correlations(rows=...) must be at least 2", rows)
+    rows = whole("correlations(rows=...)", rows, 2)
+    model = check_model(model, x)
+    other = check_model(other, x, "correlations(other=...)")
     spaces = [s for s in wiring.spaces if perm in s.commutes]
     places: list[tuple[np.ndarray, Tensor]] = []
     facts = _listen(model, x, lambda *seen: places.append(_columns(*seen, rows)))
@@ -275,15 +281,22 @@ def correlations(
         units, theirs = _columns(label, h, rows)
         known, mine = next(number, (None, None))
         if known is None or not np.array_equal(units, known):
-            parted = "model and other read their units at different places"
-            raise ValueError(f"{parted}: on this batch they branch apart")
+            raise ValueError(_PARTED)
         pair = (_by_space(owner, spaces, units, t) for t in (theirs, mine))
         for (s, b), (_, a) in zip(*pair):
             both = torch.bmm(_standard(b).mT, _standard(a))
             sums.setdefault(s.name, []).append(both)
 
     _listen(other, x, compare)
+    if next(number, None) is not None:
+        raise ValueError(_PARTED)
     return {name: sum(all) / len(all) for name, all in sums.items()}
+
+
+_PARTED = (
+    "model and other read their units at different places: they are of other "
+    "architectures, or branch apart on this batch"
+)
 
 
 def _standard(h: Tensor) -> Tensor:
@@ -312,15 +325,12 @@ def align(
     alike: _Alike | None = correlations,  # How alike units are; None: by weights
 ) -> Teleported:  # What was done; `report` says what decided each space
     "Put the units of a model into the order of another's; outputs stay"
-    model, other = unwrap(model), unwrap(other)
-    for name, m in (("model", model), ("other", other)):
-        if not isinstance(m, nn.Module):
-            kind = type(m).__name__
-            raise TypeError(f"align({name}=...) must be an nn.Module, got {kind}")
-    if x is None:
-        raise TypeError("x must be a batch as the models take it, got None")
+    model = check_model(model, x)
+    other = check_model(other, x, "align(other=...)")
+    if not (alike is None or callable(alike)):
+        must = "align(alike=...) must be a function such as correlations, or None"
+        raise TypeError(f"{must}, got {type(alike).__name__}")
     own, target = dict(model.named_parameters()), dict(other.named_parameters())
-    check_input({k: p.detach() for k, p in own.items()}, x)
     _check_shapes(own, target)
     wiring = _wired(model, other, x)
     target = {k: p.detach() for k, p in target.items()}

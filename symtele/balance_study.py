@@ -392,25 +392,33 @@ def _arm_jobs(cfg: Config) -> list[Row]:
     return [j for j in jobs if j["arm"] != "redraw" or j["sigma"] == 0]
 
 
+_NETWORKS = {
+    "data": "Fashion-MNIST",
+    "hidden": [64, 64, 64, 64],
+    "batch": 64,
+    "seeds": [0, 1, 2, 3, 4],
+}
+
+
+def _rates(*least: float) -> dict[str, list[float]]:
+    "Of each optimizer; momentum's begin with these, for scales that are lost"
+    usual = 1e-3, 3e-3, 1e-2, 3e-2, 1e-1
+    return {
+        "momentum": [*least, *usual, 3e-1],
+        "Adam": [1e-5, 1e-4, 3e-4, *usual],
+    }
+
+
 _training = Experiment(
     "balance",
     {
+        **_NETWORKS,
         "arms": [*_ARMS],
         "sigmas": [0, 2, 3],
-        "data": "Fashion-MNIST",
-        "hidden": [64, 64, 64, 64],
-        "rates": {
-            "momentum": [
-                *(1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4),
-                *(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-            ],
-            "Adam": [1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
-        },
+        "rates": _rates(1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4),
         "images": 20000,
-        "batch": 64,
         "steps": 480,
         "look": 60,
-        "seeds": [0, 1, 2, 3, 4],
     },
     _arm_jobs,
     _run_arm,
@@ -758,24 +766,15 @@ def _case_jobs(cfg: Config) -> list[Row]:
 _cases = Experiment(
     "balance_cases",
     {
+        **_NETWORKS,
         "starts": ["plain", "folded"],
         "cases": [*_CASES],
-        "data": "Fashion-MNIST",
-        "hidden": [64, 64, 64, 64],
         "before": 480,
         "pruned": 0.8,
-        "rates": {
-            "momentum": [
-                *(1e-10, 1e-8, 1e-6, 1e-5, 1e-4),
-                *(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-            ],
-            "Adam": [1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
-        },
+        "rates": _rates(1e-10, 1e-8, 1e-6, 1e-5, 1e-4),
         "images": 6400,
-        "batch": 64,
         "steps": 100,
         "test": 5000,
-        "seeds": [0, 1, 2, 3, 4],
     },
     _case_jobs,
     _run_case,

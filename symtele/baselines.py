@@ -100,8 +100,8 @@ class Matched:
             high = torch.where(short, high, middle)
         if readable(high) and (way(high) - goal).abs() > 1e-3 * goal:
             raise ValueError(
-                "no element in this direction moves the parameters as far as "
-                f"{goal.item():.3g}"
+                "Matched(search=...) must move less: no element in this random "
+                f"direction moves the parameters as far, got {goal.item():.3g}"
             )
         return land.move(direction * high)
 

@@ -1328,7 +1328,7 @@ def _apart(r, sign):
     "Whether the interval is on this side of zero"
     return min(sign * r[1], sign * r[2]) > 0
 
-
+# %% ../nbs/90_claims.ipynb #a6a3a450
 def _over(results, arm, tuned=False, factor=None):
     "Test loss at the end less the base's, a number a seed; and of the base"
     factors = _MOVING.config["factors"]
@@ -1422,7 +1422,7 @@ def _check_flat(results):
     words += f"{min(fallen):.2f} to {max(fallen):.2f} times as large as before"
     return [*checks, Check(max(fallen) < 1, words)]
 
-
+# %% ../nbs/90_claims.ipynb #81e74ef5
 def _check_distances(results):
     "Whether they fall at first, and to the end"
     checks, bends = [], sharpness_study._BENDS
@@ -1437,7 +1437,7 @@ def _check_distances(results):
         checks.append(Check(own[-1] < 2 / math.pi, words))
     return checks
 
-
+# %% ../nbs/90_claims.ipynb #6f03675a
 _SIZE = _NETWORKS.config["block"]["MNIST"] * len(_NETWORKS.config["blocks"])
 _ABOUT_NETWORKS = (
     f"784-16-10-10, {_NETWORKS.config['epochs']['MNIST']} of the paper's 40 "
@@ -1549,7 +1549,7 @@ def _check_learned_update(results):
         _lower(f"loss after {steps} steps", both, "without", alone, _three),
     ]
 
-
+# %% ../nbs/90_claims.ipynb #6cad4a26
 def _check_adapted(results):
     "How much of the element is a constant, and what the constant alone does"
     (row,) = select(results.learned, arm="rate, teleport")
@@ -1572,7 +1572,7 @@ def _check_adapted(results):
         ),
     ]
 
-
+# %% ../nbs/90_claims.ipynb #f29d0da9
 _RULES = "52_learned_study.ipynb#"
 _OF_LEARNING = [
     Statement(
@@ -1680,7 +1680,7 @@ def _check_norm(results):
         checks.append(Check(median(grown) > 1, words))
     return checks
 
-
+# %% ../nbs/90_claims.ipynb #f9ebdacc
 def _check_trigger(results):
     checks = []
     for kind, name in _KINDS.items():
@@ -1737,7 +1737,7 @@ def _check_history(results):
             checks.append(Check(check.ok, words))
     return checks
 
-
+# %% ../nbs/90_claims.ipynb #4a23d596
 def _check_plugged_in(results):
     "COST as it is, and at equal gradients"
     checks = [_task_gain(results, "LoRA, reuse", data) for data in _DATA]
@@ -1770,7 +1770,7 @@ def _rarely(results):
     steps = results.prices["LoRA"] / 0.3
     return f"It is 30 % where COST moves once in {steps:.0f} steps."
 
-
+# %% ../nbs/90_claims.ipynb #2e44158b
 _OWN_MOVE = f"{_TASK}costs-own-move-changes-the-losses-and-hardly-the-cosine"
 _JUDGED = f"{_TASK}of-costs-claims-few-hold-here"
 _SPENT = f"{_TASK}the-gradients-that-cost-spends-are-worth-more-as-plain-steps"

@@ -47,7 +47,7 @@ from .training import Schedule, Teleporter, at, reset
 class Images:
     "Standardised images as rows, float32, and their labels"
 
-    name: str  # "MNIST" or "digits"
+    name: str  # Of the data set, such as "MNIST"
     x: Tensor  # Training images, shape (n, pixels)
     y: Tensor  # Their labels, shape (n,), int64
     valid_x: Tensor  # Validation images
@@ -203,7 +203,7 @@ ARMS = {  # None: nothing moves, or the formula does
 MOVED = "random", "GL", "random BatchGL", "BatchGL"  # arms of exact moves
 ARM_LOOK = LOOK | {"random": ("random, GL", *LOOK["random"][1:])}  # how drawn
 _FORMULA_RATES = {"formula": 1e-3, "gentle": 1e-5}  # of the ascent
-OPTIMIZERS = {
+OPTIMIZERS = {  # name -> `(parameters, lr)` -> optimizer
     "SGD": partial(torch.optim.SGD, fused=True),
     "momentum": partial(torch.optim.SGD, momentum=0.9, fused=True),
     "AdaGrad": partial(torch.optim.Adagrad, fused=True),

@@ -36,7 +36,7 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import torch
@@ -339,12 +339,24 @@ def save_run(
     os.replace(part, path)
 
 
+class _Results(NamedTuple):
+    "What a results file holds besides its settings"
+
+    rows: list[Row]  # One per job
+    made: list[Row]  # Environments they were made in
+    core_seconds: float | None  # That all took; None: not known
+
+
 def load_run(
     path: str | Path,  # File to read
     cfg: Config,  # The settings it must have been made with
     but: Iterable[str] = (),  # Names of settings that may differ
 ) -> list[Row]:
     "The rows of a results file; raise if it was made with other settings"
+    return _read(path, cfg, but).rows
+
+
+def _read(path, cfg, but=()) -> _Results:
     file = json.loads(Path(path).read_text())
     found, cfg = file["config"], json.loads(json.dumps(cfg))
     differ = [
@@ -354,7 +366,7 @@ def load_run(
     ]
     if differ:
         raise ValueError(f"{path} was made with other settings: {differ}")
-    return file["rows"]
+    return _Results(file["rows"], file["environments"], file.get("core_seconds"))
 
 # %% ../nbs/20_experiments.ipynb #4d134bc0
 _TURN = threading.RLock()
@@ -515,8 +527,7 @@ class Experiment:
         "Run the jobs that the file does not have yet"
         path, rows, made, spent = self._path(folder), [], [], 0.0
         if path.exists():
-            rows = load_run(path, self.config, self.grows)
-            made, spent = self.made(folder), self.core_seconds(folder)
+            rows, made, spent = _read(path, self.config, self.grows)
         todo = self._missing(rows, path)
         workers = self.workers if workers is None else workers
         bar = tqdm(
@@ -542,14 +553,18 @@ class Experiment:
 
     def load(self, folder: str | Path = "results") -> list[Row]:
         "The rows of the file, complete and made with these settings"
-        rows = load_run(self._path(folder), self.config)
+        return self._whole(folder).rows
+
+    def _whole(self, folder):
+        "What the file holds; raise if a job is missing"
+        found = _read(self._path(folder), self.config)
         jobs = len(self.jobs(self.config))
-        if len(rows) < jobs:
+        if len(found.rows) < jobs:
             raise ValueError(
-                f"{self.name}.json has {len(rows)} of {jobs} jobs; "
+                f"{self.name}.json has {len(found.rows)} of {jobs} jobs; "
                 "run the experiment again, it goes on from there"
             )
-        return rows
+        return found
 
     def made(self, folder: str | Path = "results") -> list[dict[str, str | int]]:
         "The environments that rows of the file were made in, the last one last"
@@ -639,13 +654,13 @@ def reproduce(
     "Recompute experiments and say where they differ from the committed results"
     modules = [importlib.import_module(f"symtele.{name}") for name in names]
     experiments = [e for module in modules for e in module.experiments]
-    committed = {e.name: e.load(against) for e in experiments}
+    committed = {e.name: e._whole(against) for e in experiments}
     for e in experiments:
-        print(_plan(e, into, against))
+        print(_plan(e, into, committed[e.name]))
     differ = []
     for e in experiments:
         rows = e.run(into, executor=executor)
-        found = differences(rows, committed[e.name])
+        found = differences(rows, committed[e.name].rows)
         said = "every number agrees, seconds and drifts aside"
         if found:
             differ.append(e.name)
@@ -661,14 +676,14 @@ def reproduce(
 def _plan(
     e: Experiment,  # To be recomputed
     into: str | Path,  # Folder for the new results
-    against: str | Path,  # Folder of the committed ones
+    committed: _Results,  # What its file holds
 ) -> str:
     "What is there already, and what all of it took"
     jobs, path = e.jobs(e.config), Path(into) / f"{e.name}.json"
     there = load_run(path, e.config, e.grows) if path.exists() else []
-    spent, took = e.core_seconds(against), "its core-hours are not recorded"
+    spent, took = committed.core_seconds, "its core-hours are not recorded"
     if spent is not None:
-        processor = e.made(against)[-1]["processor"]
+        processor = committed.made[-1]["processor"]
         took = f"{spent / 3600:.2f} core-hours in all on {processor}"
     return f"{e.name}: {len(there)} of {len(jobs)} jobs are there; {took}"
 

@@ -53,7 +53,7 @@ LOOK = {
     "lookahead": ("teleport, next step", "#e6550d", (0, (8, 1))),
     "every step": ("teleport, next step, at every step", "#8c2d04", (0, (3, 1))),
 }
-STYLE = {
+STYLE = {  # of every figure, for `plt.rc_context`
     "figure.constrained_layout.use": True,
     "axes.spines.top": False,
     "axes.spines.right": False,

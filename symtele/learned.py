@@ -30,9 +30,10 @@ def _cell(
     "An LSTM cell: the next h and c"
     h, c = state
     z = torch.cat((x, h), -1) @ weight.mT + bias
-    i, f, g, o = z.chunk(4, -1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
+    n = h.shape[-1]
+    i, f, o = z[..., : 3 * n].sigmoid().chunk(3, -1)
+    c = f * c + i * z[..., 3 * n :].tanh()
+    return o * c.tanh(), c
 
 # %% ../nbs/16_learned.ipynb #398d042d
 class Learned(nn.Module):

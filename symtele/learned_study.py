@@ -7,8 +7,7 @@ __all__ = ['experiments']
 
 # %% ../nbs/52_learned_study.ipynb #11b41283
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch.func import functional_call, grad_and_value, vmap
 from torch.utils._pytree import tree_map
 
 from .batch import BatchGL
@@ -33,7 +32,7 @@ from symtele.experiments import (
     rounded,
 )
 from .figures import STYLE, Look, log_axis
-from .groups import Loss, Named
+from .groups import Named
 from .learned import Learned, Memory
 from .objectives import descent_step, loss_of
 from .teleporting import teleport, travel
@@ -44,6 +43,7 @@ from .wiring import wire
 _Layers = tuple[Tensor, Tensor]  # W₁ and W₂, or gradients of their shapes
 _Element = Callable[[Tensor], Tensor]  # What is said, rows -> what is done
 _LOST = 1e8  # Loss at which a run has diverged and is stopped
+_GATE = torch.ops.aten.leaky_relu_backward  # b, z -> b σ'(z), in one operation
 
 
 class _Data(NamedTuple):
@@ -77,28 +77,35 @@ def _look(w: _Layers, data: _Data) -> _Seen:
     "One pass forward"
     z = w[0] @ data.x
     h = F.leaky_relu(z, 0.1)
-    rest = w[1] @ h - data.y
-    return _Seen(z, h, rest, rest.square().sum((-1, -2)) / 2)
+    rest = torch.baddbmm(data.y, w[1], h, beta=-1)
+    return _Seen(z, h, rest, rest.square().sum((1, 2)) / 2)
 
 
 def _slope(w: _Layers, data: _Data, seen: _Seen) -> _Layers:
     "The gradient, one pass back"
-    b = w[1].mT @ seen.rest
-    return torch.where(seen.z > 0, b, 0.1 * b) @ data.x.mT, seen.rest @ seen.h.mT
+    b = _GATE(w[1].mT @ seen.rest, seen.z, 0.1, False)
+    return b @ data.x.mT, seen.rest @ seen.h.mT
 
 # %% ../nbs/52_learned_study.ipynb #bffc5586
-def _moved(w: _Layers, data: _Data, seen: _Seen, t: Tensor) -> _Layers:
-    "The layers after the element T, exactly: h → (I + T)h"
-    new = F.leaky_relu(seen.h + t @ seen.h, 10.0)
+def _moved(
+    w: _Layers, data: _Data, seen: _Seen, t: Tensor
+) -> tuple[_Layers, _Seen]:
+    "The layers after h → (I + T)h, exactly, and what is seen there"
+    h = torch.baddbmm(seen.h, t, seen.h)
+    z = F.leaky_relu(h, 10.0)
+    first = torch.baddbmm(w[0], z - seen.z, data.inverse)
     one = torch.eye(t.shape[-1]).to(t)
     second = torch.linalg.solve_ex(one + t, w[1], left=False)[0]
-    return w[0] + (new - seen.z) @ data.inverse, second
+    return (first, second), seen._replace(z=z, h=h)
 
 
-def _published(w: _Layers, data: _Data, seen: _Seen, t: Tensor) -> _Layers:
+def _published(
+    w: _Layers, data: _Data, seen: _Seen, t: Tensor
+) -> tuple[_Layers, _Seen]:
     "The same with I - T for the inverse, as the paper's release has it"
-    first, _ = _moved(w, data, seen, t)
-    return first, w[1] - w[1] @ t
+    (first, _), _ = _moved(w, data, seen, t)
+    w = first, w[1] - w[1] @ t
+    return w, _look(w, data)
 
 # %% ../nbs/52_learned_study.ipynb #566135e8
 class _At(NamedTuple):
@@ -114,40 +121,45 @@ class _Way:
 
     says: str  # "rate" or "update", what they say beside the element
     element: _Element | None = None  # None: no teleport
-    act: Callable[..., _Layers] = _moved  # How an element acts
-    watch: Callable[..., None] = lambda *_: None  # Told xi, losses of each move
+    act: Callable[..., tuple[_Layers, _Seen]] = _moved  # How an element acts
+    watch: Callable[..., None] | None = None  # Told xi, losses of each move
 
 
-def _advanced(says: str, memory: Memory, w: _Layers, c: _Layers) -> _Layers:
-    "The layers after a step with what was said"
-    said = memory.said.double()
+def _advanced(
+    says: str, said: Tensor, w: _Layers, c: _Layers, loss: Tensor
+) -> _Layers:
+    "The layers after a step with what was said, none where a run is lost"
+    held = (loss < _LOST).to(loss)[:, None, None]
     if says == "update":
-        said = said.unflatten(-1, (2, *w[0].shape[-2:])) / 100
-        return w[0] - said[..., 0, :, :], w[1] - said[..., 1, :, :]
-    rate = 2e-4 * (3 * said[..., None].tanh()).exp()  # 1e-5 to 4e-3
-    return w[0] - rate * c[0], w[1] - rate * c[1]
+        said = held[:, None] * said.view(-1, 2, *w[0].shape[1:]) / 100
+        return w[0] - said[:, 0], w[1] - said[:, 1]
+    rate = 2e-4 * held * (3 * said.view(-1, 1, 1).tanh()).exp()  # 1e-5 to 4e-3
+    return tuple(torch.addcmul(a, -rate, b) for a, b in zip(w, c))
 
 
 def _unroll(
     call: Callable[..., Any], way: _Way, at: _At, data: _Data, steps: int
 ) -> tuple[_At, Tensor]:
     "Where runs are after some steps, and all losses, the first axis steps + 1"
-    (w, memory), losses = at, []
+    rows = at.w[0].shape[:2]
+    w, data = tree_map(lambda t: t.flatten(0, 1), (at.w, data))
+    memory, losses = at.memory, []
     for _ in range(steps):
-        old, seen = w, _look(w, data)
+        seen = _look(w, data)
         losses.append(seen.loss)
         c = _slope(w, data, seen)
-        xi, memory = call((torch.cat([t.flatten(-2) for t in c], -1), memory))
+        read = torch.cat([t.flatten(1) for t in c], 1).unflatten(0, rows)
+        xi, memory = call((read, memory))
         if way.element:
-            t = way.element(xi).double().unflatten(-1, w[0].shape[-2:])
-            w = way.act(w, data, seen, t)
-            there = _look(w, data)
+            t = way.element(xi).double().reshape(w[0].shape)
+            w, there = way.act(w, data, seen, t)
             c = _slope(w, data, there)
-            way.watch(xi, seen.loss, there.loss)
-        new = _advanced(way.says, memory, w, c)
-        held = (seen.loss < _LOST)[..., None, None]
-        w = tuple(torch.where(held, a, b) for a, b in zip(new, old))
-    return _At(w, memory), torch.stack([*losses, _look(w, data).loss])
+            if way.watch:
+                way.watch(xi, seen.loss, _look(w, data).loss)
+        w = _advanced(way.says, memory.said.double(), w, c, seen.loss)
+    losses = torch.stack([*losses, _look(w, data).loss])
+    w = tuple(t.unflatten(0, rows) for t in w)
+    return _At(w, memory), losses.unflatten(1, rows)
 
 # %% ../nbs/52_learned_study.ipynb #9995591d
 def _rules(cfg: Config, says: str) -> tuple[Learned, Named]:
@@ -180,18 +192,17 @@ def _beginning(
 
 def _clipped(weights: Named):
     "Gradients no longer than 1 for each rule, and 0 where they are not finite"
-    for p in weights.values():
-        p.grad = p.grad.nan_to_num(0, 0, 0)
-    squares = [p.grad.flatten(1).square().sum(1) for p in weights.values()]
-    size = sum(squares).sqrt().clamp_min(1)
-    for p in weights.values():
-        p.grad /= size.view(-1, *[1] * (p.ndim - 1))
+    slopes = [p.grad.nan_to_num_(0, 0, 0) for p in weights.values()]
+    size = sum(c.square().sum((1, 2)) for c in slopes).sqrt().clamp_min(1)
+    for c in slopes:
+        c /= size[:, None, None]
 
 
 def _trained(
     cfg: Config,
     way: _Way,
     updates: int,
+    pace: float,  # Rate of training
     times: int = 1,  # Lengths of a run
 ) -> tuple[Learned, Named, list[list[float]]]:
     "A rule, trained weights of all, and their losses after every update"
@@ -199,7 +210,7 @@ def _trained(
     first, count = [10000 * s for s in range(cfg["rules"])], lanes
     numbers = [[*range(n, n + lanes)] for n in first]
     at, data = _beginning(cfg, rule, numbers, -1)
-    optimizer = torch.optim.Adam(weights.values(), lr=cfg["meta_rate"])
+    optimizer = torch.optim.Adam(weights.values(), lr=pace, fused=True)
     call, record = partial(functional_call, rule, weights), []
     pieces = times * cfg["steps"][way.says] // cfg["unroll"]
     for k in range(updates):
@@ -273,6 +284,7 @@ class _Watch:
         self.drift, self.sum, self.moves = 0.0, 0.0, 0
 
     def __call__(self, xi: Tensor, before: Tensor, after: Tensor):
+        before, after = (t.view(xi.shape[:2]) for t in (before, after))
         there = before < _LOST
         drift = ((after - before).abs() / before)[there]
         self.drift = max(self.drift, drift.max().item() if len(drift) else 0.0)
@@ -311,6 +323,7 @@ _ARMS = {  # what a rule says beside the element, and the element it trains with
     "rate, twice": ("rate", "none"),  # in runs of twice as many steps
     "update": ("update", "none"),
     "update, teleport": ("update", "learned"),
+    "update, large": ("update", "none"),  # of the paper's hidden size
 }
 _SWAPS = ("mean", "negative", "fixed", "random", "none")
 
@@ -331,18 +344,30 @@ def _common(mean: Tensor, norm: float) -> Row:
     )
 
 
+def _paced(cfg: Config, arm: str, times: int) -> dict[float, float]:
+    "Rates of training, and the median loss that each leads to in short"
+    few, (says, element) = cfg | dict(rules=cfg["pacing"]["rules"]), _ARMS[arm]
+    updates = round(cfg["pacing"]["share"] * cfg["updates"][says])
+    way, steps = _Way(says, _element(few, element)), times * cfg["steps"][says]
+    found = {}
+    for pace in cfg["paces"]:
+        *trained, _ = _trained(few, way, updates, pace, times)
+        row, _ = _tested(few, trained, way, steps, -2)
+        ends = row["later" if times > 1 else "ends"]
+        found[pace] = median(v for own in ends for v in own)
+    return found
+
+
 def _run_rule(cfg: Config, arm: str) -> Row:
     "An arm that is trained"
-    began = time.process_time()
     says, element = _ARMS[arm]
-    way = _Way(says, _element(cfg, element))
-    updates, times = cfg["updates"][says], 1 + arm.endswith("twice")
-    rule, weights, record = _trained(cfg, way, updates, times)
-    trained, steps = (rule, weights), cfg["steps"][says]
-    seconds = time.process_time() - began
+    times, steps = 1 + arm.endswith("twice"), cfg["steps"][says]
+    paces = _paced(cfg, arm, times)
+    pace, way = min(paces, key=paces.get), _Way(says, _element(cfg, element))
+    *trained, record = _trained(cfg, way, cfg["updates"][says], pace, times)
     test = partial(_tested, cfg, trained)
     runs = {arm: test(way, steps if way.element else 2 * steps)[0]}
-    row = dict(seconds=round(seconds, 1), first=record[:2])
+    row = dict(pace=pace, paces=[*paces.items()], first=record[:2])
     row["curve"] = record[:: max(1, len(record) // 50)]
     if element == "learned":
         mean = test(way, steps, -2)[1]  # problems of neither kind
@@ -390,33 +415,30 @@ def _run_plain(cfg: Config, arm: str) -> Row:
     return dict(runs=runs)
 
 # %% ../nbs/52_learned_study.ipynb #87c76334
-def _model(w: _Layers) -> nn.Sequential:
-    "Two layers as a module"
-    d = len(w[0])
-    act = nn.LeakyReLU(0.1)
-    model = nn.Sequential(
-        nn.Linear(d, d, bias=False), act, nn.Linear(d, d, bias=False)
-    ).double()
-    for layer, own in zip((model[0], model[2]), w):
-        layer.weight.data = own.clone()
-    return model
+_NAMES = "0.weight", "2.weight"  # Of the layers, in a module
 
 
-def _task(cfg: Config, seed: int) -> tuple[BatchGL, Loss, Named, Tensor]:
-    "One problem as `teleport` takes it: group, loss, parameters, batch"
-    (w1, w2), data = _problems(cfg, [seed])
-    model, x = _model((w1[0], w2[0])), data.x[0].T.contiguous()
-    loss, w = loss_of(model, lambda o, y: (o - y).square().sum() / 2, data.y[0].T)
-    return BatchGL(wire(model, x)), loss, w, x
+def _square(output: Tensor, y: Tensor) -> Tensor:
+    "½‖Y - output‖²"
+    return (output - y).square().sum() / 2
+
+
+def _read(cfg: Config) -> tuple[nn.Module, BatchGL]:
+    "Two layers as a module, and the group that is read off it"
+    d = cfg["size"]
+    layers = [nn.Linear(d, d, bias=False) for _ in range(2)]
+    model = nn.Sequential(layers[0], nn.LeakyReLU(0.1), layers[1]).double()
+    return model, BatchGL(wire(model, torch.ones(d, d).double()))
 
 
 def _written(cfg: Config, seed: int, rate: float) -> tuple[Tensor, float, float]:
     "Losses after one `Whiten`, its drift, and the loss of least squares"
-    group, loss, w, x = _task(cfg, seed)
-    y = _problems(cfg, [seed])[1].y[0].T
-    h = F.leaky_relu(x @ w["0.weight"].T, 0.1)
+    w, data = tree_map(lambda t: t[0], _problems(cfg, [seed]))
+    (model, group), x, y = _read(cfg), data.x.T.contiguous(), data.y.T
+    loss, w = loss_of(model, _square, y)[0], dict(zip(_NAMES, w))
+    h = F.leaky_relu(x @ w[_NAMES[0]].T, 0.1)
     solved = torch.linalg.lstsq(h, y).solution.T
-    least = loss(w | {"2.weight": solved}, x).item()
+    least = loss(w | {_NAMES[1]: solved}, x).item()
     out = teleport(loss, w, group, x, search=Whiten(rate, full_batch=True))
     w, losses = out.w, []
     for _ in range(11):
@@ -437,48 +459,68 @@ def _run_written(cfg: Config, arm: str) -> Row:
     return dict(runs={arm: row}, least=rounded(least))
 
 # %% ../nbs/52_learned_study.ipynb #2060b957
-def _by_teleport(
-    cfg: Config, rule: Learned, seed: int, steps: int
-) -> tuple[Tensor, Named]:
-    "Losses and parameters of one run through `travel`, for one rule"
-    group, loss, w, x = _task(cfg, seed)
-    state, losses = None, []
-    for _ in range(steps):
-        out, _, state = travel(loss, w, group, x, search=rule, state=state)
-        c, value = grad_and_value(lambda w: loss(w, x))(out.w)
-        losses.append(value)
-        rate = 2e-4 * (3 * state.said.double().tanh()).exp()
-        w = descent_step(out.w, c, rate)
-    return torch.stack([*losses, loss(w, x)]), w
+class _Run(nn.Module):
+    "A run through `travel`, as a module, so that its rule can be given weights"
+
+    def __init__(self, cfg: Config, rule: Learned, steps: int):
+        super().__init__()
+        self.rule, self.steps, self.read = rule, steps, _read(cfg)
+
+    def forward(self, w1: Tensor, w2: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        "Losses of every step"
+        model, group = self.read
+        loss, w = loss_of(model, _square, y)[0], dict(zip(_NAMES, (w1, w2)))
+        state, losses, here = None, [], partial(loss, x=x)
+        for _ in range(self.steps):
+            out, _, state = travel(
+                loss, w, group, x, search=self.rule, state=state
+            )
+            c, value = grad_and_value(here)(out.w)
+            losses.append(value)
+            rate = 2e-4 * (3 * state.said.double().tanh()).exp()
+            w = descent_step(out.w, c, rate)
+        return torch.stack([*losses, here(w)])
+
+
+def _training(
+    weights: Iterable[Tensor], losses: Callable[[], Tensor]
+) -> Callable[[], None]:
+    "A step of training: losses of all steps, their derivative, Adam"
+    weights = [*weights]
+    optimizer = torch.optim.Adam(weights, fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        losses().log().sum().backward()
+        optimizer.step()
+
+    return step
 
 
 def _run_cost(cfg: Config, arm: str) -> Row:
     "Seconds of a step of training: one rule on one problem, and all at once"
     (rule, weights), n = _rules(cfg, "rate"), cfg["unroll"]
-    one = torch.optim.Adam(rule.parameters(), lr=cfg["meta_rate"])
-    many = torch.optim.Adam(weights.values(), lr=cfg["meta_rate"])
-    call = partial(functional_call, rule, weights)
-    way = _Way("rate", _element(cfg, "learned"))
-    task = {}
+    call, run = partial(functional_call, rule, weights), _Run(cfg, rule, n)
+    way, runs = _Way("rate", _element(cfg, "learned")), {}
     for lanes in (1, cfg["lanes"]):
-        numbers = [[*range(lanes)] for _ in range(cfg["rules"])]
-        task[lanes] = _beginning(cfg, rule, numbers, -1)
-
-    def alone():
-        one.zero_grad()
-        losses, _ = _by_teleport(cfg, rule, -1, n)
-        losses[1:].log().sum().backward()
-        one.step()
-
-    def batched(lanes):
-        many.zero_grad()
-        _, losses = _unroll(call, way, *task[lanes], n)
-        losses[1:].log().sum().backward()
-        _clipped(weights)
-        many.step()
-
-    runs = dict(alone=alone)
-    runs |= {f"lanes {lanes}": partial(batched, lanes) for lanes in task}
+        numbers = [[*range(lanes)]] * cfg["rules"]
+        task = _beginning(cfg, rule, numbers, -1)
+        losses = partial(_unroll, call, way, *task, n)
+        runs[f"lanes {lanes}"] = _training(
+            weights.values(), lambda f=losses: f()[1]
+        )
+    at, data = task
+    given = *at.w, data.x.mT.contiguous(), data.y.mT.contiguous()
+    first = [t[0, 0] for t in given]
+    runs["alone"] = _training(rule.parameters(), partial(run, *first))
+    each = vmap(
+        lambda w, *given: functional_call(run, w, given), (None, 0, 0, 0, 0)
+    )
+    stacked = {f"rule.{name}": p for name, p in weights.items()}
+    runs["mapped"] = _training(
+        weights.values(), partial(vmap(each), stacked, *given)
+    )
+    runs["reading"] = partial(_read, cfg)
     operations = dict(zip(("gradient", "move"), _operations(cfg)))
     return in_turn(runs, cfg["rounds"], unit="alone") | operations
 
@@ -498,9 +540,11 @@ _CONFIG = dict(
     problems=20,
     lanes=10,
     unroll=10,
-    updates=dict(rate=1500, update=400),
-    meta_rate=1e-3,
+    updates=dict(rate=900, update=400),
+    paces=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
+    pacing=dict(rules=2, share=0.2),
     hidden=dict(rate=20, update=64),
+    large=dict(hidden=dict(update=300), updates=dict(update=300)),
     steps=dict(rate=300, update=100),
     rounds=20,
     points=[*range(31), *range(40, 601, 10)],
@@ -519,6 +563,7 @@ def _jobs(cfg: Config) -> list[Row]:
 
 def _run_arm(cfg: Config, arm: str) -> Row:
     "An arm, with every rule and problem"
+    cfg = cfg | cfg["large"] if arm.endswith("large") else cfg
     if arm == "cost":
         return _run_cost(cfg, arm)
     if arm == "written":
@@ -541,6 +586,7 @@ _LOOK: Look = {
     "rate, teleport: negative": ("its negative", "#d62728", (0, (2, 1))),
     "rate, teleport: none": ("its rate alone", "#7f7f7f", (0, (1, 2))),
     "update": ("learned update", "#b0843b", (0, (6, 1, 1, 1))),
+    "update, large": ("learned update, 300 units", "#2ca02c", (0, (4, 2))),
     "update, teleport": ("learned update and teleport", "#e6550d", "-"),
 }
 

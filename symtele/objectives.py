@@ -90,7 +90,8 @@ class _Plain:
 
 
 grad_norm = GradNorm()
-CLOSED = {}  # (type of objective, type of law) -> Landscape; closed forms fill it
+# (type of objective, None for any, type of law) -> Landscape; later pages fill it
+CLOSED = {}
 _Objective = GradNorm | Lookahead | _Plain
 _Size = float | Tensor | None  # of a move
 
@@ -301,7 +302,7 @@ class Landscape:
         return grad(self)(self.orbit.zero())
 
     def along(self, d: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        "J at the elements t·d, and its slopes by t where those are closed"
+        "J at t·d for t of shape (m,), and its slopes by t where those are closed"
 
         def one(t: Tensor) -> tuple[Tensor, Tensor]:
             there = self.move(t * d)  # a closed height comes with its slope
@@ -360,7 +361,8 @@ def landscape(
     if not hasattr(objective, "known"):
         objective = _Plain(objective)
     law = type(getattr(orbit, "law", None))
-    form = CLOSED.get((type(objective), law), Landscape)
+    general = CLOSED.get((None, law), Landscape)
+    form = CLOSED.get((type(objective), law), general)
     form = form if form.applies(orbit) else Landscape
     if start is None:
         w = orbit.start if hasattr(orbit, "start") else orbit.w

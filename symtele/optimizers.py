@@ -8,9 +8,10 @@ __all__ = ['OPTIMIZERS', 'training', 'pilot', 'costs', 'experiments', 'by_arm', 
 # %% ../nbs/51_optimizers.ipynb #51a00003
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache, partial
-from itertools import groupby, product
+from itertools import groupby
 from statistics import median
 from typing import Any
 
@@ -79,6 +80,8 @@ OPTIMIZERS = {
     "Adam": partial(optim.Adam, fused=True),
     "AdamW": partial(optim.AdamW, fused=True),
 }
+
+
 _ARMS = {
     "base": None,
     "reset": Arm(Scaling(), Stay(), state=reset),
@@ -94,13 +97,14 @@ _ARMS = {
 
 def _arms_of(optimizer):
     "The arms that make sense for an optimizer"
-    stateless = optimizer == "SGD"
     about_state = "reset", "teleport, reset", "teleport, transport"
-    left_out = about_state if stateless else ("lookahead",)
+    left_out = about_state if optimizer == "SGD" else ()
     return [arm for arm in _ARMS if arm not in left_out]
 
 # %% ../nbs/51_optimizers.ipynb #51c00006
 _Batches = list[tuple[Tensor, Tensor]]  # Images and labels
+
+
 _Pair = tuple[nn.Sequential, optim.Optimizer]  # A network and what trains it
 
 
@@ -142,12 +146,13 @@ def _first_steps(
         refused=sum(not m["accepted"] for m in moves),
     )
 
-# %% ../nbs/51_optimizers.ipynb #51c00008
-def _age(optimizer: optim.Optimizer) -> int:
-    "How many steps its state has counted; 1 where it holds something else"
-    return max(
-        int(s.get("step", bool(s))) for s in [{}, *optimizer.state.values()]
-    )
+# %% ../nbs/51_optimizers.ipynb #51d00001
+def _kind(pair: _Pair) -> tuple[float, int]:
+    "The rate of its optimizer, and how many steps that has counted, if it does"
+    _, optimizer = pair
+    (group,), states = optimizer.param_groups, optimizer.state.values()
+    ages = [int(s.get("step", bool(s))) for s in states]
+    return group["lr"], max(ages, default=0)
 
 
 def _joined_state(states: list[Row]) -> Row:
@@ -158,6 +163,23 @@ def _joined_state(states: list[Row]) -> Row:
         joined[key] = torch.stack([s[key] for s in states]) if stacked else value
     return joined
 
+# %% ../nbs/51_optimizers.ipynb #51d00003
+def _fused(optimizer: optim.Optimizer) -> optim.Optimizer:
+    "RMSprop as Adam with no first moment and no bias left; others as they are"
+    if not isinstance(optimizer, optim.RMSprop):
+        return optimizer
+    (group,) = optimizer.param_groups
+    params, lr, eps = (group[k] for k in ("params", "lr", "eps"))
+    adam = optim.Adam(params, lr, (0.0, group["alpha"]), eps, fused=True)
+    for p in params:
+        square = optimizer.state[p].get("square_avg", torch.zeros_like(p))
+        state = dict(step=torch.tensor(1e6), exp_avg=torch.zeros_like(p))
+        adam.state[p] = state | dict(exp_avg_sq=square)
+    return adam
+
+# %% ../nbs/51_optimizers.ipynb #51c00008
+_BACK = torch.ops.aten.leaky_relu_backward
+
 
 class _Crowd:
     "Networks of one shape, trained on the same batches, each as if alone"
@@ -165,33 +187,29 @@ class _Crowd:
     def __init__(
         self,
         pairs: list[_Pair],  # Their weights become views of a stack
-        make: Callable[..., optim.Optimizer],  # Makes an optimizer of parameters
+        make: Callable[..., optim.Optimizer],  # `make(parameters, lr)`
     ):
-        pairs = sorted(pairs, key=lambda pair: _age(pair[1]))
+        pairs = sorted(pairs, key=_kind)
         layers = (model.parameters() for model, _ in pairs)
         own = list(zip(*layers, strict=True))
         self.W = [torch.stack(same).detach() for same in own]
         self.G = [torch.zeros_like(w) for w in self.W]
         self.one_hot = torch.eye(self.W[-1].shape[1]).to(self.W[0])
         self.optimizers, begin = [], 0
-        for _, alike in groupby(pairs, lambda pair: _age(pair[1])):
+        for (lr, _), alike in groupby(pairs, _kind):
             states = [optimizer.state for _, optimizer in alike]
             some = slice(begin, begin := begin + len(states))
-            self.optimizers.append(self._joined(some, own, states, make))
+            params = [nn.Parameter(w[some]) for w in self.W]
+            optimizer = make(params, lr)
+            for p, g, same in zip(params, self.G, own):
+                p.grad = g[some]
+                held = [s.get(w, {}) for s, w in zip(states, same[some])]
+                if held[0]:
+                    optimizer.state[p] = _joined_state(held)
+            self.optimizers.append(_fused(optimizer))
         for w, same in zip(self.W, own):
             for view, p in zip(w, same):
                 p.data = view
-
-    def _joined(self, some, own, states, make):
-        "The optimizer of those that are equally old"
-        params = [nn.Parameter(w[some]) for w in self.W]
-        optimizer = make(params)
-        for p, g, same in zip(params, self.G, own):
-            p.grad = g[some]
-            held = [s.get(w, {}) for s, w in zip(states, same[some])]
-            if held[0]:
-                optimizer.state[p] = _joined_state(held)
-        return optimizer
 
     def advance(
         self,
@@ -205,17 +223,29 @@ class _Crowd:
         for w in W[1:]:
             h.append(F.leaky_relu(z, 0.1))
             z = torch.bmm(h[-1], w.mT)
-        d = z.softmax(2).sub_(self.one_hot[y]).div_(len(y))
+        # many rows of ten: PyTorch's softmax and `torch.where` are slow there
+        e = z.sub_(z.amax(2, keepdim=True)).exp_()
+        d = e.div_(e.sum(2, keepdim=True)).sub_(self.one_hot[y]).div_(len(y))
         for a, w, g in zip(h[::-1], W[:0:-1], G[:0:-1]):
             torch.bmm(d.mT, a, out=g)
             below = torch.bmm(d, w)
-            d = torch.where(a > 0, below, 0.1 * below)
+            d = _BACK(below, a, 0.1, True)
         first = d.transpose(0, 1).reshape(len(x), -1)
         torch.mm(first.mT, x, out=G[0].flatten(0, 1))
         for optimizer in self.optimizers:
             optimizer.step()
 
-# %% ../nbs/51_optimizers.ipynb #51c0000c
+# %% ../nbs/51_optimizers.ipynb #51d00005
+@contextmanager
+def _without_denormals():
+    "Numbers below 1e-38, which processors are slow with, are zero meanwhile"
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def _scores(model: nn.Sequential, x: Tensor, y: Tensor) -> tuple[float, float]:
     "Mean cross-entropy, inf where it is not finite, and share of wrong answers"
     with torch.no_grad():
@@ -231,55 +261,71 @@ def _look(model: nn.Sequential, data: Images) -> Row:
     loss, error = _scores(model, data.valid_x, data.valid_y)
     return dict(train_loss=train, valid_loss=loss, valid_error=error)
 
+# %% ../nbs/51_optimizers.ipynb #51c0000c
+def _batches(data: Images, size: int) -> _Batches:
+    "Those of an epoch, in the order of the file"
+    return list(zip(data.x.split(size), data.y.split(size)))
 
+
+def _begun(
+    cfg: Config,  # Settings
+    pair: _Pair,  # A new network and its optimizer, trained up to the moves
+    optimizer: str,  # A key of `OPTIMIZERS`
+    seed: int,  # Of random moves
+    data: Images,  # To train on
+) -> list[Row]:  # "arm", "seed", its "pair", "looks" so far and "moves"
+    "The arms of a seed after their moves; up to the first they are one network"
+    steps, (model, made) = _batches(data, cfg["batch"]), pair
+    each, lr = len(steps), made.param_groups[0]["lr"]
+    begin = round(cfg["begin"][optimizer] * each)
+    stops, looks = {round(e * each) for e in cfg["points"]}, []
+    for k in range(begin + 1):
+        if k in stops:
+            looks.append(_look(model, data))
+        if k < begin:
+            _step(model, made, *steps[k % each])
+    went_on = range(begin, begin + cfg["moves"])
+    to_move_on = _batches(data, cfg["move_batch"])[: cfg["moves"]]
+    batches, runs = (to_move_on, [steps[k % each] for k in went_on]), []
+    for arm in _arms_of(optimizer):
+        own = deepcopy(pair)
+        moves = _first_steps(own, _ARMS[arm], lr, seed, data, batches)
+        run = dict(arm=arm, seed=seed, pair=own, looks=[*looks], moves=moves)
+        runs.append(run)
+    return runs
+
+# %% ../nbs/51_optimizers.ipynb #51d00008
+@_without_denormals()
 def _run_arms(
     cfg: Config,  # Settings
     optimizer: str,  # A key of `OPTIMIZERS`
     lr: float,  # Learning rate
-    seed: int,  # Of the weights and of random moves
-) -> Row:  # "arms": arm -> what was seen and what the moves did
-    "All arms, from the same weights, on the same batches"
+) -> Row:  # "runs": for each seed and arm what was seen and what its moves did
+    "All arms from the weights of all seeds, on the same batches"
     data = _pixels(cfg["data"], cfg["images"])
-    small, wide = (
-        list(zip(data.x.split(n), data.y.split(n)))
-        for n in (cfg["batch"], cfg["move_batch"])
-    )
-    make = partial(OPTIMIZERS[optimizer], lr=lr)
-    model = _network(data, cfg["hidden"], seed)
-    alone = model, make(model.parameters())
-    each = len(small)
-    end, begin = (
-        round(e * each) for e in (cfg["epochs"], cfg["begin"][optimizer])
-    )
+    steps, make, runs = _batches(data, cfg["batch"]), OPTIMIZERS[optimizer], []
+    for seed in cfg["seeds"]:
+        model = _network(data, cfg["hidden"], seed)
+        pair = model, make(model.parameters(), lr)
+        runs += _begun(cfg, pair, optimizer, seed, data)
+    crowd = _Crowd([run["pair"] for run in runs], make)
+    each = len(steps)
+    begin, end = cfg["begin"][optimizer], round(cfg["epochs"] * each)
     stops = {round(e * each) for e in cfg["points"]}
-    seen = []
-    for k in range(begin):
+    for k in range(round(begin * each) + cfg["moves"], end + 1):
         if k in stops:
-            seen.append(_look(model, data))
-        _step(*alone, *small[k % each])
-    if begin in stops:
-        seen.append(_look(model, data))
-    pairs = {arm: deepcopy(alone) for arm in _arms_of(optimizer)}
-    looks, moves = {arm: [*seen] for arm in pairs}, {}
-    went_on = begin + cfg["moves"]
-    steps = [small[k % each] for k in range(begin, went_on)]
-    for arm, pair in pairs.items():
-        batches = wide[: cfg["moves"]], steps
-        moves[arm] = _first_steps(pair, _ARMS[arm], lr, seed, data, batches)
-    crowd = _Crowd([*pairs.values()], make)
-    for k in range(went_on, end + 1):
-        if k in stops:
-            for arm, (model, _) in pairs.items():
-                looks[arm].append(_look(model, data))
+            for run in runs:
+                run["looks"].append(_look(run["pair"][0], data))
         if k < end:
-            crowd.advance(*small[k % each])
-    arms = {}
-    for arm, (model, _) in pairs.items():
-        columns = zip(*(look.values() for look in looks[arm]))
-        arms[arm] = dict(zip(looks[arm][0], map(list, columns)))
-        test, error = _scores(model, data.test_x, data.test_y)
-        arms[arm] |= moves[arm] | dict(test_loss=test, test_error=error)
-    return dict(arms=arms)
+            crowd.advance(*steps[k % each])
+    rows = []
+    for run in runs:
+        names, values = run["looks"][0], (look.values() for look in run["looks"])
+        columns = dict(zip(names, map(list, zip(*values))))
+        test, error = _scores(run["pair"][0], data.test_x, data.test_y)
+        row = dict(arm=run["arm"], seed=run["seed"]) | columns | run["moves"]
+        rows.append(row | dict(test_loss=test, test_error=error))
+    return dict(runs=rows)
 
 # %% ../nbs/51_optimizers.ipynb #51c0000e
 _PAPER = {  # the paper's rates, those of SGD and AdamW ours
@@ -290,6 +336,8 @@ _PAPER = {  # the paper's rates, those of SGD and AdamW ours
     "Adam": 0.0001,
     "AdamW": 0.0001,
 }
+
+
 _SETTINGS = dict(
     data="MNIST",
     images=50000,
@@ -298,48 +346,55 @@ _SETTINGS = dict(
     moves=8,
     move_batch=200,
     begin=dict.fromkeys(_PAPER, 0) | dict(AdaGrad=2),  # epoch
-    epochs=6,
-    points=[0, 0.1, 0.3, 1, 2, 2.1, 2.3, 3, 4, 6],
+    epochs=40,
+    points=[0, 0.1, 0.3, 1, 2, 2.1, 2.3, 3, 4, 6, 9, 14, 20, 30, 40],
     rates={
-        "SGD": [0.01, 0.05],
-        "momentum": [0.001, 0.005],
+        "momentum": [0.001, 0.002],
+        "Adam": [0.0001, 0.0005],
         "AdaGrad": [0.01, 0.1],
-        "RMSprop": [0.0001, 0.002],
-        "Adam": [0.0001, 0.002],
-        "AdamW": [0.0001, 0.002],
+        "RMSprop": [0.0001, 0.0005],
+        "SGD": [0.01, 0.02],
+        "AdamW": [0.0001, 0.0005],
     },
-    seeds=[0, 1, 2],
+    seeds=[0, 1, 2, 3, 4],
 )
 
 
 def _jobs(cfg):
-    "Every optimizer at each of its rates, seed by seed"
+    "Every optimizer at each of its rates"
     jobs = []
-    for seed, (optimizer, rates) in product(cfg["seeds"], cfg["rates"].items()):
-        jobs += grid(optimizer=[optimizer], lr=rates, seed=[seed])
+    for optimizer, rates in cfg["rates"].items():
+        jobs += grid(optimizer=[optimizer], lr=rates)
     return jobs
 
 
-training = Experiment(
-    "optimizers", _SETTINGS, _jobs, _run_arms, grows=("seeds", "rates")
-)
+training = Experiment("optimizers", _SETTINGS, _jobs, _run_arms, grows=("rates",))
 
-
+# %% ../nbs/51_optimizers.ipynb #51d0000a
+@_without_denormals()
 def _run_base(
     cfg: Config,  # Settings
     optimizer: str,  # A key of `OPTIMIZERS`
-    lr: float,  # Learning rate
-    seed: int,  # Of the weights
-) -> Row:  # What is seen at the end
+) -> Row:  # Columns over rates, each a list over epochs
     "The base alone, by which the larger rate is chosen"
     data = _pixels(cfg["data"], cfg["images"])
-    make = partial(OPTIMIZERS[optimizer], lr=lr)
-    model = _network(data, cfg["hidden"], seed)
-    crowd = _Crowd([(model, make(model.parameters()))], make)
-    for _ in range(cfg["epochs"]):
-        for x, y in zip(data.x.split(cfg["batch"]), data.y.split(cfg["batch"])):
-            crowd.advance(x, y)
-    return _look(model, data)
+    steps, make, pairs = _batches(data, cfg["batch"]), OPTIMIZERS[optimizer], []
+    for lr in cfg["rates"][optimizer]:
+        model = _network(data, cfg["hidden"], cfg["seeds"][0])
+        pairs.append((model, make(model.parameters(), lr)))
+    crowd, losses = _Crowd(pairs, make), [[] for _ in pairs]
+    for epoch in range(1, cfg["epochs"] + 1):
+        for batch in steps:
+            crowd.advance(*batch)
+        if epoch in cfg["points"]:
+            for (model, _), column in zip(pairs, losses):
+                column.append(_look(model, data)["valid_loss"])
+    return dict(valid_loss=losses)
+
+
+def _one_each(cfg):
+    "Every optimizer"
+    return grid(optimizer=list(cfg["rates"]))
 
 
 pilot = Experiment(
@@ -347,26 +402,23 @@ pilot = Experiment(
     _SETTINGS
     | dict(
         rates={
-            "SGD": [0.01, 0.02, 0.05, 0.1, 0.2],
-            "momentum": [0.001, 0.002, 0.005, 0.01, 0.02],
-            "AdaGrad": [0.01, 0.05, 0.1, 0.2, 0.5],
-            "RMSprop": [0.0001, 0.0005, 0.001, 0.002, 0.005],
-            "Adam": [0.0001, 0.001, 0.002, 0.005, 0.01],
-            "AdamW": [0.0001, 0.001, 0.002, 0.005, 0.01],
+            "momentum": [0.002, 0.005, 0.01],
+            "Adam": [0.0005, 0.001, 0.002],
         },
+        points=[1, 2, 3, 4, 6, 9, 14, 20, 30, 40],
         seeds=[0],
     ),
-    _jobs,
+    _one_each,
     _run_base,
-    grows=("seeds", "rates"),
+    grows=(),
 )
 
 # %% ../nbs/51_optimizers.ipynb #51c00010
 def _run_costs(
     cfg: Config,  # Settings, and "rounds"
     optimizer: str,  # A key of `OPTIMIZERS`
-) -> Row:  # Seconds of ten steps and of one move of each arm, quartiles
-    "Ten steps of training and one move of each arm, in turn; and counted"
+) -> Row:  # Seconds of ten steps and of a move of each arm
+    "Quartiles of what is timed in turn, and each arm's move in gradients"
     data, lr = _pixels(cfg["data"], cfg["images"]), _PAPER[optimizer]
     x, y = data.x[: cfg["move_batch"]], data.y[: cfg["move_batch"]]
     few = x[: cfg["batch"]], y[: cfg["batch"]]
@@ -393,27 +445,24 @@ def _run_costs(
     return in_turn(runs, cfg["rounds"]) | dict(gradients=counted)
 
 
-def _one_each(cfg):
-    "Every optimizer"
-    return grid(optimizer=list(cfg["begin"]))
-
-
 costs = Experiment(
     "optimizers_costs",
-    {**_SETTINGS, "seeds": [], "rates": {}, "rounds": 20},
+    _SETTINGS | dict(seeds=[], rates=_PAPER, rounds=10),
     _one_each,
     _run_costs,
     workers=1,
 )
+
+
 experiments = [training, pilot, costs]
 
 # %% ../nbs/51_optimizers.ipynb #51c00012
 def by_arm(rows: list[Row]) -> list[Row]:
-    "A row for each arm of each job"
+    "A row for each seed and arm of each job"
     runs = []
     for row in rows:
-        job = {k: row[k] for k in ("optimizer", "lr", "seed")}
-        runs += [job | dict(arm=arm) | seen for arm, seen in row["arms"].items()]
+        job = {k: row[k] for k in ("optimizer", "lr")}
+        runs += [job | run for run in row["runs"]]
     return runs
 
 
@@ -440,7 +489,7 @@ def seen(
     mine = select(runs, optimizer=optimizer, arm=arm, lr=lr)
     return [r[key][point] if isinstance(r[key], list) else r[key] for r in mine]
 
-
+# %% ../nbs/51_optimizers.ipynb #51d0000c
 def behind(
     runs: list[Row],  # Of `by_arm`
     optimizer: str,  # A key of `OPTIMIZERS`
@@ -457,21 +506,16 @@ def _gain(runs: list[Row], optimizer: str, arm: str, **which: Any) -> float:
     return -median(behind(runs, optimizer, arm, **which))
 
 
-def _standing_out(
+def _ahead(
     runs: list[Row],  # Of `by_arm`
     pairs: list[tuple[str, str]],  # Optimizer and arm
     tuned: bool,  # Each at its best rate, or at the paper's
 ) -> dict[tuple[str, str], float]:  # How far they are ahead, in the median
-    "Those ahead in every seed, by more than the seeds of the base differ"
-    out = {}
-    for o, arm in pairs:
-        base = seen(runs, o, "base", tuned)
-        lower = behind(runs, o, arm, tuned=tuned)
-        if max(lower) < 0 and -median(lower) > max(base) - min(base):
-            out[o, arm] = -median(lower)
-    return out
+    "Those with a lower test loss than the base's in every seed"
+    found = {pair: behind(runs, *pair, tuned=tuned) for pair in pairs}
+    return {p: -median(values) for p, values in found.items() if max(values) < 0}
 
-
+# %% ../nbs/51_optimizers.ipynb #51d0000e
 def _ratio(
     runs: list[Row],  # Of `by_arm`
     optimizer: str,  # A key of `OPTIMIZERS`
@@ -486,6 +530,32 @@ def _ratio(
         pairs = zip(a["valid_loss"], b["valid_loss"], strict=True)
         ratios.append([one / other for one, other in pairs])
     return ratios
+
+
+def _reached(
+    runs: list[Row],  # Of `by_arm`
+    optimizer: str,  # A key of `OPTIMIZERS`
+    arm: str,  # A key of `_ARMS`
+    lr: float,  # Its learning rate
+    points: list[float],  # Epochs that were looked at
+    epoch: float,  # One of them
+) -> list[float]:  # For each seed, in epochs; inf: not at all
+    "When an arm has the validation loss that the base has after some epochs"
+    base = select(runs, optimizer=optimizer, arm="base", lr=_PAPER[optimizer])
+    ours, out = select(runs, optimizer=optimizer, arm=arm, lr=lr), []
+    for run, other in zip(ours, base, strict=True):
+        losses, target = run["valid_loss"], other["valid_loss"]
+        target = target[points.index(epoch)]
+        below = (i for i, loss in enumerate(losses) if loss <= target)
+        i = next(below, None)
+        if i is None:
+            out.append(math.inf)
+            continue
+        # between two looks as if both axes were logarithmic
+        before, after = (math.log(losses[j] / target) for j in (i - 1, i))
+        part = before / (before - after)
+        out.append(points[i - 1] * (points[i] / points[i - 1]) ** part)
+    return out
 
 
 def _seconds(
@@ -519,6 +589,7 @@ def _draw_runs(
     seconds: dict[str, list[float]],  # The same of each arm
 ) -> Figure:  # Validation loss, as in Z24's Figs 5 and 13
     "Medians of all arms, and the range of the base over seeds"
+    shade = dict(alpha=0.2, lw=0)
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1, 2, figsize=(8.2, 4.1), sharey=True)
     for arm in _arms_of(optimizer):
@@ -528,18 +599,20 @@ def _draw_runs(
         label, colour, line = _LOOK[arm]
         label += f" ({lr:g})" * tuned
         for ax, x in zip(axes, (epochs, seconds[arm])):
-            ax.plot(x, middle, color=colour, ls=line, label=label)
+            # the first look is at zero, where no logarithm is
+            ax.plot(x[1:], middle[1:], color=colour, ls=line, label=label)
             if arm == "base":
-                ax.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+                ax.fill_between(x[1:], low[1:], high[1:], color=colour, **shade)
     for ax, unit in zip(axes, ("epochs", "seconds")):
-        ax.set(xlabel=unit, ylim=(0.15, 2.6))
+        ax.set(xlabel=unit, xscale="log", ylim=(0.15, 2.6))
+        ax.xaxis.set_major_formatter("{x:g}")
         log_axis(ax)
     axes[0].set(ylabel="validation loss")
     handles, labels = axes[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=3)
     return fig
 
-
+# %% ../nbs/51_optimizers.ipynb #51d00011
 def _draw_behind(
     runs: list[Row],  # Of `by_arm`
     arms: list[str],  # Which to draw
@@ -560,6 +633,7 @@ def _draw_behind(
                 ax.hlines(height, min(values), max(values), color=colour, lw=1)
                 seeds = [height] * len(values)
                 ax.plot(values, seeds, "o", ms=3.5, color=colour, label=label)
+                ax.plot(median(values), height, "|", ms=8, color="#222222")
         ax.axvline(0, color="#444444", lw=1)
         ax.set(xlim=(-1.05 * edge, 1.05 * edge))
         ax.set(
@@ -585,11 +659,14 @@ def _draw_advantage(
         fig, axes = plt.subplots(1, 2, figsize=(8.2, 3.8), sharey=True)
     for ax, arm in zip(axes, arms):
         for optimizer, colour, line in zip(OPTIMIZERS, colours, lines):
-            middle, low, high = band(_ratio(runs, optimizer, arm))
-            ax.plot(points, middle, color=colour, ls=line, label=optimizer)
-            ax.fill_between(points, low, high, color=colour, alpha=0.08, lw=0)
+            middle, low, high = (
+                v[1:] for v in band(_ratio(runs, optimizer, arm))
+            )
+            ax.plot(points[1:], middle, color=colour, ls=line, label=optimizer)
+            ax.fill_between(points[1:], low, high, color=colour, alpha=0.08, lw=0)
         ax.axhline(1, color="#999999", lw=0.8)
-        ax.set(xlabel="epochs", title=_LOOK[arm][0])
+        ax.set(xlabel="epochs", xscale="log", title=_LOOK[arm][0])
+        ax.xaxis.set_major_formatter("{x:g}")
     axes[0].set(ylabel="validation loss over the base's")
     handles, labels = axes[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=6)

@@ -15,21 +15,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from .balance import move_model, need_kind
+from symtele.balance import (
+    check_model,
+    crowd,
+    move_model,
+    need_kind,
+    outputs_of,
+)
 from .groups import Loss, Named, need, readable, wide
 from symtele.networks import (
     Move,
     NetworkOrbit,
     Scaling,
-    run_model,
     transform,
 )
 from .networks import scale as positive
-from .objectives import Landscape, unwrap
+from .objectives import Landscape
 from .searches import Search, Stay, run_search
 from .teleporting import Teleported
+from .training import whole
 
 # %% ../nbs/13_quantization.ipynb #13aa0006
 _Rows = Callable[[Tensor], Tensor]  # A parameter -> its rows, a step for each
@@ -46,6 +51,8 @@ def by_channel(
     t: Tensor,  # A parameter, outputs along axis 0; at least two axes
 ) -> Tensor:  # Shape (outputs, entries of one)
     "A step for every output channel"
+    shape = f"shape {tuple(t.shape)}"
+    need(t.ndim > 1, "by_channel(t) needs two axes or more", shape)
     return t.flatten(1)
 
 
@@ -53,12 +60,11 @@ def by_group(
     n: int,  # Neighbouring inputs of an output that share a step, at least 1
 ) -> _Rows:  # Weights -> shape (groups, n); (outputs, inputs) if they are fewer
     "A step for every `n` inputs of an output, zeros behind the last of them"
-    need(n >= 1, "by_group(n) must be at least 1", n)
-    return partial(_grouped, n=n)
+    return partial(_grouped, n=whole("by_group(n)", n, 1))
 
 
 def _grouped(t: Tensor, n: int) -> Tensor:
-    rows = t.flatten(1)
+    rows = by_channel(t)
     if rows.shape[1] > n:
         rows = F.pad(rows, (0, -rows.shape[1] % n)).reshape(-1, n)
     return rows
@@ -66,17 +72,26 @@ def _grouped(t: Tensor, n: int) -> Tensor:
 # %% ../nbs/13_quantization.ipynb #13aa0009
 def _sides(
     move: Move,  # A space, and its slots
-    w: Named,  # Parameters
-) -> tuple[Tensor, Tensor]:  # Of what writes each unit and what reads it
-    "The largest weights before and behind the units of a space, 0 without any"
-    sides = {False: [], True: []}
-    for t in (t for t in move.slots if t.param in w and w[t.param].ndim > 1):
+    w: Named,  # Parameters; slots of others are passed over
+    size: Callable[[Tensor], Tensor],  # Of rows (outer, copies, n, units, rest)
+) -> tuple[
+    list[Tensor], list[Tensor]
+]:  # Of what writes units, of what reads them
+    "The sizes of what each slot holds of every unit of a space"
+    sides = [], []
+    for t in (t for t in move.slots if t.param in w):
         rows = t.rows(w[t.param], move.space)
-        sides[t.dual].append(rows.abs().amax((0, 2, 4)).flatten())
-    blank = torch.zeros_like(move.element[..., :1]).flatten()[:1]
-    blank = blank.expand(move.space.copies * move.space.size)
-    p, q = (torch.stack(s) if s else blank[None] for s in sides.values())
-    return p.amax(0), q.amax(0)
+        sides[t.dual].append(size(rows).flatten())
+    return sides
+
+
+def _ranges_of(move: Move, w: Named) -> tuple[Tensor, Tensor]:
+    "The largest weights before and behind the units of a space, 0 without any"
+    matrices = {k: t for k, t in w.items() if t.ndim > 1}
+    sides = _sides(move, matrices, lambda rows: rows.abs().amax((0, 2, 4)))
+    none = move.element.new_zeros(move.space.copies * move.space.size)
+    p, q = (torch.stack(s).amax(0) if s else none for s in sides)
+    return p, q
 
 
 def _moves(orbit: Any, who: str, only: bool) -> list[Move]:
@@ -103,9 +118,12 @@ class _Ranges:
         return _Ranges(tuple(_moves(orbit, "ranges", False)))
 
     def __call__(self, loss: Loss, w: Named) -> Tensor:
+        if not self.moves:
+            must = "ranges asks for the orbit it is on"
+            raise TypeError(f"{must}: use ranges.on(orbit)")
         apart = []
         for move in self.moves:
-            p, q = _sides(move, w)
+            p, q = _ranges_of(move, w)
             alive = (p > 0) & (q > 0)
             one = torch.ones_like(p)
             log = torch.where(alive, q, one).log()
@@ -126,18 +144,18 @@ class Equalize:
     def __post_init__(self):
         fits = 0 < self.tol < math.inf
         need(fits, "Equalize(tol=...) must be positive and finite", self.tol)
-        must = "Equalize(sweeps=...) must be at least 1"
-        need(self.sweeps >= 1, must, self.sweeps)
+        whole("Equalize(sweeps=...)", self.sweeps, 1)
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         "The landscape seen from the equalized place; each sweep is one move"
         moves, done = _moves(land.orbit, "Equalize", True), 0
+        most = [crowd(move, land.orbit.w) for move in moves]
         w = _largest(moves, land.orbit.w)
         total = [torch.zeros_like(move.element) for move in moves]
         while done < self.sweeps:
             far, done = total[0].new_zeros(()), done + 1
             for i, move in enumerate(moves):
-                z = _equal_step(move, w).view_as(move.element)
+                z = _equal_step(move, w, most[i]).view_as(move.element)
                 known = [t for t in move.slots if t.param in w]
                 w = transform(w, [move._replace(element=z, slots=known)])
                 total[i], far = total[i] + z, far.maximum(z.abs().max())
@@ -162,26 +180,17 @@ def _largest(moves: list[Move], w: Named) -> Named:
     return out
 
 
-def _equal_step(move: Move, w: Named) -> Tensor:
-    "Logarithms of the factors that make the ranges of a space equal"
-    p, q = _sides(move, w)
-    axes = {(t.param, t.axis) for t in move.slots}
-    names = [name for name, _ in axes]
-    crowd = max(map(names.count, names))
+def _equal_step(move: Move, w: Named, k: int) -> Tensor:
+    "Logarithms of the factors that make the ranges of a space equal, a k-th of"
+    p, q = _ranges_of(move, w)
     alive = (p > 0) & (q > 0) & (p + q).isfinite()
-    return torch.where(alive, (q.log() - p.log()) / (2 * crowd), 0.0)
+    return torch.where(alive, (q.log() - p.log()) / (2 * k), 0.0)
 
 # %% ../nbs/13_quantization.ipynb #13aa000d
-def _energies(
-    move: Move,  # A space, and its slots
-    w: Named,  # Parameters
-) -> tuple[Tensor, Tensor]:  # Of what writes each unit and what reads it
+def _energies(move: Move, w: Named) -> tuple[Tensor, Tensor]:
     "Sums of squares before and behind the units of a space"
-    sides = {False: [], True: []}
-    for t in (t for t in move.slots if t.param in w):
-        rows = t.rows(w[t.param], move.space)
-        sides[t.dual].append(rows.square().sum((0, 2, 4)).flatten())
-    p, q = (sum(s).clamp_min(_LEAST) if s else None for s in sides.values())
+    sides = _sides(move, w, lambda rows: rows.square().sum((0, 2, 4)))
+    p, q = (sum(s).clamp_min(_LEAST) if s else None for s in sides)
     # along an orbit of diagonals their product stays
     return (1 / q if p is None else p), (1 / p if q is None else q)
 
@@ -212,6 +221,8 @@ class _Rounding:
         if known:
             lost = [k for k in own.weights(w) if k not in self.fisher]
             need(not lost, "fisher must hold every weight that moves", lost)
+            for k, t in own.weights(w).items():
+                _check_fisher(k, self.fisher[k], t)
             return own
         means: tuple[Named, Named] = {}, {}
         for m in moves:
@@ -268,6 +279,15 @@ class _Rounding:
 _FLOOR = 1e-3  # of the mean, below which no weight of a parameter counts
 
 
+def _check_fisher(name: str, f: Tensor, w: Tensor) -> None:
+    must = f"fisher[{name!r}] must be of shape {tuple(w.shape)}"
+    need(f.shape == w.shape, must, tuple(f.shape))
+    if readable(f):
+        bad = (~(f.isfinite() & (f >= 0))).sum().item()
+        must = f"fisher[{name!r}] must be finite and at least 0"
+        need(not bad, must, f"{bad} values that are not")
+
+
 def rounding(
     bits: int,  # Of a weight, 2 to 16; levels are -(2ᵇ⁻¹-1) to 2ᵇ⁻¹-1
     per: _Rows = by_tensor,  # Which weights share a step
@@ -280,7 +300,14 @@ def rounding(
     of the squared outputs; without, f is the product of the squares of what
     reads and writes a weight's units, and errors are relative.
     """
+    bits = whole("rounding(bits)", bits)
     need(2 <= bits <= 16, "rounding(bits) must be between 2 and 16", bits)
+    if per is by_group or not callable(per):
+        must = "rounding(per=...) must be by_tensor, by_channel or by_group(n)"
+        raise TypeError(f"{must}, got {per!r}")
+    if not (fisher is None or isinstance(fisher, dict)):
+        must = "rounding(fisher=...) must be what fisher(model, x) returns"
+        raise TypeError(f"{must}, got {type(fisher).__name__}")
     return _Rounding(bits, per, fisher)
 
 # %% ../nbs/13_quantization.ipynb #13aa000e
@@ -290,15 +317,19 @@ def fisher(
     probes: int = 16,  # Backward passes, at least 1
 ) -> Named:  # By name of the parameter, in its shape, at least 0
     "E Σₖ(∂outputₖ/∂w)², the mean over samples, estimated by random signs"
-    need(probes >= 1, "fisher(probes=...) must be at least 1", probes)
-    model = unwrap(model)
+    probes = whole("fisher(probes=...)", probes, 1)
+    model = check_model(model, x)
     own = {k: p for k, p in model.named_parameters() if p.requires_grad}
     w = {k: p.detach().clone().requires_grad_() for k, p in own.items()}
     rng = Generator().manual_seed(0)
     with torch.enable_grad():
-        leaves = tree_leaves(run_model(model, w, x))
-        outputs = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
-    need(outputs, "model(x) must return something that depends on w", "nothing")
+        outputs = [t for t in outputs_of(model, w, x) if t.requires_grad]
+    must = (
+        "model(x) must return something that depends on a parameter that trains"
+    )
+    need(outputs, must, "nothing")
+    must = "model(x) must have its samples along axis 0"
+    need(outputs[0].ndim > 0, must, "a single number")
     total = {k: torch.zeros_like(t) for k, t in w.items()}
     for _ in range(probes):
         signs = [
@@ -326,12 +357,19 @@ class Adam:
     begin: Search = Stay()  # Where it begins
 
     def __post_init__(self):
-        need(self.steps >= 1, "Adam(steps=...) must be at least 1", self.steps)
+        whole("Adam(steps=...)", self.steps, 1)
         fits = 0 < self.lr < math.inf
         need(fits, "Adam(lr=...) must be positive and finite", self.lr)
+        search = callable(self.begin) or hasattr(self.begin, "step")
+        if isinstance(self.begin, type) or not search:
+            must = "Adam(begin=...) must be a search such as Equalize()"
+            raise TypeError(f"{must}, got {self.begin!r}")
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         "The landscape seen from the highest place on the way"
+        if land.orbit.discrete:
+            must = "Adam needs a group with a slope"
+            raise TypeError(f"{must}; use Sample(n) for permutations")
         land, _ = run_search(self.begin, land, rng)
         best, first, second = land, 0.0, 0.0
         for k in range(1, self.steps + 1):
@@ -361,5 +399,6 @@ def prepare(
     search: Search = Adam(begin=Equalize()),  # How to look for the place
 ) -> Teleported:  # What was done; `objective`: `rounding`
     "Move a model to where rounding its weights is to change its outputs least"
-    objective = rounding(bits, per, fisher(model, x))
+    objective = rounding(bits, per)  # first, for its errors cost nothing
+    objective = replace(objective, fisher=fisher(model, x))
     return move_model(model, x, Scaling(), objective, search)

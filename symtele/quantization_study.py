@@ -44,7 +44,7 @@ from symtele.quantization import (
     ranges,
     rounding,
 )
-from .quantizers import Quantizer, correct_biases, quantize
+from .quantizers import Quantizer, correct_biases, layers_of, quantize
 from .searches import Random
 from .teleporting import Teleported
 from .wiring import wire
@@ -272,12 +272,6 @@ def _right(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return ((out.argmax(1) == y) & out.isfinite().all(1)).float().mean().item()
 
 
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    "Linear and convolutional layers by name"
-    kinds = nn.Linear, nn.Conv2d
-    return {k: m for k, m in model.named_modules() if isinstance(m, kinds)}
-
-
 @contextmanager
 def _inputs_rounded(
     model: nn.Module, float_model: nn.Module, x: Tensor, bits: int
@@ -305,7 +299,7 @@ def _inputs_rounded(
     def hooked(m: nn.Module, make: Callable) -> list:
         return [
             layer.register_forward_pre_hook(make(k))
-            for k, layer in _layers(m).items()
+            for k, layer in layers_of(m).items()
         ]
 
     handles = hooked(float_model, hear)

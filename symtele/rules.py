@@ -18,9 +18,9 @@ from .networks import KINDS, perm, scale
 from .wiring import Facts, Kinds, Value, keep_same, pairs, rule, touched
 
 # %% ../nbs/05_rules.ipynb #04f85199
-LINEAR = KINDS
-HOMOGENEOUS = frozenset({scale, perm})
-ELEMENTWISE = frozenset({perm})
+LINEAR = KINDS  # what passes an op on entries one by one: a linear one,
+HOMOGENEOUS = frozenset({scale, perm})  # one with f(cx) = c f(x), c positive,
+ELEMENTWISE = frozenset({perm})  # and any other
 
 
 def keep(

@@ -75,7 +75,7 @@ def _images(name: str) -> Images:
     test_x = test_x.float() / 255
     return Images(name, x[:n], y[:n], x[n:], y[n:], test_x, test_y)
 
-
+# %% ../nbs/50_sharpness_study.ipynb #50500070
 _Stack = list[Tensor]  # Weights by layer, shape (networks, out, in)
 
 
@@ -95,73 +95,39 @@ def _each(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1)).to(like)
 
 # %% ../nbs/50_sharpness_study.ipynb #5050001e
-def _hidden(W: _Stack, x: Tensor) -> tuple[list[Tensor], Tensor]:
-    "What enters every layer, x (n, in) or (networks, n, in), and what comes out"
-    networks, width, _ = W[0].shape
-    z = (x @ W[0].flatten(0, 1).mT).view(len(x), networks, width).transpose(0, 1)
-    given = [x]
-    for w in W[1:]:
+def _upper(above: _Stack, z: Tensor) -> tuple[list[Tensor], Tensor]:
+    "What enters the layers above the first, whose output is z, and the logits"
+    given = []
+    for w in above:
         given.append(F.leaky_relu(z, 0.1))
         z = torch.bmm(given[-1], w.mT)
     return given, z
 
 
-def _errors(W: _Stack, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
-    "What enters every layer, and the slope of the mean loss by what comes out"
-    given, z = _hidden(W, x)
-    d = z.softmax(2)
+def _slopes(
+    above: _Stack, z: Tensor, y: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    "What enters these layers, and slopes by what comes out of all, first to last"
+    given, out = _upper(above, z)
+    d = out.softmax(2)
     d[:, torch.arange(len(y)), y] -= 1
-    d = d / len(y)
-    parts = [(given[-1], d)]
-    for w, below, a in zip(W[:0:-1], given[-2::-1], given[:0:-1]):
-        slope = torch.bmm(d, w)
-        d = torch.where(a > 0, slope, 0.1 * slope)
-        parts.append((below, d))
-    return parts[::-1]
+    found = [d / len(y)]
+    for w, a in zip(above[::-1], given[::-1]):
+        slope = torch.bmm(found[-1], w)
+        found.append(torch.where(a > 0, slope, 0.1 * slope))
+    return given, found[::-1]
+
+# %% ../nbs/50_sharpness_study.ipynb #50500071
+def _by_network(z: Tensor, W: _Stack) -> Tensor:
+    "The columns (n, networks · width) of all networks, as (networks, n, width)"
+    return z.view(len(z), *W[0].shape[:2]).transpose(0, 1)
 
 
-def _descend(
-    W: _Stack, parts: list[tuple[Tensor, Tensor]], rates: Tensor
-) -> None:
-    "One step of gradient descent of every network at its own rate, in place"
-    for w, (a, d) in zip(W, parts):
-        d = d * _each(rates, d)
-        if a.ndim == 2:  # all networks were given the same
-            wide_d = d.transpose(0, 1).reshape(len(a), -1)
-            w.flatten(0, 1).addmm_(wide_d.mT, a, alpha=-1)
-        else:
-            w.baddbmm_(d.mT, a, alpha=-1)
-
-
-def _worse(W: _Stack, parts: list[tuple[Tensor, Tensor]], rho: Tensor) -> _Stack:
-    "SAM's point: ρ along the gradient of each network, of unit length"
-    slopes = [d.mT @ a for a, d in parts]
-    norm = sum(g.square().sum((1, 2)) for g in slopes).sqrt()
-    by = rho / norm.clamp_min(1e-30)
-    return [w + _each(by, g) * g for w, g in zip(W, slopes)]
-
-
-def _train(
-    W: _Stack,  # Trained in place
-    rates: Tensor,  # Of each network
-    data: Images,  # In this order, every epoch
-    cfg: Config,  # Settings: "batch"
-    epochs: int,  # How many
-    rho: Tensor | None = None,  # Of SAM, for each network
-    seen: Callable[[int], None] | None = None,  # After every step, from 1
-) -> None:
-    "Plain SGD, or SAM"
-    step = 0
-    for _ in range(epochs):
-        n = cfg["batch"]
-        for x, y in zip(data.x.split(n), data.y.split(n)):
-            parts = _errors(W, x, y)
-            if rho is not None:
-                parts = _errors(_worse(W, parts, rho), x, y)
-            _descend(W, parts, rates)
-            step += 1
-            if seen:
-                seen(step)
+def _hidden(W: _Stack, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    "What enters every layer, from images x (n, in), and the logits"
+    z = _by_network(x @ W[0].flatten(0, 1).mT, W)
+    given, out = _upper(W[1:], z)
+    return [x, *given], out
 
 
 def _losses(W: _Stack, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,6 +141,70 @@ def _losses(W: _Stack, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         loss = loss + each.view(len(z), -1).double().sum(1)
         wrong = wrong + (z.argmax(2) != b).double().sum(1)
     return loss / len(x), wrong / len(x)
+
+# %% ../nbs/50_sharpness_study.ipynb #50500061
+def _descend(
+    W: _Stack, given: list[Tensor], slopes: list[Tensor], rates: Tensor
+) -> None:
+    "One step of layers with an input for each network, in place"
+    for w, a, d in zip(W, given, slopes):
+        w.baddbmm_((d * _each(rates, d)).mT, a, alpha=-1)
+
+# %% ../nbs/50_sharpness_study.ipynb #50500072
+def _worse(
+    above: _Stack, z: Tensor, y: Tensor, gram: Tensor, rho: Tensor
+) -> tuple[_Stack, Tensor]:
+    "SAM's point: layers above the first, and what comes out of the first there"
+    given, (first, *slopes) = _slopes(above, z, y)
+    along = gram @ first
+    gradients = [d.mT @ a for d, a in zip(slopes, given)]
+    squared = (first * along).sum((1, 2))
+    squared = squared + sum(g.square().sum((1, 2)) for g in gradients)
+    by = rho / squared.sqrt().clamp_min(1e-30)
+    moved = [w + _each(by, g) * g for w, g in zip(above, gradients)]
+    return moved, z + _each(by, z) * along
+
+# %% ../nbs/50_sharpness_study.ipynb #50500074
+def _steps(
+    W: _Stack,  # Changed in place, the first layers once
+    rates: Tensor,  # Of each network
+    batches: tuple[Tensor, Tensor],  # Images and labels
+    n: int,  # Of a batch, taken from these in turn
+    rho: Tensor | None = None,  # Of SAM, for each network
+) -> None:
+    "A step of SGD, or of SAM, for each batch"
+    x, y = batches
+    first, above = W[0].flatten(0, 1), W[1:]
+    z, gram = x @ first.mT, x @ x.mT
+    turned = torch.empty_like(z)  # rate times slope, an image a row
+    for i in range(0, len(x), n):
+        now = slice(i, i + n)
+        here = torch.addmm(z[now], gram[now, :i], turned[:i], alpha=-1)
+        place = above, _by_network(here, W)
+        if rho is not None:
+            place = _worse(*place, y[now], gram[now, now], rho)
+        given, (d, *slopes) = _slopes(*place, y[now])
+        _descend(above, given, slopes, rates)
+        turned[now] = (d * _each(rates, d)).transpose(0, 1).flatten(1)
+    first.addmm_(turned.mT, x, alpha=-1)
+
+# %% ../nbs/50_sharpness_study.ipynb #50500073
+def _train(
+    W: _Stack,  # Trained in place
+    rates: Tensor,  # Of each network
+    data: Images,  # In this order, every epoch
+    cfg: Config,  # Settings: "batch", and how many batches "together"
+    epochs: int,  # How many
+    rho: Tensor | None = None,  # Of SAM, for each network
+    seen: Callable[[], None] | None = None,  # Called after these batches
+) -> None:
+    "Plain SGD, or SAM"
+    rows = cfg["batch"] * cfg["together"]
+    for _ in range(epochs):
+        for batches in zip(data.x.split(rows), data.y.split(rows)):
+            _steps(W, rates, batches, cfg["batch"], rho)
+            if seen:
+                seen()
 
 # %% ../nbs/50_sharpness_study.ipynb #50500022
 def _disturbed(
@@ -211,7 +241,7 @@ def _relative(
         found.append(_losses(point, *images)[0])
     return torch.stack(found).mean(0)
 
-
+# %% ../nbs/50_sharpness_study.ipynb #50500075
 def _kappa(U: Tensor, M: Tensor, h: Tensor, z: Tensor, spread: Tensor) -> Tensor:
     "κ of one pair of layers by the paper's formulas; `spread` is X⁺ or its root"
     steep = torch.where(z > 0, torch.ones_like(z), torch.full_like(z, 0.1))
@@ -232,11 +262,11 @@ def _root_of(gram: Tensor) -> Tensor:
     return vectors * torch.where(large, values.clamp_min(1e-300) ** -0.5, 0.0)
 
 
-def _psi(W: _Stack, x: Tensor, batches: int, seed: int = 0) -> Tensor:
+def _psi(W: _Stack, x: Tensor, seed: int = 0) -> Tensor:
     "The paper's ψ of every network: pairs of layers, batches of 200"
     W, rng = [w.double() for w in W], Generator().manual_seed(seed)
     found = []
-    for batch in x.double().split(200)[:batches]:
+    for batch in x.double().split(200):
         given, _ = _hidden(W, batch)
         for k, (V, U) in enumerate(pairwise(W)):
             M = torch.rand(len(V), *2 * V.shape[1:2], generator=rng).double()
@@ -249,7 +279,7 @@ def _psi(W: _Stack, x: Tensor, batches: int, seed: int = 0) -> Tensor:
             found.append(_kappa(U, M, F.leaky_relu(z, 0.1), z, spread))
     return torch.stack(found).mean(0)
 
-
+# %% ../nbs/50_sharpness_study.ipynb #50500076
 def _rescaled(W: _Stack, seed: int) -> _Stack:
     "Every hidden unit times exp N(0, 1), what reads it by the inverse"
     rng, W = Generator().manual_seed(seed), list(W)
@@ -305,20 +335,20 @@ def _mean_distances():
 # %% ../nbs/50_sharpness_study.ipynb #50500029
 def _measured(W: _Stack, data: Images, cfg: Config) -> Row:
     "Losses and measures of every network of a stack"
-    n, radii = cfg["measured"], cfg["radii"]
+    n, radii = cfg["measured"][data.name], cfg["radii"]
     images = data.x[:n], data.y[:n]
     test, error = _losses(W, data.test_x, data.test_y)
     found = dict(
         test=test,
         error=error,
         valid=_losses(W, data.valid_x, data.valid_y)[0],
-        train=_losses(W, data.x[: cfg["train"]], data.y[: cfg["train"]])[0],
+        train=_losses(W, data.x, data.y)[0],
         batch=_losses(W, *images)[0],
         phi=_phi(W, images, radii[data.name]),
         far=_phi(W, images, cfg["far"]),
         normal=_phi(W, images, cfg["normal"], positive=False),
         relative=_relative(W, images, cfg["noise"], cfg["draws"]),
-        psi=_psi(W, data.x[:n], cfg["batches"]),
+        psi=_psi(W, data.x[:n]),
     )
     return {k: rounded(v.tolist()) for k, v in found.items()}
 
@@ -327,58 +357,67 @@ def _run_networks(
     cfg: Config,  # Settings
     data: str,  # Name of the images
     block: int,  # Which of the blocks of networks, zero-based
-    epochs: int | None = None,  # For a check; None: all
+    check: bool = False,  # True: the first network at its first epoch
 ) -> Row:  # Lists with a value for each network
     "Networks trained, measured, rescaled and measured again"
     began, images = time.perf_counter(), _images(data)
     size = cfg["block"][data]
-    seeds = [54321 * (i + 1) for i in range(block * size, (block + 1) * size)]
+    numbers = range(block * size, block * size + (1 if check else size))
     widths = images.x.shape[1], *cfg["hidden"][data], 10
-    W, rates = _drawn(widths, seeds), torch.full((size,), cfg["rates"][data])
-    _train(W, rates, images, cfg, epochs or cfg["epochs"][data])
-    trained = time.perf_counter() - began
-    row = dict(trained=_measured(W, images, cfg))
+    W = _drawn(widths, [54321 * (i + 1) for i in numbers])
+    rates = torch.full((len(numbers),), cfg["rates"][data])
+    _train(W, rates, images, cfg, 1)
+    first = _losses(W, images.valid_x, images.valid_y)[0]
+    row = dict(first=rounded(first.tolist()))
+    if check:
+        return row
+    _train(W, rates, images, cfg, cfg["epochs"][data] - 1)
+    row["train_seconds"] = time.perf_counter() - began
+    row["trained"] = _measured(W, images, cfg)
     row["rescaled"] = _measured(_rescaled(W, block), images, cfg)
-    seconds = time.perf_counter() - began
-    return row | dict(train_seconds=trained, seconds=seconds)
+    return row | dict(seconds=time.perf_counter() - began)
 
 
 def _network_jobs(cfg: Config) -> list[Row]:
     "Every block of networks"
-    return grid(data=cfg["images"], block=cfg["blocks"])
+    jobs = []
+    for data in cfg["images"]:
+        blocks = range(cfg["networks"][data] // cfg["block"][data])
+        jobs += grid(data=[data], block=blocks)
+    return jobs
 
 
+_SMALL_RADII = [round(1e-4 + 1e-3 * i, 5) for i in range(20)]
 _networks = Experiment(
     "sharpness_networks",
     {
-        "images": ["MNIST", "Fashion-MNIST"],
-        "block": {"MNIST": 50, "Fashion-MNIST": 50, "CIFAR-10": 20},
+        "images": ["MNIST", "Fashion-MNIST", "CIFAR-10"],
+        "networks": {"MNIST": 100, "Fashion-MNIST": 100, "CIFAR-10": 40},
+        "block": {"MNIST": 50, "Fashion-MNIST": 50, "CIFAR-10": 10},
         "hidden": {
             "MNIST": [16, 10],
             "Fashion-MNIST": [16, 10],
-            "CIFAR-10": [32, 10],
+            "CIFAR-10": [128, 32],
         },
         "rates": {"MNIST": 1e-2, "Fashion-MNIST": 1e-2, "CIFAR-10": 2e-2},
-        "epochs": {"MNIST": 12, "Fashion-MNIST": 12, "CIFAR-10": 6},
+        "epochs": {"MNIST": 40, "Fashion-MNIST": 40, "CIFAR-10": 10},
         "radii": {
             "MNIST": [round(1e-3 + 1e-2 * i, 4) for i in range(20)],
-            "Fashion-MNIST": [round(1e-4 + 1e-3 * i, 5) for i in range(20)],
-            "CIFAR-10": [round(1e-4 + 1e-3 * i, 5) for i in range(20)],
+            "Fashion-MNIST": _SMALL_RADII,
+            "CIFAR-10": _SMALL_RADII,
         },
         "far": [0.2, 0.4, 0.6, 0.8, 1.0],
         "normal": [2.0, 2.0, 4.0, 4.0],
         "noise": 0.3,
         "draws": 8,
-        "batches": 10,
         "batch": 20,
-        "measured": 2000,
-        "train": 10000,
-        "blocks": [0, 1],
+        "together": 10,
+        "measured": {"MNIST": 10000, "Fashion-MNIST": 10000, "CIFAR-10": 2000},
     },
     _network_jobs,
     _run_networks,
     workers=1,
-    grows=("images", "blocks"),
+    grows=("images", "networks"),
 )
 
 # %% ../nbs/50_sharpness_study.ipynb #5050002b
@@ -416,7 +455,7 @@ _MOVES = {
     "random, BatchGL": _Move(BatchGL(), like="more curved, BatchGL"),
 }
 
-
+# %% ../nbs/50_sharpness_study.ipynb #50500077
 @dataclass(frozen=True)
 class _To:
     "Search: an element that is known"
@@ -493,23 +532,25 @@ class _Mover:
 
 # %% ../nbs/50_sharpness_study.ipynb #5050002d
 class _Averages:
-    "EMA of every step and SWA of every epoch of some networks of a stack"
+    "EMA of every ten steps and SWA of every epoch of some networks of a stack"
 
-    def __init__(self, W: _Stack, rows: Tensor, epoch: int):
-        self.W, self.rows, self.epoch, self.n = W, rows, epoch, 0
+    def __init__(self, W: _Stack, rows: Tensor, memory: float):
+        self.W, self.rows, self.memory, self.epochs = W, rows, memory, 0
         self.ema = [w[rows].clone() for w in W]
         self.swa = [torch.zeros_like(w) for w in self.ema]
 
-    def __call__(self, step: int) -> None:
-        "Take in the networks after a step"
+    def follow(self) -> None:
+        "Take the networks into the exponential average"
         for e, w in zip(self.ema, self.W):
-            e.lerp_(w[self.rows], 1 / self.epoch)
-        if step % self.epoch == 0:
-            self.n += 1
-            for s, w in zip(self.swa, self.W):
-                s.add_((w[self.rows] - s) / self.n)
+            e.lerp_(w[self.rows], 1 / self.memory)
 
+    def end_epoch(self) -> None:
+        "Take the networks into the plain average"
+        self.epochs += 1
+        for s, w in zip(self.swa, self.W):
+            s.add_((w[self.rows] - s) / self.epochs)
 
+# %% ../nbs/50_sharpness_study.ipynb #50500078
 def _scores(W: _Stack, data: Images, names: list[str]) -> Row:
     "Validation, test and training losses of a stack, by arm, a value a rate"
     found = dict(
@@ -524,69 +565,89 @@ def _scores(W: _Stack, data: Images, names: list[str]) -> Row:
             by_arm.setdefault(arm, {})[name] = rounded(row)
     return by_arm
 
-
-def _run_moves(
+# %% ../nbs/50_sharpness_study.ipynb #50500065
+def _go_on(
     cfg: Config,  # Settings
-    data: str,  # Name of the images
-    seed: int,  # Of weights, and of the random moves
-    check: bool = False,  # True: the base at its first epoch, for a check
-) -> Row:  # Records of moves, and losses at the end by arm
-    "One network trained, moved by every arm, and trained on at every rate"
-    began, lr, data = time.perf_counter(), cfg["rate"][data], _images(data)
-    widths = data.x.shape[1], *cfg["hidden"][data.name], 10
-    W, rate = _drawn(widths, [54321 * (seed + 1)]), torch.tensor([lr])
-    if check:
-        _train(W, rate, data, cfg, 1)
-        return dict(first=_losses(W, data.valid_x, data.valid_y)[0].item())
-    marks = []
-
-    def mark(step):
-        if step == len(data.x) // cfg["batch"]:
-            marks.append(_losses(W, data.valid_x, data.valid_y)[0].item())
-
-    _train(W, rate, data, cfg, cfg["before"], seen=mark)
-    row = dict(first=marks[0], start=_scores(W, data, ["start"])["start"])
-    mover, starts, moves = _Mover(cfg, data, W, seed), {"base": W}, {}
-    for arm in cfg["arms"]:
-        w, moves[arm] = mover(arm)
-        starts[arm] = [t[None] for t in w.values()]
-        at_once = _losses(starts[arm], data.valid_x, data.valid_y)[0]
-        moves[arm]["valid"] = at_once.item()
-    mover = _Mover(cfg | dict(norm=cfg["reach"]), data, W, seed)
-    reach = {arm: mover(arm)[1] for arm in cfg["reached"]}
-    moved = time.perf_counter() - began
-    factors = cfg["factors"]
-    layers = zip(*starts.values())
+    data: Images,  # Trained on
+    starts: dict[str, _Stack],  # One network for each arm, "base" the first
+    lr: float,  # The paper's rate
+) -> Row:  # Losses at the end by arm, and validation losses by epoch
+    "Every arm trained on at every rate, and averages along the base"
+    factors, layers = cfg["factors"], zip(*starts.values())
     stack = [
         torch.cat(same).repeat_interleave(len(factors), 0) for same in layers
     ]
     rates = lr * torch.tensor(factors).repeat(len(starts))
-    rows, epoch = torch.arange(len(factors)), len(data.x) // cfg["batch"]
-    averages = _Averages(stack, rows, epoch)
-    _train(stack, rates, data, cfg, cfg["after"], seen=averages)
+    memory = len(data.x) / (cfg["batch"] * cfg["together"])
+    averages = _Averages(stack, torch.arange(len(factors)), memory)
+    one, curves = factors.index(1.0), {arm: [] for arm in [*starts, "EMA"]}
+    for _ in range(cfg["after"][data.name]):
+        _train(stack, rates, data, cfg, 1, seen=averages.follow)
+        averages.end_epoch()
+        seen = [w[one :: len(factors)] for w in stack]
+        seen = [torch.cat((w, e[one, None])) for w, e in zip(seen, averages.ema)]
+        valid = _losses(seen, data.valid_x, data.valid_y)[0]
+        for curve, loss in zip(curves.values(), rounded(valid.tolist())):
+            curve.append(loss)
     ends = _scores(stack, data, [*starts])
     ends |= _scores(averages.ema, data, ["EMA"])
     ends |= _scores(averages.swa, data, ["SWA"])
-    pairs = torch.cartesian_prod(torch.tensor(cfg["rho"]), torch.tensor(factors))
-    sam = [w.repeat(len(pairs), 1, 1) for w in W]
-    rho, rates = pairs[:, 0].contiguous(), lr * pairs[:, 1]
-    _train(sam, rates, data, cfg, cfg["after"] // 2, rho)
-    ends |= _scores(sam, data, [f"SAM {r:g}" for r in cfg["rho"]])
-    seconds = time.perf_counter() - began
-    row |= dict(moves=moves, reach=reach, ends=ends)
-    return row | dict(moved=moved, seconds=seconds)
+    return dict(ends=ends, curves=curves)
+
+# %% ../nbs/50_sharpness_study.ipynb #50500079
+def _go_on_sam(cfg: Config, data: Images, W: _Stack, lr: float) -> Row:
+    "SAM from one network at every ρ and rate, half the epochs: losses by ρ"
+    rho, factors = torch.tensor(cfg["rho"]), torch.tensor(cfg["factors"])
+    pairs = torch.cartesian_prod(rho, factors)
+    stack = [w.repeat(len(pairs), 1, 1) for w in W]
+    rates, rho = lr * pairs[:, 1], pairs[:, 0].contiguous()
+    _train(stack, rates, data, cfg, cfg["after"][data.name] // 2, rho)
+    return _scores(stack, data, [f"SAM {r:g}" for r in cfg["rho"]])
+
+# %% ../nbs/50_sharpness_study.ipynb #50500067
+def _run_moves(
+    cfg: Config,  # Settings
+    data: str,  # Name of the images
+    seed: int,  # Of weights, and of the random moves
+    check: bool = False,  # True: the base at its first epoch
+) -> Row:  # Records of moves, losses by epoch, and at the end by arm
+    "One network trained, moved by every arm, and trained on at every rate"
+    began, lr, data = time.perf_counter(), cfg["rate"][data], _images(data)
+    widths = data.x.shape[1], *cfg["hidden"][data.name], 10
+    W, rate = _drawn(widths, [54321 * (seed + 1)]), torch.tensor([lr])
+    valid = data.valid_x, data.valid_y
+    before = []
+    for _ in range(1 if check else cfg["before"][data.name]):
+        _train(W, rate, data, cfg, 1)
+        before.append(_losses(W, *valid)[0].item())
+    row = dict(before=rounded(before))
+    if check:
+        return row
+    row["start"] = _scores(W, data, ["start"])["start"]
+    mover, starts, moves = _Mover(cfg, data, W, seed), {"base": W}, {}
+    for arm in cfg["arms"]:
+        w, moves[arm] = mover(arm)
+        starts[arm] = [t[None] for t in w.values()]
+        moves[arm]["valid"] = _losses(starts[arm], *valid)[0].item()
+    mover = _Mover(cfg | dict(norm=cfg["reach"]), data, W, seed)
+    reach = {arm: mover(arm)[1] for arm in cfg["reached"]}
+    moved = time.perf_counter() - began
+    row |= dict(moves=moves, reach=reach) | _go_on(cfg, data, starts, lr)
+    row["ends"] |= _go_on_sam(cfg, data, W, lr)
+    return row | dict(moved=moved, seconds=time.perf_counter() - began)
 
 
 _moving = Experiment(
     "sharpness_moves",
     {
-        "images": ["Fashion-MNIST"],
-        "hidden": {"Fashion-MNIST": [16, 10], "CIFAR-10": [32, 10]},
-        "rate": {"Fashion-MNIST": 1e-2, "CIFAR-10": 2e-2},
+        "images": ["CIFAR-10"],
+        "hidden": {"CIFAR-10": [32, 10], "Fashion-MNIST": [16, 10]},
+        "rate": {"CIFAR-10": 2e-2, "Fashion-MNIST": 1e-2},
         "factors": [0.25, 1.0, 2.0],
         "batch": 20,
-        "before": 4,
-        "after": 4,
+        "together": 10,
+        "before": {"CIFAR-10": 20, "Fashion-MNIST": 4},
+        "after": {"CIFAR-10": 8, "Fashion-MNIST": 4},
         "arms": [*_MOVES],
         "move_batch": 300,
         "radii": [0.3, 0.6, 0.9],

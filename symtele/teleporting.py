@@ -136,7 +136,7 @@ def _eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 # %% ../nbs/08_teleporting.ipynb #ef960808
-OK, DRIFT, NONFINITE, STILL = range(4)
+OK, DRIFT, NONFINITE, STILL = range(4)  # codes of what became of a move
 _STATIC = ("report", "slope", "why", "seconds")
 _Later = Tensor | Callable[[], Tensor]  # a value, or what finds it
 

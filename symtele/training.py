@@ -603,7 +603,9 @@ def _structure(model: nn.Module) -> tuple[Any, ...]:
 
 
 def _for_model(group: Any, model: nn.Module) -> Any:
-    "A group whose table was made for a model like this one, for this one"
+    "A group made for a model like this one, or for none, for this one"
+    if hasattr(group, "model"):  # runs it, and needs no table
+        return replace(group, model=model)
     wiring = group.wiring if isinstance(group, NetworkGroup) else None
     if wiring is None or wiring.model is model:
         return group

@@ -499,8 +499,8 @@ Inputs = Tensor | tuple[Any, ...] | dict[str, Any]  # What a model is given
 class Example(NamedTuple):
     "How to make a model, and what it is called with"
 
-    make: Callable[[], nn.Module]
-    data: Callable[[], Inputs]
+    make: Callable[[], nn.Module]  # Makes the model
+    data: Callable[[], Inputs]  # Makes what it is called with
 
 
 def _two_inputs() -> tuple[Tensor, Tensor]:
@@ -586,6 +586,7 @@ _TORCHVISION = {
     "efficientnet_b0": tv.efficientnet_b0,
     "regnet_y_400mf": tv.regnet_y_400mf,
 }
+# Name -> a model and what it is called with
 ZOO = {name: Example(make, _PIXELS) for name, make in _TORCHVISION.items()}
 for _name in ("mobilenet_v2", "efficientnet_b0", "regnet_y_400mf"):
     ZOO[_name] = Example(_TORCHVISION[_name], _MORE_PIXELS)
