@@ -612,7 +612,7 @@ class Reading:
 
     model: nn.Module  # Not modified, but its `forward` runs
     pin: frozenset[int] = frozenset()  # `id`s of parameters that must not move
-    facts: Facts = field(default_factory=Facts)
+    facts: Facts = field(default_factory=Facts)  # What ops have said so far
     taps: list[Taps] = field(default_factory=list)  # One for each pass
     where: list[str] = field(default_factory=["the model"].copy)  # What runs
     looked: bool = False  # Whether a value was looked at
