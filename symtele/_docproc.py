@@ -367,7 +367,8 @@ def assigned(
     "Names that statements give a value"
     targets = [t for s in body if isinstance(s, ast.Assign) for t in s.targets]
     parts = [part for target in targets for part in ast.walk(target)]
-    return [part.id for part in parts if isinstance(part, ast.Name)]
+    names = [part for part in parts if isinstance(part, ast.Name)]
+    return [part.id for part in names if isinstance(part.ctx, ast.Store)]
 
 
 def anchored(
