@@ -553,8 +553,7 @@ def _train_pairs(
     stop: int | None = None,
     only: tuple[str, ...] = (),
 ) -> Row:
-    "Train all arms, then that without a move for longer; or fewer, and stop"
-    "early"
+    "Train all arms, then that without a move for longer; or stop early"
     began = time.process_time()
     run = _Run(cfg, data, rival, seed, part, only)
     steps = cfg["steps"] if stop is None else stop
