@@ -371,7 +371,7 @@ def _run_networks(
     row = dict(first=rounded(first.tolist()))
     if check:
         return row
-    _train(W, rates, images, cfg, cfg["epochs"][data] - 1)
+    _train(W, rates, images, cfg, cfg["epochs"] - 1)
     row["train_seconds"] = time.perf_counter() - began
     row["trained"] = _measured(W, images, cfg)
     row["rescaled"] = _measured(_rescaled(W, block), images, cfg)
@@ -400,7 +400,7 @@ _networks = Experiment(
             "CIFAR-10": [128, 32],
         },
         "rates": {"MNIST": 1e-2, "Fashion-MNIST": 1e-2, "CIFAR-10": 2e-2},
-        "epochs": {"MNIST": 40, "Fashion-MNIST": 40, "CIFAR-10": 10},
+        "epochs": 40,
         "radii": {
             "MNIST": [round(1e-3 + 1e-2 * i, 4) for i in range(20)],
             "Fashion-MNIST": _SMALL_RADII,
@@ -581,7 +581,7 @@ def _go_on(
     memory = len(data.x) / (cfg["batch"] * cfg["together"])
     averages = _Averages(stack, torch.arange(len(factors)), memory)
     one, curves = factors.index(1.0), {arm: [] for arm in [*starts, "EMA"]}
-    for _ in range(cfg["after"][data.name]):
+    for _ in range(cfg["after"]):
         _train(stack, rates, data, cfg, 1, seen=averages.follow)
         averages.end_epoch()
         seen = [w[one :: len(factors)] for w in stack]
@@ -601,7 +601,7 @@ def _go_on_sam(cfg: Config, data: Images, W: _Stack, lr: float) -> Row:
     pairs = torch.cartesian_prod(rho, factors)
     stack = [w.repeat(len(pairs), 1, 1) for w in W]
     rates, rho = lr * pairs[:, 1], pairs[:, 0].contiguous()
-    _train(stack, rates, data, cfg, cfg["after"][data.name] // 2, rho)
+    _train(stack, rates, data, cfg, cfg["after"] // 2, rho)
     return _scores(stack, data, [f"SAM {r:g}" for r in cfg["rho"]])
 
 # %% ../nbs/50_sharpness_study.ipynb #50500067
@@ -617,7 +617,7 @@ def _run_moves(
     W, rate = _drawn(widths, [54321 * (seed + 1)]), torch.tensor([lr])
     valid = data.valid_x, data.valid_y
     before = []
-    for _ in range(1 if check else cfg["before"][data.name]):
+    for _ in range(1 if check else cfg["before"]):
         _train(W, rate, data, cfg, 1)
         before.append(_losses(W, *valid)[0].item())
     row = dict(before=rounded(before))
@@ -640,14 +640,14 @@ def _run_moves(
 _moving = Experiment(
     "sharpness_moves",
     {
-        "images": ["CIFAR-10"],
+        "images": ["CIFAR-10", "Fashion-MNIST"],
         "hidden": {"CIFAR-10": [32, 10], "Fashion-MNIST": [16, 10]},
         "rate": {"CIFAR-10": 2e-2, "Fashion-MNIST": 1e-2},
         "factors": [0.25, 1.0, 2.0],
         "batch": 20,
         "together": 10,
-        "before": {"CIFAR-10": 20, "Fashion-MNIST": 4},
-        "after": {"CIFAR-10": 8, "Fashion-MNIST": 4},
+        "before": 20,
+        "after": 20,
         "arms": [*_MOVES],
         "move_batch": 300,
         "radii": [0.3, 0.6, 0.9],
