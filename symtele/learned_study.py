@@ -323,7 +323,6 @@ _ARMS = {  # what a rule says beside the element, and the element it trains with
     "rate, twice": ("rate", "none"),  # in runs of twice as many steps
     "update": ("update", "none"),
     "update, teleport": ("update", "learned"),
-    "update, large": ("update", "none"),  # of the paper's hidden size
 }
 _SWAPS = ("mean", "negative", "fixed", "random", "none")
 
@@ -544,7 +543,6 @@ _CONFIG = dict(
     paces=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
     pacing=dict(rules=2, share=0.2),
     hidden=dict(rate=20, update=64),
-    large=dict(hidden=dict(update=300), updates=dict(update=300)),
     steps=dict(rate=300, update=100),
     rounds=20,
     points=[*range(31), *range(40, 601, 10)],
@@ -563,7 +561,6 @@ def _jobs(cfg: Config) -> list[Row]:
 
 def _run_arm(cfg: Config, arm: str) -> Row:
     "An arm, with every rule and problem"
-    cfg = cfg | cfg["large"] if arm.endswith("large") else cfg
     if arm == "cost":
         return _run_cost(cfg, arm)
     if arm == "written":
@@ -571,7 +568,21 @@ def _run_arm(cfg: Config, arm: str) -> Row:
     return (_run_rule if arm in _ARMS else _run_plain)(cfg, arm)
 
 
-experiments = (Experiment("learned", _CONFIG, _jobs, _run_arm, workers=1),)
+_LARGE = _CONFIG | dict(
+    hidden=dict(update=300),
+    updates=dict(update=700),
+    arms=["update", "update, teleport"],
+)
+
+
+def _large_jobs(cfg: Config) -> list[Row]:
+    return grid(arm=cfg["arms"])
+
+
+experiments = (
+    Experiment("learned", _CONFIG, _jobs, _run_arm, workers=1),
+    Experiment("learned_large", _LARGE, _large_jobs, _run_arm, workers=1),
+)
 
 # %% ../nbs/52_learned_study.ipynb #bf8d0072
 _LOOK: Look = {
