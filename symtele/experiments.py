@@ -608,26 +608,24 @@ def differences(
 ) -> list[tuple[int, str, float]]:  # Row, key, largest relative difference
     "Where two runs differ, worst first; seconds and drifts aside"
     out = []
-    for i, (p, q) in enumerate(zip(a, b, strict=True)):
+    for i, rows in enumerate(zip(a, b, strict=True)):
+        p, q = map(_repeatable, rows)
         for k in sorted({*p, *q}):
-            if "seconds" in k or k == "drift":
-                continue
-            apart = _apart(_leaves(p, k), _leaves(q, k))
+            leaves = (pytree.tree_leaves(row.get(k)) for row in (p, q))
+            apart = _apart(*leaves)
             if apart > rtol:
                 out.append((i, k, apart))
     return sorted(out, key=lambda t: -t[2])
 
 
-def _leaves(row, key):
-    "The values in a column of a row; of moves, seconds and drifts aside"
-    value = row.get(key)
-    if key == "moves" and isinstance(value, list):
-        value = [_without(m, "drift", "seconds") for m in value]
-    return pytree.tree_leaves(value)
-
-
-def _without(row, *keys):
-    return {k: v for k, v in row.items() if k not in keys}
+def _repeatable(value):
+    "A value without the seconds and drifts in it, however deep"
+    if isinstance(value, list):
+        return [_repeatable(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    kept = (k for k in value if "seconds" not in k and k != "drift")
+    return {k: _repeatable(value[k]) for k in kept}
 
 
 def _apart(u, v):
