@@ -467,7 +467,7 @@ def _run_problem(cfg: Config, problem: str, seed: int) -> Row:
         if own["arms"] is not None and name not in own["arms"]:
             continue
         out, told = _measured(here, move, seed, count=seed == 0)
-        row["moves"][name] = told | dict(begin=_begun(here, move))
+        row["moves"][name] = told | dict(begin_seconds=_begun(here, move))
         starts[name] = out.w
         if type(move.group) is GL:
             undone[name] = move.group, out.element

@@ -526,7 +526,8 @@ class _Mover:
         told = dict(accepted=bool(out.accepted), drift=out.drift.item())
         told |= dict(loss=out.loss[0].item(), evals=out.evals.item())
         told |= dict(away=distance(out.w, self.w).item())
-        told |= dict(price=spent / self.gradient_seconds(), seconds=spent)
+        dear = spent / self.gradient_seconds()
+        told |= dict(seconds=spent, seconds_in_gradients=dear)
         told |= dict(before=before, after=after)
         return out.w, told
 
@@ -634,7 +635,8 @@ def _run_moves(
     moved = time.perf_counter() - began
     row |= dict(moves=moves, reach=reach) | _go_on(cfg, data, starts, lr)
     row["ends"] |= _go_on_sam(cfg, data, W, lr)
-    return row | dict(moved=moved, seconds=time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return row | dict(moved_seconds=moved, seconds=seconds)
 
 
 _moving = Experiment(
