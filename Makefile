@@ -1,5 +1,5 @@
 PYTHON      ?= python3
-EXPERIMENTS ?= test_functions mlp mnist schedules runtime input_whitening whitening_study balance_study quantization_study alignment_study transformer_study sharpness_study optimizers learned_study models_study tasks_study level_sets_study
+EXPERIMENTS ?= test_functions mlp mnist schedules runtime input_whitening whitening_study balance_study quantization_study alignment_study sharpness_study optimizers learned_study models_study tasks_study level_sets_study transformer_study
 NB          ?= $(filter-out nbs/_%,$(sort $(wildcard nbs/*.ipynb)))
 
 BIN := .venv/bin
@@ -48,7 +48,7 @@ style: .venv/.installed ## lay out notebooks and tests with ruff, export, and li
 	$(BIN)/python tests/test_style.py
 
 reproduce: .venv/.installed ## recompute every experiment into _results and compare with nbs/results (six to ten hours; resumes)
-	@set -e; for name in $(EXPERIMENTS); do $(BIN)/python -m symtele.experiments $$name --into _results; done
+	$(BIN)/python -m symtele.experiments $(EXPERIMENTS) --into _results
 
 # A real kernel, so that widgets are saved too. It knows no directives: slow cells run.
 # A saved progress bar is a dead widget; what draws one looks at this switch. Widgets have random names: _docproc numbers them.

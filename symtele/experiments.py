@@ -655,6 +655,8 @@ def reproduce(
     committed = {e.name: e._whole(against) for e in experiments}
     for e in experiments:
         print(_plan(e, into, committed[e.name]))
+    spent = sum(found.core_seconds or 0 for found in committed.values())
+    print(f"All of it took {spent / 3600:.2f} core-hours, as far as recorded")
     differ = []
     for e in experiments:
         rows = e.run(into, executor=executor)

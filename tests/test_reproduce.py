@@ -31,7 +31,11 @@ def test_results_are_whole(module, recomputed, capsys):
     lines = capsys.readouterr().out.splitlines()
     made = importlib.import_module(f"symtele.{module}").experiments
     n = len(made)
-    for e, plan, said in zip(made, lines[:n], lines[n:-1], strict=True):
+    plans, (in_all, *lines) = lines[:n], lines[n:]
+    assert re.fullmatch(
+        "All of it took .* core-hours, as far as recorded", in_all
+    )
+    for e, plan, said in zip(made, plans, lines[:-1], strict=True):
         jobs, agrees = len(e.jobs(e.config)), "every number agrees, seconds"
         assert plan.startswith(f"{e.name}: {jobs} of {jobs} jobs are there; ")
         assert said == f"{e.name}: {jobs} jobs, {agrees} and drifts aside"
