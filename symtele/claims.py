@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -37,6 +38,7 @@ from .baselines import regression, squared
 from .batch import LeastSquares
 from .classifier import MOVED, at_end, summary
 from .experiments import Row, select
+from .figures import spread
 from .input_whitening import preparations
 from .objectives import loss_of
 from .test_functions import tuned_runs
@@ -53,7 +55,7 @@ class Check(NamedTuple):
 
 # %% ../nbs/90_claims.ipynb #75f0dafc
 _NETWORKS, _MOVING = sharpness_study.experiments
-(_LEARNED,) = learned_study.experiments
+_LEARNED, _LEARNED_LARGE = learned_study.experiments
 _TASKS, _TASK_MOVES, _TASK_COSTS = tasks_study.experiments
 
 
@@ -81,6 +83,7 @@ class Results:
     networks: list[Row]  # Z24: measures of trained networks
     sharpness: list[Row]  # Z24: moves by sharpness and curvature
     learned: list[Row]  # Z24: learned teleports
+    learned_large: list[Row]  # Z24: learned updates of the paper's size
     tasks: list[Row]  # COST: training of two tasks, by arm
     task_moves: list[Row]  # COST: single moves
     task_costs: list[Row]  # COST: what moves cost, by network
@@ -114,6 +117,7 @@ class Results:
             networks=_NETWORKS.load(),
             sharpness=_MOVING.load(),
             learned=_LEARNED.load(),
+            learned_large=_LEARNED_LARGE.load(),
             tasks=tasks_study._merged(_TASKS.load()),
             task_moves=_TASK_MOVES.load(),
             findings=[Finding(**row) for row in file["rows"]],
@@ -1326,12 +1330,13 @@ def _apart(r, sign):
     return min(sign * r[1], sign * r[2]) > 0
 
 # %% ../nbs/90_claims.ipynb #a6a3a450
-def _over(results, arm, tuned=False, factor=None):
+def _over(results, images, arm, tuned=False, factor=None):
     "Test loss at the end less the base's, a number a seed; and of the base"
     factors = _MOVING.config["factors"]
+    rows = select(results.sharpness, data=images)
 
     def end(arm, part, i):
-        return [row["ends"][arm][part][i] for row in results.sharpness]
+        return [row["ends"][arm][part][i] for row in rows]
 
     def best(arm):
         return min(
@@ -1345,10 +1350,7 @@ def _over(results, arm, tuned=False, factor=None):
     return [a - b for a, b in zip(end(arm, "test", i), base)], median(base)
 
 
-def _range_words(values):
-    "Median and range, with signs"
-    low, high = min(values), max(values)
-    return f"{median(values):+.3f} ({low:+.3f} to {high:+.3f})"
+_in_words = partial(spread, form="+.3f")
 
 
 def _in_seeds(ours, other, what):
@@ -1358,44 +1360,50 @@ def _in_seeds(ours, other, what):
     return Check(below == len(ours), words)
 
 
-def _change_of(results, arm, measure):
-    "By what a move multiplies a measure, with directions not seen; by seed"
-    moves = [row["moves"][arm] for row in results.sharpness]
-    return [m["after"][measure] / m["before"][measure] for m in moves]
-
-
 def _check_curved(results):
+    "On all images"
+    return [c for images in _MOVED_ON for c in _curved_on(images, results)]
+
+
+def _curved_on(images, results):
     "Beside no move, a random one and a smaller rate"
-    arm = "more curved"
-    at_one, _ = _over(results, arm)
-    tuned, _ = _over(results, arm, tuned=True)
-    alike, _ = _over(results, "random, far")
-    slow, _ = _over(results, "base", factor=_MOVING.config["factors"][0])
-    batch, _ = _over(results, f"{arm}, BatchGL")
+    arm, over = "more curved", partial(_over, results, images)
+    at_one, _ = over(arm)
+    tuned, _ = over(arm, tuned=True)
+    alike, _ = over("random, far")
+    slow, _ = over("base", factor=_MOVING.config["factors"][0])
+    batch, _ = over(f"{arm}, BatchGL")
     none = [0.0] * len(at_one)
-    paper = "at the paper's rate it changes the test loss by "
+    paper = f"{images}, at the paper's rate it changes the test loss by "
     return [
-        _in_seeds(at_one, none, f"{paper}{_range_words(at_one)}: lower"),
+        _in_seeds(at_one, none, f"{paper}{_in_words(at_one)}: lower"),
         _in_seeds(
             at_one,
             alike,
-            f"a random move as far {_range_words(alike)}: below that",
+            f"{images}, a random move as far {_in_words(alike)}: below that",
         ),
         _in_seeds(
-            tuned, none, f"each at its best rate {_range_words(tuned)}: lower"
+            tuned,
+            none,
+            f"{images}, each at its best rate {_in_words(tuned)}: lower",
         ),
         _in_seeds(
             at_one,
             slow,
-            f"a quarter of the rate and no move {_range_words(slow)}: below that",
+            f"{images}, a quarter of the rate and no move "
+            f"{_in_words(slow)}: below that",
         ),
-        _in_seeds(batch, none, f"with BatchGL {_range_words(batch)}: lower"),
+        _in_seeds(
+            batch, none, f"{images}, with BatchGL {_in_words(batch)}: lower"
+        ),
     ]
 
 
 def _becomes(results, arm, measure):
-    "By what a move multiplies a measure, in words"
-    times = _change_of(results, arm, f"{measure}_fresh")
+    "By what a move multiplies a measure, with directions not seen, in words"
+    name = f"{measure}_fresh"
+    moves = [row["moves"][arm] for row in results.sharpness]
+    times = [m["after"][name] / m["before"][name] for m in moves]
     return f"becomes {min(times):.2f} to {max(times):.2f} times as large"
 
 
@@ -1410,12 +1418,12 @@ def _about_curved(results):
 
 def _check_flat(results):
     "Negligible: less than a hundredth of the loss"
-    checks = []
-    for tuned, what in ((False, "the paper's rate"), (True, "the best rates")):
-        change, base = _over(results, "flatter", tuned)
+    checks, rates = [], {"the paper's rate": False, "the best rates": True}
+    for images, what in product(_MOVED_ON, rates):
+        change, base = _over(results, images, "flatter", tuned=rates[what])
         share = abs(median(change)) / base
-        words = f"at {what} it changes the test loss by {_range_words(change)}, "
-        words += f"{share:.1%} of it at the median"
+        words = f"{images}, at {what} it changes the test loss by "
+        words += f"{_in_words(change)}, {share:.1%} of it at the median"
         checks.append(Check(share < 0.01, words))
     return checks
 
@@ -1440,27 +1448,19 @@ def _check_distances(results):
     return checks
 
 # %% ../nbs/90_claims.ipynb #6f03675a
-def _sizes():
-    "How many networks there are of each kind, and for how many epochs"
-    cfg = _NETWORKS.config
-    parts = []
-    for images in _IMAGES:
-        count, epochs = cfg["networks"][images], cfg["epochs"][images]
-        parts.append(f"{count} networks and {epochs} epochs on {images}")
-    return ", ".join(parts)
-
-
-_ABOUT_NETWORKS = (
-    f"At the paper's radii and 40 epochs: {_sizes()}. 95 % intervals. The values "
-    "of the paper's table are in no text at hand: its direction is judged. "
-    "Rescaled, r should keep nine tenths of what it was."
+_COUNTS = ", ".join(
+    f"{_NETWORKS.config['networks'][images]} networks on {images}"
+    for images in _IMAGES
 )
-(_MOVED_ON,) = _MOVING.config["images"]
+_ABOUT_NETWORKS = (
+    f"At the paper's radii and {_NETWORKS.config['epochs']} epochs, {_COUNTS}. "
+    "95 % intervals. The values of the paper's table are in no text at hand: its "
+    "direction is judged. Rescaled, r should keep nine tenths of what it was."
+)
+_MOVED_ON = _MOVING.config["images"]
 _ABOUT_MOVES = (
-    f"{_MOVED_ON}, one exact move of Scaling after "
-    f"{_MOVING.config['before'][_MOVED_ON]} epochs and "
-    f"{_MOVING.config['after'][_MOVED_ON]} more, "
-    f"{len(_MOVING.config['seeds'])} seeds."
+    f"One exact move of Scaling after {_MOVING.config['before']} epochs and "
+    f"{_MOVING.config['after']} more, {len(_MOVING.config['seeds'])} seeds."
 )
 _TO_PLACES = (
     f"{_SHARP}moving-to-flatter-or-more-curved-places-buys-far-less-than-an-"
@@ -1510,20 +1510,15 @@ _OF_SHARPNESS = [
 _LEARNING = _LEARNED.config
 
 
-def _run_ends(results, name, when="ends"):
-    "Losses at the end, of every rule on every problem"
-    (run,) = (
-        r["runs"][name] for r in results.learned if name in r.get("runs", ())
-    )
-    return [loss for row in run[when] for loss in row]
+def _run_end(rows, name, when="ends"):
+    "Loss at the end, median over every rule on every problem"
+    (run,) = (r["runs"][name] for r in rows if name in r.get("runs", ()))
+    return median(loss for row in run[when] for loss in row)
 
 
 def _check_learned_rate(results):
     "Beside what it is held against, at equal steps and gradients, and controls"
-
-    def end(name, when="ends"):
-        return median(_run_ends(results, name, when))
-
+    end = partial(_run_end, results.learned)
     ours, steps = end("rate, teleport"), _LEARNING["steps"]["rate"]
     same = f"loss after {steps} steps"
     equal = f"loss after {2 * steps} gradients"
@@ -1543,7 +1538,7 @@ def _check_learned_rate(results):
 def _beyond_learning(results):
     "What tuned methods that learn nothing do at equal gradients"
     momentum, adam = (
-        median(_run_ends(results, f"{name}: twice"))
+        _run_end(results.learned, f"{name}: twice")
         for name in ("momentum", "Adam")
     )
     return (
@@ -1553,33 +1548,37 @@ def _beyond_learning(results):
     )
 
 
-def _larger_update(results):
-    "What the size of the rule is worth"
-    large, plain = (
-        median(_run_ends(results, name)) for name in ("update, large", "GD")
-    )
+_RULE_SIZES = {
+    e.config["hidden"]["update"]: name
+    for name, e in (("learned_large", _LEARNED_LARGE), ("learned", _LEARNED))
+}
+
+
+def _beyond_updates(results):
+    "What gradient descent does without a rule"
+    plain, steps = _run_end(results.learned, "GD"), _LEARNING["steps"]
     return (
-        f"Hidden size {_LEARNING['hidden']['update']}. One of the paper's 300 "
-        f"units, without teleports, ends at {large:.1f}; gradient descent, with "
-        f"three times as many steps, at {plain:.1f}. With teleports 300 units "
-        "were not tried."
+        "The paper's rules have 300 units. Gradient descent at a tuned rate ends "
+        f"at {plain:.1f}, after {steps['rate']} steps."
     )
 
 
 def _check_learned_update(results):
-    alone = median(_run_ends(results, "update"))
-    both = median(_run_ends(results, "update, teleport"))
-    steps = _LEARNING["steps"]["update"]
-    return [
-        _lower(f"loss after {steps} steps", both, "without", alone, _three),
-    ]
+    "With rules of the paper's size, and smaller ones"
+    checks = []
+    for units, name in _RULE_SIZES.items():
+        end = partial(_run_end, getattr(results, name))
+        what = f"{units} units, loss after {_LEARNING['steps']['update']} steps"
+        both, alone = end("update, teleport"), end("update")
+        checks.append(_lower(what, both, "without", alone, _three))
+    return checks
 
 # %% ../nbs/90_claims.ipynb #6cad4a26
 def _check_adapted(results):
     "How much of the element is a constant, and what the constant alone does"
     (row,) = select(results.learned, arm="rate, teleport")
     ours, mean, none = (
-        median(_run_ends(results, f"rate, teleport{end}"))
+        _run_end(results.learned, f"rate, teleport{end}")
         for end in ("", ": mean", ": none")
     )
     constant = median(row["constant"])
@@ -1615,7 +1614,7 @@ _OF_LEARNING = [
         f"{_RULES}a-learned-update-is-no-match-for-a-learned-rate-with-teleports-"
         "or-without",
         _check_learned_update,
-        _larger_update,
+        _beyond_updates,
     ),
     Statement(
         "Z24 Fig. 6",
@@ -1660,7 +1659,7 @@ def _task_gain(results, arm, data, beside=None, rival="FairGrad"):
     rows = _task_rows(results, data, rival)
     base = tasks_study._tests(rows, beside) if beside else None
     change = tasks_study._gains(rows, arm, base)
-    below = f"{data}, {rival}: {_range_words(change)}, better"
+    below = f"{data}, {rival}: {_in_words(change)}, better"
     return _in_seeds(change, [0.0] * len(change), below)
 
 
@@ -1712,7 +1711,7 @@ def _check_trigger(results):
             for when in ("weak", "dominated")
         )
         words = f"{name}, test loss less that of no move: dominated "
-        words += f"{_range_words(dominated)}, weak {_range_words(weak)}; better"
+        words += f"{_in_words(dominated)}, weak {_in_words(weak)}; better"
         checks.append(_in_seeds(dominated, weak, words))
     return checks
 
@@ -1721,7 +1720,7 @@ def _check_sharpness_alone(results):
     arm = "sharpness alone"
     drift = median(m["drift"] for m in _task_moves(results, arm))
     change = tasks_study._gains(_task_rows(results, "unequal"), arm)
-    words = f"at the end of training, test loss {_range_words(change)}; worse"
+    words = f"at the end of training, test loss {_in_words(change)}; worse"
     return [
         Check(
             drift > 1, f"a move makes the losses {1 + drift:.0f} times as large"
@@ -1737,8 +1736,8 @@ def _check_keeping_alone(results):
     rows = _task_rows(results, "unequal")
     ours, fresh = (tasks_study._gains(rows, a) for a in (arm, "fresh"))
     more = sum(a < b for a, b in zip(ours, fresh))
-    words = f"test loss {_range_words(ours)}; with a new optimizer and no move "
-    words += f"{_range_words(fresh)}: better in {more} of {len(ours)} seeds"
+    words = f"test loss {_in_words(ours)}; with a new optimizer and no move "
+    words += f"{_in_words(fresh)}: better in {more} of {len(ours)} seeds"
     return [
         Check(turned < 1e-3, f"it changes the cosine by at most {turned:.1g}"),
         Check(more < len(ours), words),
@@ -1774,7 +1773,7 @@ def _check_plugged_in(rival, results):
         longer = tasks_study._longer(rows, dear)
         change = [a - b for a, b in zip(ours, longer)]
         words = f"{data}, beside {rival} alone for as many gradients: "
-        words += f"{_range_words(change)}, better"
+        words += f"{_in_words(change)}, better"
         checks.append(_in_seeds(ours, longer, words))
     return checks
 

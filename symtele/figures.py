@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOK', 'STYLE', 'Look', 'picture', 'img', 'show', 'band', 'log_axis', 'draw_curves', 'draw_against_rate', 'Table',
-           'table', 'say', 'Switch', 'switch', 'draw_wiring']
+           'table', 'say', 'spread', 'Switch', 'switch', 'draw_wiring']
 
 # %% ../nbs/21_figures.ipynb #a1f00003
 import base64
@@ -334,6 +334,18 @@ def say(
 ):
     "A paragraph of the page, which wraps where printed text would not"
     display(Markdown(text))
+
+# %% ../nbs/21_figures.ipynb #a1f00014
+def spread(
+    values: Iterable[float],  # At least one
+    form: str = ".3g",  # How numbers are written, as `format` takes it
+) -> str:
+    "The median, and the range in brackets; of one value, that value"
+    values = list(values)
+    low, middle, high = (
+        f"{v:{form}}" for v in (min(values), median(values), max(values))
+    )
+    return f"{middle} ({low} to {high})" if values[1:] else middle
 
 # %% ../nbs/21_figures.ipynb #e299b21a
 class Switch(W.VBox):

@@ -597,8 +597,9 @@ _LOOK: Look = {
     "rate, teleport: negative": ("its negative", "#d62728", (0, (2, 1))),
     "rate, teleport: none": ("its rate alone", "#7f7f7f", (0, (1, 2))),
     "update": ("learned update", "#b0843b", (0, (6, 1, 1, 1))),
-    "update, large": ("learned update, 300 units", "#2ca02c", (0, (4, 2))),
     "update, teleport": ("learned update and teleport", "#e6550d", "-"),
+    "update, large": ("learned update, 300 units", "#2ca02c", (0, (4, 2))),
+    "update, teleport, large": ("and teleport, 300 units", "#1f77b4", "-"),
 }
 
 

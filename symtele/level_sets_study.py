@@ -574,12 +574,6 @@ def _barrier(losses: list[float]) -> float:
     "How far a line rises above the mean of its ends"
     return max(losses) - (losses[0] + losses[-1]) / 2
 
-
-def _range(values: list[float], form: str = ".3g") -> str:
-    "Median, and the range in brackets"
-    low, high = min(values), max(values)
-    return f"{median(values):{form}} ({low:{form}} to {high:{form}})"
-
 # %% ../nbs/61_level_sets_study.ipynb #61c00051
 _COLOURS = {
     "exact": "#d62728",

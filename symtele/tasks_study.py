@@ -858,12 +858,6 @@ def _fired(rows: list[Row], arm: tuple[str, str]) -> list[int]:
     i = _best(rows, name)
     return [len(r["arms"][name]["moves"][i].get("k", ())) for r in rows]
 
-
-def _range(values: list[float], form: str = ".3f") -> str:
-    "Median, and the range in brackets"
-    low, high = min(values), max(values)
-    return f"{median(values):{form}} ({low:{form}} to {high:{form}})"
-
 # %% ../nbs/60_tasks_study.ipynb #7b0634d7
 _FOUR = "#444444", "#2ca02c", "#e6550d", "#1f77b4"
 _BLUE, _RED, _GREY = "#1f77b4", "#d62728", "#444444"
@@ -919,8 +913,8 @@ def _draw_moves(kinds: dict[str, list[Row]]) -> Figure:
             after = [m["cos_after"] for m in moves]
             left.plot(before, after, "o", label=kind, **look)
             drift = [max(m["held_worst"], 1e-8) for m in moves]
-            spread = torch.linspace(-0.25, 0.25, len(drift)).tolist()
-            right.plot([n + s for s in spread], drift, "o", **look)
+            places = torch.linspace(-0.25, 0.25, len(drift)).tolist()
+            right.plot([n + s for s in places], drift, "o", **look)
         left.plot([-1, 1], [-1, 1], color=_GREY, lw=1)
         left.set(xlabel="cosine before", ylabel="cosine after")
         left.legend(markerscale=2)
