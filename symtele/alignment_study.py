@@ -26,6 +26,7 @@ from torchvision import models as tv
 
 from . import alignment
 from .balance import balance
+from .baselines import barrier
 from .classifier import Images, digits, epoch_of, mnist_root
 from .experiments import Config, Experiment, Row, rounded, select
 from .figures import STYLE, Look, band, log_axis
@@ -177,17 +178,6 @@ def _line(
         row["test"].append(test[0])
         row["right"].append(test[1])
     return row
-
-
-def _barrier(
-    losses: list[float],  # At equal distances along a line
-) -> float:
-    "How far a loss rises above the straight line between its ends"
-    n = len(losses) - 1
-    chord = (
-        ((n - i) * losses[0] + i * losses[-1]) / n for i in range(len(losses))
-    )
-    return max(a - b for a, b in zip(losses, chord))
 
 # %% ../nbs/42_alignment_study.ipynb #42a10028
 _Move = Callable[[nn.Module, nn.Module, Tensor, int], list[Teleported]]
@@ -490,7 +480,7 @@ def advice() -> Row:  # "want", "move", "lines", "cost", "expect", "measured"
             tests = (
                 r["arms"][a][kind]["test"] for a in ("activations", "nothing")
             )
-            after, before = map(_barrier, tests)
+            after, before = map(barrier, tests)
             found.append(after / before)
         return found
 

@@ -569,11 +569,6 @@ def _told(rows: list[Row], move: str, key: str) -> list[float]:
     "One column of a move, one number a seed"
     return [r["moves"][move][key] for r in rows]
 
-
-def _barrier(losses: list[float]) -> float:
-    "How far a line rises above the mean of its ends"
-    return max(losses) - (losses[0] + losses[-1]) / 2
-
 # %% ../nbs/61_level_sets_study.ipynb #61c00051
 _COLOURS = {
     "exact": "#d62728",
