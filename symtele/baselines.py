@@ -58,7 +58,7 @@ def squared(
     "½‖Y - f(X)‖²"
     return (output - y).square().sum() / 2
 
-# %% ../nbs/22_baselines.ipynb #b2f00021
+# %% ../nbs/22_baselines.ipynb #b2f00031
 def barrier(
     losses: list[float],  # At equal distances along a line, its ends included
 ) -> float:  # 0 where they nowhere rise above their chord
