@@ -1330,26 +1330,6 @@ def _apart(r, sign):
     return min(sign * r[1], sign * r[2]) > 0
 
 # %% ../nbs/90_claims.ipynb #a6a3a450
-def _over(results, images, arm, tuned=False, factor=None):
-    "Test loss at the end less the base's, a number a seed; and of the base"
-    factors = _MOVING.config["factors"]
-    rows = select(results.sharpness, data=images)
-
-    def end(arm, part, i):
-        return [row["ends"][arm][part][i] for row in rows]
-
-    def best(arm):
-        return min(
-            range(len(factors)), key=lambda i: median(end(arm, "valid", i))
-        )
-
-    one = factors.index(1.0)
-    i = one if factor is None else factors.index(factor)
-    i, j = (best(arm), best("base")) if tuned else (i, one)
-    base = end("base", "test", j)
-    return [a - b for a, b in zip(end(arm, "test", i), base)], median(base)
-
-
 _in_words = partial(spread, form="+.3f")
 
 
@@ -1367,12 +1347,11 @@ def _check_curved(results):
 
 def _curved_on(images, results):
     "Beside no move, a random one and a smaller rate"
-    arm, over = "more curved", partial(_over, results, images)
-    at_one, _ = over(arm)
-    tuned, _ = over(arm, tuned=True)
-    alike, _ = over("random, far")
-    slow, _ = over("base", factor=_MOVING.config["factors"][0])
-    batch, _ = over(f"{arm}, BatchGL")
+    arm = "more curved"
+    behind = partial(sharpness_study._behind, results.sharpness, images)
+    at_one, tuned = behind(arm), behind(arm, tuned=True)
+    alike, slow = behind("random, far"), behind("base", factor=0.25)
+    batch = behind(f"{arm}, BatchGL")
     none = [0.0] * len(at_one)
     paper = f"{images}, at the paper's rate it changes the test loss by "
     return [
@@ -1420,8 +1399,10 @@ def _check_flat(results):
     "Negligible: less than a hundredth of the loss"
     checks, rates = [], {"the paper's rate": False, "the best rates": True}
     for images, what in product(_MOVED_ON, rates):
-        change, base = _over(results, images, "flatter", tuned=rates[what])
-        share = abs(median(change)) / base
+        asked = results.sharpness, images
+        change = sharpness_study._behind(*asked, "flatter", rates[what])
+        base = sharpness_study._ends(*asked, "base", rates[what])
+        share = abs(median(change)) / median(base)
         words = f"{images}, at {what} it changes the test loss by "
         words += f"{_in_words(change)}, {share:.1%} of it at the median"
         checks.append(Check(share < 0.01, words))
@@ -1478,7 +1459,8 @@ _OF_SHARPNESS = [
     Statement(
         "Z24 Table 1, Figs 9, 10",
         "and the curvature ψ goes against it",
-        f"{_SHARP}as-trained-sharpness-is-the-training-loss-under-another-name",
+        f"{_SHARP}on-cifar-10-curvature-and-relative-sharpness-say-more-than-the-"
+        "loss",
         partial(_check_correlation, "psi", -1),
         _ABOUT_NETWORKS,
     ),

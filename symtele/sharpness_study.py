@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from symtele.experiments import (
     Row,
     grid,
     rounded,
+    select,
 )
 from .groups import Named
 from .networks import NetworkGroup, Scaling
@@ -669,3 +671,36 @@ _moving = Experiment(
     grows=("images", "seeds"),
 )
 experiments = [_networks, _moving]
+
+# %% ../nbs/50_sharpness_study.ipynb #505000a1
+def _ends(
+    rows: list[Row],  # Of the moves
+    data: str,  # Name of the images
+    arm: str,  # Of `_MOVES`, or "base", "EMA", "SWA", "SAM 0.1" and so on
+    tuned: bool = False,  # At its best rate, by validation loss
+    factor: float = 1.0,  # Else: of the paper's rate
+    part: str = "test",  # Or "valid"
+) -> list[float]:  # A number for each seed
+    "Losses at the end of training"
+    ends = [row["ends"][arm] for row in select(rows, data=data)]
+    factors = _moving.config["factors"]
+
+    def middle(i):
+        return median(end["valid"][i] for end in ends)
+
+    i = factors.index(factor)
+    if tuned:
+        i = min(range(len(factors)), key=middle)
+    return [end[part][i] for end in ends]
+
+
+def _behind(
+    rows: list[Row],  # Of the moves
+    data: str,  # Name of the images
+    arm: str,  # As `_ends` takes it
+    tuned: bool = False,  # Both at their best rates
+    factor: float = 1.0,  # Of the paper's rate, which the base has
+) -> list[float]:  # A number for each seed
+    "Test loss at the end less that of the base"
+    base = _ends(rows, data, "base", tuned)
+    return [a - b for a, b in zip(_ends(rows, data, arm, tuned, factor), base)]
