@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from .batch import BatchGL
 from .experiments import Row, count_flops
-from .groups import Loss, Params, dot, readable
+from .groups import Loss, Params, dot, need, readable
 from .networks import NetworkGroup
 from symtele.objectives import (
     Landscape,
@@ -60,10 +60,13 @@ def squared(
 
 # %% ../nbs/22_baselines.ipynb #b2f00031
 def barrier(
-    losses: list[float],  # At equal distances along a line, its ends included
-) -> float:  # 0 where they nowhere rise above their chord
+    losses: list[float],  # At equal distances along a line, from end to end
+) -> float:  # 0 where they nowhere rise above; inf where one is not finite
     "How far a loss rises above the straight line between its ends"
     n = len(losses) - 1
+    need(n >= 1, "barrier(losses) must hold at least two losses", losses)
+    if not all(map(math.isfinite, losses)):
+        return math.inf
     chord = (
         ((n - i) * losses[0] + i * losses[-1]) / n for i in range(len(losses))
     )
@@ -84,6 +87,13 @@ class Matched:
     "Search: a random element that moves the parameters as far as `search` does"
 
     search: Search  # Whose ‖w'-w‖ is matched
+
+    def __post_init__(self):
+        if isinstance(self.search, type) or not callable(self.search):
+            raise TypeError(
+                "Matched(search=...) must be a search such as Ascent(), "
+                f"got {self.search!r}"
+            )
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
         "The landscape as far away, in a random direction"
@@ -329,12 +339,15 @@ def descend(
 # %% ../nbs/22_baselines.ipynb #b2f0001c
 def fast_sgd(
     models: Sequence[nn.Sequential],  # Of one shape; trained in place, as views
-    lrs: Sequence[float],  # Learning rate of each
+    lrs: Sequence[float],  # Learning rate of each, or one for all
 ) -> Callable[[Tensor, Tensor], None]:  # `advance(x, y)`, a step of each
     "Plain SGD on the mean cross-entropy of a batch, for LeakyReLU classifiers"
     for lr in lrs:
         if not 0 < lr < math.inf:
             raise ValueError(f"lr must be positive and finite, got {lr}")
+    fits = len(lrs) in (1, len(models))
+    must = f"lrs must hold a learning rate for each of {len(models)} models"
+    need(fits, must, f"{len(lrs)} of them")
     W, b, slope = _stacked(models)
     rates = W[0].new_tensor(lrs)[:, None, None]
     one_hot = torch.eye(W[-1].shape[1]).to(W[0])

@@ -36,7 +36,7 @@ from symtele.experiments import (
     train,
 )
 from .figures import LOOK, STYLE, Look, draw_against_rate, log_axis
-from .groups import dot
+from .groups import dot, need
 from .networks import GL
 from .objectives import loss_of, measure
 from .searches import Ascent, Stay
@@ -221,6 +221,7 @@ def teleporter_of(
     seed: int,  # Of the search
 ) -> Teleporter | Formula | None:  # None for the base
     "What moves the model of an arm"
+    need(arm in ARMS, f"arm must be one of {list(ARMS)}", repr(arm))
     probe = (data.valid_x[:1000], data.valid_y[:1000])
     if arm in _FORMULA_RATES:
         rate = _FORMULA_RATES[arm]
@@ -252,6 +253,17 @@ def _known_move(move):
     return {column: _known(move[column]) for column in OF_A_MOVE}
 
 
+def _plain_rate(optimizer, model):
+    "The learning rate of w → w - lr·∇L for all parameters alike; else None"
+    if not isinstance(optimizer, torch.optim.SGD):
+        return None
+    settings, *others = optimizer.param_groups
+    own = {id(p) for p in model.parameters() if p.requires_grad}
+    alike = not others and own == {*map(id, settings["params"])}
+    more = any(map(settings.get, ("momentum", "weight_decay", "maximize")))
+    return settings["lr"] if alike and not more else None
+
+
 def train_classifier(
     cfg: Config,  # Settings: "images", "batch", "epochs" and "points"
     model: nn.Sequential,  # Of `net`; trained in place
@@ -263,9 +275,8 @@ def train_classifier(
     moves: Iterable[Row] = (),  # Those made before the first step
 ) -> Row:  # The record of `train`, and the end on the test set
     "Train, by `fast_sgd` where the optimizer is plain SGD, and keep a row"
-    advance, settings = None, optimizer.defaults
-    if isinstance(optimizer, torch.optim.SGD) and not settings["momentum"]:
-        advance = fast_sgd([model], [settings["lr"]])
+    rate = _plain_rate(optimizer, model)
+    advance = None if rate is None else fast_sgd([model], [rate])
     record = train(
         model,
         F.cross_entropy,
@@ -374,6 +385,11 @@ def summary(
     "One line of a table"
     lr = _tuned_rate(rows, arm, optimizer) if lr is None else lr
     mine = at_end(rows, arm=arm, optimizer=optimizer, lr=lr)
+    if not mine:
+        raise ValueError(
+            f"rows have no run of arm {arm!r} with optimizer {optimizer!r} at "
+            f"lr {lr}"
+        )
     moves = [m for r in mine for m in r["moves"]]
 
     def middle(column):

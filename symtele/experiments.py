@@ -101,7 +101,7 @@ FLOPS = {
 
 def count_flops(
     f: Callable[[], Any],  # Called once
-) -> int:  # Of its products, factorisations and solves
+) -> int:  # Of what PyTorch's counter and `FLOPS` know, 0 for other ops
     "Count the floating-point operations of a computation, elementwise ones aside"
     with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         f()
@@ -356,9 +356,14 @@ def load_run(
     return _read(path, cfg, but).rows
 
 
+def _as_kept(row: Row) -> Row:
+    "What a file gives back: tuples become lists"
+    return json.loads(json.dumps(row))
+
+
 def _read(path, cfg, but=()) -> _Results:
     file = json.loads(Path(path).read_text())
-    found, cfg = file["config"], json.loads(json.dumps(cfg))
+    found, cfg = file["config"], _as_kept(cfg)
     differ = [
         f"{k}: {found.get(k)} there, {cfg.get(k)} here"
         for k in sorted({*found, *cfg} - {*but})
@@ -576,8 +581,8 @@ class Experiment:
 
     def sort(self, rows: list[Row]) -> list[Row]:
         "Rows in the order of their jobs"
-        jobs = self.jobs(self.config)
-        return sorted(rows, key=lambda row: jobs.index(self.job(row)))
+        jobs = [_as_kept(job) for job in self.jobs(self.config)]
+        return sorted(rows, key=lambda row: jobs.index(_as_kept(self.job(row))))
 
     def _path(self, folder):
         return Path(folder) / f"{self.name}.json"
@@ -592,13 +597,14 @@ class Experiment:
     def _missing(self, rows, path):
         "The jobs without a row; raise if a row is of no job"
         jobs, done = self.jobs(self.config), [self.job(r) for r in rows]
-        lost = [job for job in done if job not in jobs]
+        known = [_as_kept(job) for job in jobs]
+        lost = [job for job in done if job not in known]
         if lost:
             raise ValueError(
                 f"{path} has {len(lost)} rows that these settings do not list, "
                 f"such as {lost[0]}; move it away to begin anew"
             )
-        return [job for job in jobs if job not in done]
+        return [job for job, kept in zip(jobs, known) if kept not in done]
 
 # %% ../nbs/20_experiments.ipynb #0a57cb53
 def differences(

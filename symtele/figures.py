@@ -31,7 +31,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
 from .experiments import Row
-from .groups import Named, Rule
+from .groups import Named, Rule, need
 from .networks import Slot, Space, Wiring
 
 # %% ../nbs/21_figures.ipynb #cb4e5208
@@ -64,6 +64,12 @@ STYLE = {  # of every figure, for `plt.rc_context`
     "font.size": 10,
 }
 Look = dict[str, tuple[str, str, Any]]  # What `LOOK` is, and a page's own version
+
+
+def _check_look(look, arms):
+    "Raise unless every arm has a label, a colour and a line style"
+    lost = [arm for arm in arms if arm not in look]
+    need(not lost, "look must hold every arm that is drawn", f"none of {lost}")
 
 # %% ../nbs/21_figures.ipynb #fc074d50
 _COLUMN, _LETTERS = 749, 9.0  # Pixels: how wide a page is, and letters at least
@@ -181,8 +187,11 @@ def draw_curves(
     ys: dict[str, str],  # Column -> label of its axis
     log: Iterable[str] = (),  # Columns on a logarithmic axis
     title: str = "",  # Of the whole figure
+    look: Look = LOOK,  # arm -> (label, colour, line style)
 ) -> Figure:  # One panel per column, two side by side
     "Median curves with the range over seeds, one colour per arm"
+    arms = list(dict.fromkeys(r["arm"] for r in rows))
+    _check_look(look, arms)
     with plt.rc_context(STYLE):
         wide, deep = min(len(ys), 2), -(-len(ys) // 2)
         fig, axes = plt.subplots(
@@ -191,8 +200,8 @@ def draw_curves(
         for ax in axes.flat[len(ys) :]:
             ax.remove()
         for ax, (y, label) in zip(axes.flat, ys.items()):
-            for arm in dict.fromkeys(r["arm"] for r in rows):
-                name, colour, line = LOOK[arm]
+            for arm in arms:
+                name, colour, line = look[arm]
                 runs = [r for r in rows if r["arm"] == arm]
                 at, _, _ = band(r[x] for r in runs)
                 middle, low, high = band(r[y] for r in runs)
@@ -214,14 +223,17 @@ def draw_against_rate(
     look: Look = LOOK,  # arm -> (label, colour, line style)
     *,
     floor: float = 0.0,  # Values below are drawn here
-    top: float | None = None,  # Values above are drawn here; None: the largest
+    top: float | None = None,  # Values above stand here; None: the largest finite
     log: bool = True,  # Whether the vertical axis is logarithmic
     markers: dict[str, str] | None = None,  # arm -> marker; None: circles
 ):
     "Median and range against the learning rate; a cross at the top: one diverged"
+    _check_look(look, ends)
     if top is None:
         values = [v for arm in ends.values() for vs in arm.values() for v in vs]
-        top = max(filter(math.isfinite, values))
+        finite = list(filter(math.isfinite, values))
+        need(finite, "top must be a number where no value is finite", top)
+        top = max(finite)
     for i, (arm, seeds_at) in enumerate(ends.items()):
         shift = 1.04 ** (i - (len(ends) - 1) / 2)
         x = [rate * shift for rate in sorted(seeds_at)]

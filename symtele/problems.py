@@ -219,6 +219,8 @@ def _check_start(problem: Problem, start: Tensor):
             f"start must be a Tensor of shape ({problem.n},) or "
             f"(B, {problem.n}) for {problem.name}, got {got}"
         )
+    if not start.is_floating_point():
+        raise TypeError(f"start must hold floating numbers, got {start.dtype}")
     if not start.isfinite().all():
         raise ValueError(f"start must be finite, got {start.tolist()}")
 
@@ -304,6 +306,15 @@ def gd(
     return lambda params: torch.optim.SGD(params, lr=lr, momentum=momentum)
 
 # %% ../nbs/24_problems.ipynb #f23ab5ba
+def _check_plane(problem: Problem):
+    "Raise unless a problem has two variables"
+    if problem.n != 2:
+        raise ValueError(
+            "problem must have two variables to be drawn, got "
+            f"{problem.name} with {problem.n}"
+        )
+
+
 def ring(
     problem: Problem,  # With two variables
     w: Tensor,  # A point, shape (2,)
@@ -311,6 +322,7 @@ def ring(
     objective: Callable[..., Tensor] = grad_norm,  # What is wanted there
 ) -> tuple[Tensor, Tensor]:  # Points (m, 2), and the objective there (m,)
     "The orbit of a point, from it all around and back"
+    _check_plane(problem)
     orbit = problem.group.orbit(w)
     unit = orbit.zero() + 1
     angles = torch.linspace(0, 2 * math.pi, m, dtype=torch.float64)
@@ -472,6 +484,7 @@ def draw_path(
     later: Sequence[_Move] = (),  # Moves not drawn, with a say in the colours
 ):
     "A path on the level sets, with the orbits of its first four jumps"
+    _check_plane(problem)
     goal = torch.tensor(problem.target, dtype=path.dtype)
     rings = [ring(problem, m["from"]) for m in moves[:4]]
     if not box:

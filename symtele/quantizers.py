@@ -171,7 +171,7 @@ def quantize(
     model: nn.Module,  # Not modified
     quantizer: Quantizer,  # Of every layer
     factors: Named | None = None,  # Of `factors`, for GPTQ; None: to the nearest
-) -> nn.Module:  # A copy; embeddings, norms and biases as they were
+) -> nn.Module:  # A copy; what is no layer's weight is as it was
     "A model with the weights of its linear and convolutional layers rounded"
     model = deepcopy(model)
     if factors is not None:

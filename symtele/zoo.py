@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torchvision import models as tv
 
 from .experiments import Row
-from .groups import Named
+from .groups import Named, need
 from .networks import Blocks, Kind, Space, Wiring, gl, perm, scale
 from .wiring import wire
 
@@ -828,6 +828,7 @@ def prove(
     seed: int = 0,  # Of numbers, inputs and elements
 ) -> Row:  # parameters, seconds, spaces, share, held, drift, control
     "What can be moved in a model, and how much the largest moves change outputs"
+    need(elements >= 1, "prove(elements=...) must be at least 1", elements)
     rng = Generator().manual_seed(seed)
     state = shaken(model, x, rng)
     with _holding(model, _laid_out(model, state), model.training):
