@@ -1552,7 +1552,11 @@ def _check_learned_update(results):
         end = partial(_run_end, getattr(results, name))
         what = f"{units} units, loss after {_LEARNING['steps']['update']} steps"
         both, alone = end("update, teleport"), end("update")
-        checks.append(_lower(what, both, "without", alone, _three))
+        left_out = end("update, teleport: none")
+        checks += [
+            _lower(what, both, "trained without", alone, _three),
+            _lower(what, both, "its teleports left out", left_out, _three),
+        ]
     return checks
 
 # %% ../nbs/90_claims.ipynb #6cad4a26
