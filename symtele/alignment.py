@@ -253,8 +253,8 @@ def _by_space(
         at = np.flatnonzero((place >= first) & (place < first + n))
         at = at[np.argsort(place[at], kind="stable")]
         times, rest = divmod(len(at), n)
-        whole = np.repeat(np.arange(first, first + n), times)
-        if times and not rest and np.array_equal(place[at], whole):
+        every = np.repeat(np.arange(first, first + n), times)
+        if times and not rest and np.array_equal(place[at], every):
             part = h[:, torch.as_tensor(at, device=h.device)]
             part = part.reshape(len(h), s.copies, s.size, times)
             yield s, part.permute(1, 0, 3, 2).flatten(1, 2)

@@ -515,8 +515,8 @@ def _check_ranks(tele: "Teleporter") -> None:
     pieces = any(type(p).__name__ == "DTensor" for p in tele.model.parameters())
     if pieces or names & sharded:
         found = ", ".join(sorted(names & sharded)) or "DTensor parameters"
-        whole = "a move needs whole parameters: teleport before sharding them"
-        raise TypeError(f"model is sharded (FSDP: {found}), but {whole}")
+        must = "a move needs whole parameters: teleport before sharding them"
+        raise TypeError(f"model is sharded (FSDP: {found}), but {must}")
     if tele.ranks is None or not isinstance(group, NetworkGroup):
         return
     if any(kind.tap for kind in group.prefer):
@@ -730,10 +730,7 @@ def _write(
     given: tuple[Loss, Named, Any],
 ) -> Teleported:
     "Change model, map of the data and optimizer, or nothing and say so"
-    own = {
-        **dict(tele.model.named_buffers()),
-        **dict(tele.model.named_parameters()),
-    }
+    own = dict(tele.model.named_buffers()) | dict(tele.model.named_parameters())
     params, (loss, w, x) = {k: own[k] for k in out.w}, given
     news = [(own[k], new) for k, new in {**out.w, **out.buffers}.items()]
     if tele.inputs is not None:
