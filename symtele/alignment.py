@@ -253,8 +253,8 @@ def _by_space(
         at = np.flatnonzero((place >= first) & (place < first + n))
         at = at[np.argsort(place[at], kind="stable")]
         times, rest = divmod(len(at), n)
-        whole = np.repeat(np.arange(first, first + n), times)
-        if times and not rest and np.array_equal(place[at], whole):
+        every = np.repeat(np.arange(first, first + n), times)
+        if times and not rest and np.array_equal(place[at], every):
             part = h[:, torch.as_tensor(at, device=h.device)]
             part = part.reshape(len(h), s.copies, s.size, times)
             yield s, part.permute(1, 0, 3, 2).flatten(1, 2)
@@ -270,8 +270,11 @@ def correlations(
 ) -> Named:  # Space -> (copies, size, size), row of `other`, in [-1, 1]
     "How alike the units of two models are: correlations of their activations"
     rows = whole("correlations(rows=...)", rows, 2)
+    if not isinstance(wiring, Wiring):
+        must = "correlations(wiring=...) must be what wire(model, x) returns"
+        raise TypeError(f"{must}, got {type(wiring).__name__}")
     model = check_model(model, x)
-    other = check_model(other, x, "correlations(other=...)")
+    other = _trained_as(check_model(other, x, "correlations(other=...)"), model)
     spaces = [s for s in wiring.spaces if perm in s.commutes]
     places: list[tuple[np.ndarray, Tensor]] = []
     facts = _listen(model, x, lambda *seen: places.append(_columns(*seen, rows)))
@@ -293,6 +296,17 @@ def correlations(
     return {name: sum(all) / len(all) for name, all in sums.items()}
 
 
+def _trained_as(other: nn.Module, model: nn.Module) -> nn.Module:
+    "A model, or a copy, in which those parameters train that do in another one"
+    trains = [p.requires_grad for p in model.parameters()]
+    if trains == [p.requires_grad for p in other.parameters()]:
+        return other
+    other = deepcopy(other)
+    for p, own in zip(other.parameters(), trains):
+        p.requires_grad_(own)
+    return other
+
+
 _PARTED = (
     "model and other read their units at different places: they are of other "
     "architectures, or branch apart on this batch"
@@ -301,9 +315,12 @@ _PARTED = (
 
 def _standard(h: Tensor) -> Tensor:
     "Columns of mean 0 and length 1; 0 where all entries are the same"
+    own = h.norm(dim=1, keepdim=True)
     h = h - h.mean(1, keepdim=True)
     size = h.norm(dim=1, keepdim=True)
-    return torch.where(size > 1e-6 * size.amax(), h / size, 0.0)
+    # what is left of a constant is rounding, beside itself or beside the others
+    least = 1e-6 * torch.maximum(own, size.amax())
+    return torch.where(size > least, h / size, 0.0)
 
 
 def _listen(
@@ -360,12 +377,7 @@ def _check_shapes(own: Named, other: Named) -> None:
 
 def _wired(model: nn.Module, other: nn.Module, x: Any) -> Wiring:
     "The wiring of a model; raise unless the other one is wired alike"
-    trains = [p.requires_grad for p in model.parameters()]
-    if trains != [p.requires_grad for p in other.parameters()]:
-        other = deepcopy(other)
-        for p, own in zip(other.parameters(), trains):
-            p.requires_grad_(own)
-    wiring, theirs = wire(model, x), wire(other, x)
+    wiring, theirs = wire(model, x), wire(_trained_as(other, model), x)
     mine, found = _spaces(wiring), _spaces(theirs)
     for space in [*mine, *found]:
         if not (space in mine and space in found):

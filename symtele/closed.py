@@ -15,13 +15,7 @@ from torch import Tensor, nn
 from torch.func import grad, grad_and_value, vjp
 
 from . import groups, networks, objectives
-from symtele.batch import (
-    LeftInverse,
-    OnBatch,
-    Place,
-    batch,
-    left_inverse,
-)
+from .batch import LeftInverse, OnBatch, Place, batch, left_inverse
 from .groups import Chart, Named, Params, dot, readable, wide
 from .networks import Blocks, Kind, NetworkOrbit, Space, gl, matrix_undo
 from .objectives import CLOSED, GradNorm, Landscape, descent_step, found
@@ -647,9 +641,8 @@ class _NormOnBatch(_Closed):
 
     def move(self, xi: Tensor) -> Landscape:
         a = self.chain.begin.blocks.split(xi.to(self.chain.x.dtype))
-        return self.elsewhere(
-            step=(self.chain, {k: _Step(t) for k, t in a.items()})
-        )
+        steps = {k: _Step(t) for k, t in a.items()}
+        return self.elsewhere(step=(self.chain, steps))
 
     @found
     def sizes(self) -> dict[str, Tensor]:
@@ -670,9 +663,7 @@ class _NormOnBatch(_Closed):
         if norm is not None:  # the type of the parameters holds the rate
             rate = (norm / self.steepness.clamp_min(1e-300)).clamp_max(1e30)
         blocks = self.blocks.items()
-        tensors = [
-            t for t in (rate, *self.blocks.values()) if isinstance(t, Tensor)
-        ]
+        tensors = filter(torch.is_tensor, (rate, *self.blocks.values()))
         if groups.plain(*tensors):
             rate, steps = float(rate), {}
             for k, t in blocks:

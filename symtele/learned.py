@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 
 from .groups import need
 from .objectives import Landscape
+from .training import whole
 
 # %% ../nbs/16_learned.ipynb #fe9f3b0a
 class Memory(NamedTuple):
@@ -22,6 +23,9 @@ class Memory(NamedTuple):
     first: tuple[Tensor, Tensor]  # h and c of the lower cell, shape (n, hidden)
     second: tuple[Tensor, Tensor]  # Of the upper one
     said: Tensor  # What it said beside the element, shape (n, outputs)
+
+
+torch.serialization.add_safe_globals([Memory])
 
 
 def _cell(
@@ -57,8 +61,7 @@ class Learned(nn.Module):
         sizes = dict(inputs=(inputs, 1), size=(size, 1), hidden=(hidden, 1))
         sizes["outputs"] = outputs, 0
         for name, (value, least) in sizes.items():
-            must = f"Learned({name}=...) must be at least {least}"
-            need(value >= least, must, value)
+            whole(f"Learned({name}=...)", value, least)
         fits = 0 <= norm < math.inf
         need(fits, "Learned(norm=...) must be finite and at least 0", norm)
         self.size, self.norm, self.hidden = size, norm, hidden

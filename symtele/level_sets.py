@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from .groups import Named, Orbit, Params, Rule, need, readable, wide
 from .networks import NetworkGroup, run_model
 from .objectives import CLOSED, GradNorm, Landscape, found
+from .training import whole
 
 # %% ../nbs/18_level_sets.ipynb #18c00011
 @dataclass(frozen=True, eq=False)
@@ -92,8 +93,7 @@ class LevelSet:
     carries: ClassVar[bool] = False  # Covectors are measured anew
 
     def __post_init__(self):
-        must = "LevelSet(corrections=...) must be at least 0"
-        need(self.corrections >= 0, must, self.corrections)
+        whole("LevelSet(corrections=...)", self.corrections)
 
     def on(self, wiring: object) -> "LevelSet":
         "Itself: it needs no wiring"
@@ -203,7 +203,7 @@ class SLP:
     rate: float = 1.0  # ρ of the first of them, positive
 
     def __post_init__(self):
-        need(self.steps >= 1, "SLP(steps=...) must be at least 1", self.steps)
+        whole("SLP(steps=...)", self.steps, 1)
         fits = 0 < self.rate < math.inf
         need(fits, "SLP(rate=...) must be positive and finite", self.rate)
 

@@ -6,6 +6,7 @@
 __all__ = ['sharpness', 'relative_sharpness', 'curvature']
 
 # %% ../nbs/15_sharpness.ipynb #5a150002
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from .groups import Loss, Orbit, Params, dot, need, wide
 from .networks import scale
+from .training import whole
 
 # %% ../nbs/15_sharpness.ipynb #5a150006
 @dataclass(frozen=True)
@@ -57,11 +59,10 @@ class _Sharpness(_Signed):
     positive: bool
 
     def __post_init__(self):
-        fits = self.radii and min(self.radii) >= 0
+        fits = self.radii and all(0 <= t < math.inf for t in self.radii)
         must = "sharpness(radii=...) must be at least one number of at least 0"
         need(fits, must, self.radii)
-        must = "sharpness(directions=...) must be at least 1"
-        need(self.directions >= 1, must, self.directions)
+        whole("sharpness(directions=...)", self.directions, 1)
 
     def points(self, w: Params) -> Iterator[Params]:
         "Where the loss is taken"
@@ -76,12 +77,15 @@ class _Sharpness(_Signed):
 
 
 def sharpness(
-    radii: Iterable[float],  # T: distances from w, each at least 0
+    radii: Iterable[float],  # T: distances from w, each finite and at least 0
     directions: int = 4,  # How many for each radius, at least 1
     seed: int = 0,  # Of the directions
     positive: bool = False,  # True: entries uniform in [0, 1), as Z24's code
 ) -> _Sharpness:  # `(loss, w) -> ()`, in units of the loss
     "Objective φ: the mean loss at these distances from w (Z24); `-` for flatter"
+    if not isinstance(radii, Iterable) or isinstance(radii, str):
+        must = "sharpness(radii=...) must be a sequence such as (0.5,)"
+        raise TypeError(f"{must}, got {radii!r}")
     return _Sharpness(tuple(radii), directions, seed, positive)
 
 # %% ../nbs/15_sharpness.ipynb #5a15000c
@@ -94,10 +98,9 @@ class _RelativeSharpness(_Signed):
     seed: int
 
     def __post_init__(self):
-        must = "relative_sharpness(noise=...) must be at least 0"
-        need(self.noise >= 0, must, self.noise)
-        must = "relative_sharpness(draws=...) must be at least 1"
-        need(self.draws >= 1, must, self.draws)
+        must = "relative_sharpness(noise=...) must be finite and at least 0"
+        need(0 <= self.noise < math.inf, must, self.noise)
+        whole("relative_sharpness(draws=...)", self.draws, 1)
 
     def points(self, w: Params) -> Iterator[Params]:
         "Where the loss is taken"
@@ -111,7 +114,7 @@ class _RelativeSharpness(_Signed):
 
 
 def relative_sharpness(
-    noise: float,  # σ: of each weight in units of itself, at least 0
+    noise: float,  # σ: of each weight in units of itself, finite, at least 0
     draws: int = 8,  # Of the noise, at least 1
     seed: int = 0,  # Of the noise
 ) -> _RelativeSharpness:  # `(loss, w) -> ()`, in units of the loss
@@ -162,14 +165,16 @@ class _Curvature(_Signed):
     orbit: Orbit | None = None
 
     def __post_init__(self):
-        must = "curvature(elements=...) must be at least 1"
-        need(self.elements >= 1, must, self.elements)
+        whole("curvature(elements=...)", self.elements, 1)
 
     def on(self, orbit: Orbit) -> "_Curvature":
-        "The objective on an orbit; raises on permutations, which have no curves"
+        "The objective on an orbit; raises where a group has no curves"
+        must = "curvature needs a group with curves"
         if orbit.discrete:
-            must = "curvature needs a group with curves"
             raise TypeError(f"{must}, and permutations have none")
+        if not hasattr(orbit, "act_on"):
+            kinds = sorted({rule.kind for rule in orbit.report.values()})
+            raise TypeError(f"{must}, got a move without a group: {kinds}")
         # an orbit keeps its place, and must not find it inside a derivative
         getattr(orbit, "at", None)
         return replace(self, orbit=orbit)

@@ -20,7 +20,7 @@ from . import networks
 from .groups import Loss, Named, Orbit, Params, Rule, dot, need, wide
 from .objectives import CLOSED, Landscape, Measured, found
 from .teleporting import Teleported
-from .training import reset
+from .training import reset, whole
 
 # %% ../nbs/17_tasks.ipynb #17c00006
 def task_gradients(
@@ -35,6 +35,12 @@ def task_gradients(
     return vmap(back)(torch.eye(len(value)).to(value))[0]
 
 
+def _check_names(what: str, names: Any) -> None:
+    "Raise on one name where several are asked for"
+    if isinstance(names, str):
+        raise TypeError(f"{what} must be a tuple of names, got {names!r}")
+
+
 def _rows(
     rows: Params | None,  # A gradient for each task
     names: tuple[str, ...] | None,  # Of parameters; None: all
@@ -42,6 +48,7 @@ def _rows(
     "Gradients of the tasks, parameter by parameter"
     if rows is None:
         raise ValueError("rows must hold a gradient for each task, got None")
+    _check_names("names", names)
     named = {"w": rows} if isinstance(rows, Tensor) else rows
     names = named if names is None else names
     if unknown := [name for name in names if name not in named]:
@@ -100,9 +107,7 @@ class Conflict:
     pure: ClassVar[bool] = True
 
     def __post_init__(self):
-        if isinstance(self.names, str):
-            must = "Conflict(names=...) must be a tuple of names"
-            raise TypeError(f"{must}, got {self.names!r}")
+        _check_names("Conflict(names=...)", self.names)
 
     def __neg__(self) -> "Conflict":
         return replace(self, sign=-self.sign)
@@ -246,7 +251,8 @@ class LowRank:
     exact: ClassVar[bool] = False
 
     def __post_init__(self):
-        need(self.rank >= 1, "LowRank(rank=...) must be at least 1", self.rank)
+        whole("LowRank(rank=...)", self.rank, 1)
+        _check_names("LowRank(names=...)", self.names)
 
     def on(self, wiring: object) -> "LowRank":
         "Itself: it needs no wiring"
@@ -286,8 +292,7 @@ class Cost:
 
     def __post_init__(self):
         for name in ("steps", "samples"):
-            value = getattr(self, name)
-            need(value >= 1, f"Cost({name}=...) must be at least 1", value)
+            whole(f"Cost({name}=...)", getattr(self, name), 1)
         for name in ("lr", "radius"):
             value = getattr(self, name)
             fits = 0 < value < math.inf

@@ -189,7 +189,7 @@ optimizer  needed by the policies reset and transport
 state      what becomes of the optimizer's memory: keep, reset or transport
 probe      a batch (x, y) whose change of loss is recorded with every move
 inputs     a square nn.Linear without bias before the model (Z22 Alg. 3)
-pin        names of parameters that must not move, if another model shares them
+pin        names of parameters that must not move; asks for an unbound group
 tol        relative tolerance of the loss; None: rounding only
 seed       for searches that draw
 """
@@ -515,8 +515,8 @@ def _check_ranks(tele: "Teleporter") -> None:
     pieces = any(type(p).__name__ == "DTensor" for p in tele.model.parameters())
     if pieces or names & sharded:
         found = ", ".join(sorted(names & sharded)) or "DTensor parameters"
-        whole = "a move needs whole parameters: teleport before sharding them"
-        raise TypeError(f"model is sharded (FSDP: {found}), but {whole}")
+        must = "a move needs whole parameters: teleport before sharding them"
+        raise TypeError(f"model is sharded (FSDP: {found}), but {must}")
     if tele.ranks is None or not isinstance(group, NetworkGroup):
         return
     if any(kind.tap for kind in group.prefer):
@@ -534,14 +534,17 @@ def _check_parts(tele: "Teleporter") -> None:
         raise TypeError(f"model must be an nn.Module, got {kind}")
     for name in ("loss_fn", "objective", "search", "state"):
         part = getattr(tele, name)
-        unmade = isinstance(part, type) and name != "loss_fn"
-        if unmade or not (callable(part) or hasattr(part, "step")):
+        made = callable(part) or hasattr(part, "step")
+        if isinstance(part, type) or not made:
             wanted = "a function, or an instance such as Ascent()"
             raise TypeError(f"{name} must be {wanted}, got {part!r}")
     pair = isinstance(probe, tuple | list) and len(probe) == 2
     if probe is not None and not pair:
         raise TypeError(f"probe must be a batch (x, y), got {probe!r}")
     check_group(tele.group, tele.tol, "GL()", "Teleporter")
+    unread = isinstance(tele.group, NetworkGroup) and tele.group.wiring is None
+    must = "pin needs a group that is not bound yet, such as GL()"
+    need(unread or not tele.pin, must, f"{tele.pin}; see wire(..., pin=...)")
     _check_ranks(tele)
     _check_optimizer(tele)
     linear = isinstance(inputs, nn.Linear) and inputs.bias is None
@@ -730,10 +733,7 @@ def _write(
     given: tuple[Loss, Named, Any],
 ) -> Teleported:
     "Change model, map of the data and optimizer, or nothing and say so"
-    own = {
-        **dict(tele.model.named_buffers()),
-        **dict(tele.model.named_parameters()),
-    }
+    own = dict(tele.model.named_buffers()) | dict(tele.model.named_parameters())
     params, (loss, w, x) = {k: own[k] for k in out.w}, given
     news = [(own[k], new) for k, new in {**out.w, **out.buffers}.items()]
     if tele.inputs is not None:

@@ -65,7 +65,9 @@ class Whiten:
         orbit, white, c = land.orbit, _whiteners(land.orbit), self.curvature
         top, g = white[-1]
         c = _output_curvature(land, top, g) if c is None else g.new_tensor(c)
-        first = torch.linalg.matrix_norm(wide(orbit.x).flatten(1))
+        x, *more = filter(torch.is_tensor, pytree.tree_leaves(orbit.x))
+        need(not more, "Whiten needs a batch of one tensor", len(more) + 1)
+        first = torch.linalg.matrix_norm(wide(x).flatten(1))
         a, last = orbit.blocks.zero(), (self.lr * c) ** -0.5
         for k, (s, g) in enumerate(white, 1):
             share = k / len(white)
@@ -133,6 +135,7 @@ class MoveData:
     matrix: Tensor  # M, invertible, shape (features, features)
 
     def __call__(self, land: Landscape, rng: Generator) -> Landscape:
+        "The landscape seen after M has met the data and M⁻¹ the first layer"
         orbit = land.orbit
         spaces = orbit.blocks.spaces if isinstance(orbit, NetworkOrbit) else ()
         names = [s.name for s, _ in spaces if s.data]
@@ -148,20 +151,22 @@ class MoveData:
 
 
 def second_moment(
-    x: Tensor,  # Data, shape (n, features)
+    x: Tensor,  # Data, shape (n, features), of a floating type
 ) -> Tensor:  # XᵀX/n, shape (features, features), float64
     "The second moment C = XᵀX/n of data about zero"
     must = "x must have shape (n, features) with n of at least 1"
     need(x.ndim == 2 and len(x) > 0, must, tuple(x.shape))
+    need(x.is_floating_point(), "x must be of a floating type", x.dtype)
     return wide(x.mT @ x) / len(x)
 
 
 def ridge_whitener(
-    moment: Tensor,  # C, shape (features, features)
+    moment: Tensor,  # C, shape (features, features), no eigenvalue below zero
     ridge: float = 30 / 785,  # λ as a share of the trace of C, positive
 ) -> Tensor:  # M, same shape and type
     "M ∝ (C + λI)^(-1/2), scaled so that tr(MCMᵀ) = tr C"
     need(0 < ridge < math.inf, "ridge must be positive and finite", ridge)
+    need(moment.isfinite().all().item(), "moment must be finite", "nan or inf")
     square = moment.ndim == 2 and moment.shape[0] == moment.shape[1]
     size = 1e-6 * moment.abs().max().item()
     fits = square and torch.allclose(moment, moment.mT, rtol=1e-5, atol=size)
@@ -173,4 +178,8 @@ def ridge_whitener(
     need(fits, "moment must have a positive, finite trace", f"{trace:.3g}")
     e, v = torch.linalg.eigh(moment)
     root = (e.clamp_min(0) + ridge * e.sum()) ** -0.5
-    return (v * root) @ v.mT * (e.sum() / (e * root**2).sum()) ** 0.5
+    share = e.sum() / (e * root**2).sum()
+    need(
+        share > 0, "moment must have eigenvalues of at least 0", f"{e.min():.3g}"
+    )
+    return (v * root) @ v.mT * share**0.5
