@@ -236,10 +236,8 @@ class Landscape:
     known: dict[str, Any]  # What has been found here, by name: "orbit" at least
     steps: Tensor | int = 0  # Moves so far
     closed: ClassVar[bool] = False  # Whether slopes come from a closed form
-    carried: ClassVar[bool] = (
-        False  # Whether J follows from the gradient it began
-    )
-    later: ClassVar[bool] = False  # Whether it can still be found without that
+    carried: ClassVar[bool] = False  # Whether J follows from a carried gradient
+    later: ClassVar[bool] = False  # Whether it does when all else is thrown away
     keeps: ClassVar[tuple[str, ...]] = ("height", "gradient")  # By `choose`
 
     @staticmethod

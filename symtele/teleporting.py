@@ -278,11 +278,8 @@ def _check_batch(named: Named, x: Any) -> None:
     if not places & {t.device for t in leaves.values()}:
         raise ValueError(f"{name} is on {t.device}, {k} on {p.device}")
     types = {p.dtype for p in named.values()}
-    if (
-        alone
-        and t.is_floating_point()
-        and len(types | {t.dtype}) > len(types) == 1
-    ):
+    mixed = len(types | {t.dtype}) > len(types) == 1
+    if alone and t.is_floating_point() and mixed:
         raise ValueError(f"x has dtype {t.dtype}, {k} has {p.dtype}")
 
 
@@ -374,9 +371,8 @@ def _either(ok: _Ok, new: Any, old: Any) -> Any:
     if isinstance(ok, bool):
         return new if ok else old
 
-    def pick(
-        a: Any, b: Any
-    ) -> Any:  # what a model is called with may hold others
+    def pick(a: Any, b: Any) -> Any:
+        # what a model is called with may hold others
         return torch.where(ok, a, b) if isinstance(a, Tensor) else a
 
     return _leafwise(pick, new, old)

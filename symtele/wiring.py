@@ -47,9 +47,8 @@ def wire(
     if not isinstance(model, nn.Module):
         raise TypeError(f"wire(model, x) needs an nn.Module, got {kind}")
     trains = inputs or any(p.requires_grad for p in model.parameters())
-    need(
-        trains, "wire(model, x) needs a parameter that trains", f"none in {kind}"
-    )
+    must = "wire(model, x) needs a parameter that trains"
+    need(trains, must, f"none in {kind}")
     if isinstance(pin, str):
         raise TypeError(f"wire(..., pin=...) needs a list of names, got {pin!r}")
     names = dict(model.named_parameters(remove_duplicate=False))
@@ -362,22 +361,17 @@ def _blocks(facts: Facts, kind: Kind, block_of: _Units) -> Iterator[_Units]:
     t = _table(facts, kind, c, parts)
     axis, at, unit, q = t.T
     look = np.zeros(facts.n + 1, np.int64)  # on which axes, and how
-    np.add.at(
-        look, unit, _marks(64 * len(facts.axes) + 64, 0)[64 * axis + q + 32]
-    )
+    marks = _marks(64 * len(facts.axes) + 64, 0)
+    np.add.at(look, unit, marks[64 * axis + q + 32])
     key = look.copy()
     if kind == scale:  # cut as permutations are, so that one space serves both
         first = np.array([a.first for a in facts.axes], int)
-        np.add.at(
-            key, unit, _marks(block_of.max() + 1, 1)[block_of[first[axis] + at]]
-        )
+        marks = _marks(block_of.max() + 1, 1)
+        np.add.at(key, unit, marks[block_of[first[axis] + at]])
     else:
         for i, (rows, _) in enumerate(facts.told):
-            np.add.at(
-                key,
-                np.abs(c)[rows[:, 0]],
-                _marks(rows[:, 1].max() + 1, i + 2)[rows[:, 1]],
-            )
+            marks = _marks(rows[:, 1].max() + 1, i + 2)
+            np.add.at(key, np.abs(c)[rows[:, 0]], marks[rows[:, 1]])
     t = t[np.lexsort((at, q, axis, unit, key[unit], look[unit]))]
     alike, unit = defaultdict(list), t[:, 2]
     cut = np.flatnonzero((np.diff(key[unit]) != 0) | (np.diff(look[unit]) != 0))
