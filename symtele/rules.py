@@ -483,9 +483,8 @@ def _created(f, x, *_):
 @rule("view _unsafe_view")
 def _view(f, x, shape):
     size = math.prod(n for n in shape if n >= 0)
-    return reshaped(
-        x, [math.prod(x.shape) // size if n < 0 else n for n in shape]
-    )
+    shape = [math.prod(x.shape) // size if n < 0 else n for n in shape]
+    return reshaped(x, shape)
 
 
 @rule("as_strided")

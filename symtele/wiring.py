@@ -435,10 +435,8 @@ class _Block:
         "Whether `other`, of one more kind, moves the same units"
         ((kind, runs),) = other.runs.items()
         known = {run for own in self.runs.values() for run in own}
-        if kind in self.runs or (self.copies, self.size) != (
-            other.copies,
-            other.size,
-        ):
+        shape = self.copies, self.size
+        if kind in self.runs or shape != (other.copies, other.size):
             return False
         sided = [own for k, own in self.runs.items() if k != perm]
         return runs.keys() <= known and all(
@@ -666,9 +664,8 @@ class Reading:
             made = [
                 Value(o.shape, m.labels) if m else o for o, m in zip(outs, made)
             ]
-            if any(
-                t.expand(v.shape).ndim > t.ndim for v in made for t in v.labels
-            ):
+            laid = ((t, v.shape) for v in made for t in v.labels)
+            if any(t.expand(shape).ndim > t.ndim for t, shape in laid):
                 raise LookupError("labels of another shape")
         except Exception:  # a form that the rule does not know, or no rule
             facts.why += ", which no rule knows"
@@ -770,9 +767,8 @@ def _naming(model: nn.Module, where: list[str]) -> Iterator[None]:
 def _in_mode(model: nn.Module, train: bool) -> Iterator[None]:
     "Within it a model is in train or eval mode, and nothing is hidden in one op"
     modes = {m: m.training for m in model.modules()}
-    own = [
-        (v, dict(v)) for m in modes for v in vars(m).values() if type(v) is dict
-    ]
+    dicts = (v for m in modes for v in vars(m).values() if type(v) is dict)
+    own = [(v, dict(v)) for v in dicts]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
