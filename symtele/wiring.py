@@ -7,9 +7,10 @@ __all__ = ['Kinds', 'RULES', 'wire', 'Value', 'touched', 'pairs', 'Facts', 'solv
 
 # %% ../nbs/04_wiring.ipynb #f7882864
 import math
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -774,7 +775,10 @@ def _in_mode(model: nn.Module, train: bool) -> Iterator[None]:
     try:
         for m in modes:
             m.training = train
-        with torch.no_grad():
+        # what `torch.compile` made would hide its ops
+        compiled = "torch._dynamo" in sys.modules
+        stance = torch.compiler.set_stance if compiled else nullcontext
+        with torch.no_grad(), stance("force_eager"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
