@@ -190,6 +190,9 @@ def _check_bound(group: "NetworkGroup", w: Named) -> None:
     if group.wiring is None:
         use = f"use {name}(wire(model, x)), or {name}().on(wiring)"
         raise ValueError(f"{name}() has no wiring yet: {use}")
+    if not isinstance(group.wiring, Wiring):
+        needs = f"{name}(wiring) needs a Wiring, as wire(model, x) makes it"
+        raise TypeError(f"{needs}, got {type(group.wiring).__name__}")
     if not isinstance(w, dict):
         moves = f"{name} moves a dict of parameters by name"
         raise TypeError(f"{moves}, got {type(w).__name__}")
@@ -227,7 +230,7 @@ class NetworkGroup:
         model, name = self.wiring.model, type(self).__name__
         if self._tapped and (x is None or model is None):
             needs = "it needs the batch x and a wiring with its model"
-            got = f"x = {x if x is None else type(x).__name__}, model = {model}"
+            got = " and ".join(type(given).__name__ for given in (x, model))
             raise ValueError(f"{name} reads activations: {needs}, got {got}")
         return self.wiring.inputs(self._tapped) if self._tapped else None
 
@@ -566,13 +569,16 @@ class Wiring:
         "Run the model once: what layers around some spaces are given on a batch"
         if x is None or self.model is None:
             needs = "activations need a batch and a wiring with its model"
-            raise ValueError(f"{needs}, got x = {x} and model = {self.model}")
+            got = " and ".join(type(given).__name__ for given in (x, self.model))
+            raise ValueError(f"{needs}, got {got}")
         with self.inputs(spaces).of(w) as layers:
             run_model(self.model, w, x)
         return layers.seen
 
     def share(self, *kinds: Kind) -> float:
         "Which part of the entries of all parameters moves by some of these kinds"
+        if self.model is None:
+            raise ValueError("share needs a wiring with its model, got None")
         sizes = {k: p.shape for k, p in self.model.named_parameters()}
         moved = defaultdict(set)
         for space in (s for s in self.spaces if s.commutes & set(kinds)):

@@ -187,6 +187,9 @@ def loss_of(
 ) -> tuple[Loss, Named]:  # `loss(w, x)`, and parameters by name
     "A module's loss as a pure function of its trainable parameters and a batch"
     model = unwrap(model)
+    if not isinstance(model, nn.Module):
+        must = "loss_of(model, loss_fn, y) needs an nn.Module"
+        raise TypeError(f"{must}, got {type(model).__name__}")
     cuda = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     state = torch.get_rng_state()
     cuda_states = [torch.cuda.get_rng_state(i) for i in cuda]
@@ -354,6 +357,9 @@ def landscape(
     start: Measured | None = None,  # The loss where the orbit began, if measured
 ) -> Landscape:
     "The landscape of an objective on an orbit, closed where the table has a form"
+    if isinstance(objective, type) or not callable(objective):
+        must = "objective must be a function such as grad_norm or lookahead(0.1)"
+        raise TypeError(f"{must}, got {objective!r}")
     if hasattr(objective, "on"):
         objective = objective.on(orbit)
     if not hasattr(objective, "known"):

@@ -228,7 +228,8 @@ def check_group(
 ) -> None:
     "Raise unless `group` is a group and `tol` a tolerance that is enough for it"
     if isinstance(group, type) or not hasattr(group, "exact"):
-        raise TypeError(f"group must be a group such as {example}, got {group!r}")
+        got = group if isinstance(group, type | str) else type(group)
+        raise TypeError(f"group must be a group such as {example}, got {got!r}")
     good = tol is None or isinstance(tol, int | float) and 0 < tol < math.inf
     need(good, "tol must be positive and finite", repr(tol))
     if tol is None and not group.exact:
