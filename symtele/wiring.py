@@ -52,6 +52,9 @@ def wire(
     need(trains, must, f"none in {kind}")
     if isinstance(pin, str):
         raise TypeError(f"wire(..., pin=...) needs a list of names, got {pin!r}")
+    pin = list(pin)  # it may be a generator
+    if wrong := [type(name).__name__ for name in pin if type(name) is not str]:
+        raise TypeError(f"wire(..., pin=...) needs names, got {wrong[0]}")
     names = dict(model.named_parameters(remove_duplicate=False))
     if unknown := [name for name in pin if name not in names]:
         raise ValueError(f"wire(..., pin=...) knows no parameter {unknown}")
@@ -192,11 +195,16 @@ class Facts:
             self.tell(label, torch.arange(math.prod(shape)).reshape(shape))
 
     def stop(
-        self, labels: Iterable[Tensor], kinds: Kinds = KINDS, more: str = ""
+        self,
+        labels: Iterable[Tensor],
+        kinds: Kinds = KINDS,
+        beside: Value | None = None,
     ) -> None:
-        "Units that an op does not let move; `more` says why, behind its name"
+        "Units that an op does not let move, perhaps beside what does not"
         units = [np.abs(_rows(t)[:, 0]) for t in labels] if kinds else []
-        self.stops += [(kinds, u, self.why + more) for u in units]
+        held, why = beside and beside.name and not beside.labels, self.why
+        why += f": {beside.name!r} is pinned or does not train" if held else ""
+        self.stops += [(kinds, u, why) for u in units]
 
     def stop_unheard(self) -> None:
         "Units that no op has met may be met on another input"
@@ -317,7 +325,8 @@ def _log_scales(facts: Facts) -> tuple[_Units, _Parts]:
             equal, sums = np.concatenate((equal, more)), left
             continue
         units = [c[a.first : a.first + a.size] for a in facts.axes]
-        own = np.bincount(np.abs(np.concatenate(units)), minlength=len(c))
+        units = np.concatenate([np.zeros(0, int), *units])
+        own = np.bincount(np.abs(units), minlength=len(c))
         rounds, circle = _peel(left, own)
         if not len(circle):
             return c, _parts(rounds)
