@@ -357,11 +357,11 @@ def landscape(
     start: Measured | None = None,  # The loss where the orbit began, if measured
 ) -> Landscape:
     "The landscape of an objective on an orbit, closed where the table has a form"
+    if hasattr(objective, "on"):
+        objective = objective.on(orbit)
     if isinstance(objective, type) or not callable(objective):
         must = "objective must be a function such as grad_norm or lookahead(0.1)"
         raise TypeError(f"{must}, got {objective!r}")
-    if hasattr(objective, "on"):
-        objective = objective.on(orbit)
     if not hasattr(objective, "known"):
         objective = _Plain(objective)
     law = type(getattr(orbit, "law", None))
