@@ -143,7 +143,7 @@ _Later = Tensor | Callable[[], Tensor]  # a value, or what finds it
 
 @dataclass(frozen=True, repr=False)
 class Teleported:
-    "What one teleport did: tensors, or trees of them, but for the last four fields"
+    "What one teleport did: tensors or trees of them, but the last four fields"
 
     w: Params  # New parameters; the old ones where it was refused
     buffers: Named  # The model's, those that move along; {} for most models
