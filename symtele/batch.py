@@ -552,9 +552,7 @@ class Taps(TorchFunctionMode):
         self.parameters = parameters
         self.linear: set[str] = set()  # Weights of `F.linear`
         self.uses: Counter[str] = Counter()
-        self.readers: dict[str, list[_Reader]] = defaultdict(
-            list
-        )  # By what they read
+        self.readers: dict[str, list[_Reader]] = defaultdict(list)  # By weight
         self.broken: dict[str, str] = {}  # Weight -> the op that ends its path
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
@@ -609,17 +607,15 @@ class Taps(TorchFunctionMode):
         "An argument as a step keeps it"
         if not _is_heard(a):
             return a
-        return Own(
-            a.value.name, a.value.shape, self.parameters[a.value.name].detach()
-        )
+        own = self.parameters[a.value.name].detach()
+        return Own(a.value.name, a.value.shape, own)
 
     def _layer(self, x: Any, weight: Any, bias: Any) -> Path | None:
         "A linear layer ends the path to it and begins one"
         name = weight.value.name
         if _is_heard(x) and x.origin.path:
-            self.readers[x.origin.path.weight].append(
-                (x.origin.path, name, x.origin)
-            )
+            reader = x.origin.path, name, x.origin
+            self.readers[x.origin.path.weight].append(reader)
         if bias is None:
             return Path(name, None)
         known = _is_heard(bias) and bias.value.name in self.parameters
@@ -646,9 +642,8 @@ class Taps(TorchFunctionMode):
 
     def tap(self, space: Space) -> Tap:
         "Where the batch action enters a space"
-        weight, *bias = [
-            s for s in space.slots if not s.dual and s.kinds == KINDS
-        ]
+        own = [s for s in space.slots if not s.dual and s.kinds == KINDS]
+        weight, *bias = own
         readers = self.readers[weight.param]
         path = readers[0][0]
         below = frozenset().union(*(origin.below for _, _, origin in readers))

@@ -127,6 +127,7 @@ def _rosenbrock_back(y: Tensor) -> Tensor:
 
 
 def _booth_to(w: Tensor) -> Tensor:
+    need(w.shape[-1] == 2, "booth needs two variables", w.shape[-1])
     x, y = w.unbind(-1)
     return torch.stack((x + 2 * y - 7, 2 * x + y - 5), -1)
 
@@ -141,10 +142,10 @@ booth = Chart(_booth_to, _booth_back)
 
 
 def ellipse(
-    lam: float,  # Ratio of the half-axes, positive
+    lam: float,  # Ratio of the half-axes, positive and finite
 ) -> Chart:  # Chart of x₁² + λ²x₂² on parameters of shape (2,)
     "The chart h(w) = (x₁, λx₂) of x₁² + λ²x₂² (Z22 (20)); minimum at the origin"
-    need(lam > 0, "ellipse(lam=...) must be positive", lam)
+    need(0 < lam < math.inf, "ellipse(lam=...) must be positive and finite", lam)
     return Chart(
         lambda w: w * w.new_tensor([1.0, lam]),
         lambda y: y / y.new_tensor([1.0, lam]),
@@ -239,7 +240,7 @@ class Rotation:
 
     They keep ‖h(w)‖², the loss of the chart. `xi` is the angle in radians for n =
     2, else the n(n-1)/2 entries of a skew matrix S with R = e^S. `orbit` needs
-    one Tensor of shape (n,), n at least 2, and raises on anything else.
+    one floating Tensor of shape (n,), n at least 2, and raises on anything else.
     """
 
     chart: Chart  # Where the loss is a squared length
@@ -254,6 +255,7 @@ class Rotation:
         _need_tensor(w, "Rotation moves one Tensor of shape (n,)")
         must = "Rotation needs w of shape (n,) with n at least 2"
         need(w.ndim == 1 and len(w) >= 2, must, tuple(w.shape))
+        need(w.is_floating_point(), "Rotation needs a floating w", w.dtype)
         return _ChartOrbit(self.chart, w, torch.eye(len(w)).to(wide(w)), x)
 
 # %% ../nbs/01_groups.ipynb #6282b811
@@ -321,7 +323,7 @@ class Orthogonal:
 
     def orbit(self, w: Tensor, x: Tensor | None = None) -> _ChartOrbit:
         "The orbit of `w`, shape (n,): arguments and elements as for `Rotation`"
-        if isinstance(w, Tensor) and len(self.A) != len(w):
+        if isinstance(w, Tensor) and w.ndim and len(self.A) != len(w):
             sizes = f"n = {len(self.A)}, but w has {len(w)} entries"
             raise ValueError(f"Orthogonal(A) has {sizes}")
         return Rotation(self.chart).orbit(w, x)

@@ -91,8 +91,7 @@ def matrix_undo(
     t: Tensor,  # T, shape (d, d)
     rows: Tensor,  # Shape (n, d)
     rate: float = 1.0,  # Of the step: it is `rate` times T
-    size: float
-    | None = None,  # Norm of the step, if known and not differentiated
+    size: float | None = None,  # Norm of the step, where nobody differentiates
 ) -> Tensor:  # Shape (n, d)
     "Each row times (I + rate T)⁻¹"
     if size is None:
@@ -191,6 +190,9 @@ def _check_bound(group: "NetworkGroup", w: Named) -> None:
     if group.wiring is None:
         use = f"use {name}(wire(model, x)), or {name}().on(wiring)"
         raise ValueError(f"{name}() has no wiring yet: {use}")
+    if not isinstance(group.wiring, Wiring):
+        needs = f"{name}(wiring) needs a Wiring, as wire(model, x) makes it"
+        raise TypeError(f"{needs}, got {type(group.wiring).__name__}")
     if not isinstance(w, dict):
         moves = f"{name} moves a dict of parameters by name"
         raise TypeError(f"{moves}, got {type(w).__name__}")
@@ -228,7 +230,7 @@ class NetworkGroup:
         model, name = self.wiring.model, type(self).__name__
         if self._tapped and (x is None or model is None):
             needs = "it needs the batch x and a wiring with its model"
-            got = f"x = {x if x is None else type(x).__name__}, model = {model}"
+            got = " and ".join(type(given).__name__ for given in (x, model))
             raise ValueError(f"{name} reads activations: {needs}, got {got}")
         return self.wiring.inputs(self._tapped) if self._tapped else None
 
@@ -297,9 +299,8 @@ class NetworkGroup:
         names = sorted(k.name for k in space.commutes)
         asked = [k.name for k in self.prefer]
         nothing = f"commutes with {names or 'nothing'}, asked for {asked}"
-        return None, Rule(
-            "fixed", "; ".join(filter(None, why)) or space.why or nothing
-        )
+        said = "; ".join(filter(None, why))
+        return None, Rule("fixed", said or space.why or nothing)
 
     def _nothing_to_move(self, report: dict[str, Rule]) -> str:
         name = type(self).__name__
@@ -378,10 +379,6 @@ class Slot:
         segment = _piece(t, self.axis, self.start, self.span(space))
         outer = t.shape[: self.axis].numel()
         return segment.reshape(outer, space.copies, self.before, space.size, -1)
-
-    def apply(self, t: Tensor, space: "Space", f: _Act) -> Tensor:
-        "`t` with `f` applied along the slot"
-        return _along(t, [(self, space, f)])
 
 
 def _piece(t: Tensor, axis: int, start: int, n: int) -> Tensor:
@@ -572,19 +569,22 @@ class Wiring:
         "Run the model once: what layers around some spaces are given on a batch"
         if x is None or self.model is None:
             needs = "activations need a batch and a wiring with its model"
-            raise ValueError(f"{needs}, got x = {x} and model = {self.model}")
+            got = " and ".join(type(given).__name__ for given in (x, self.model))
+            raise ValueError(f"{needs}, got {got}")
         with self.inputs(spaces).of(w) as layers:
             run_model(self.model, w, x)
         return layers.seen
 
     def share(self, *kinds: Kind) -> float:
         "Which part of the entries of all parameters moves by some of these kinds"
+        if self.model is None:
+            raise ValueError("share needs a wiring with its model, got None")
         sizes = {k: p.shape for k, p in self.model.named_parameters()}
         moved = defaultdict(set)
         for space in (s for s in self.spaces if s.commutes & set(kinds)):
             for t in (t for t in space.slots if t.kinds & set(kinds)):
-                n = space.copies * t.before * space.size * t.after
-                moved[t.param, t.axis] |= set(range(t.start, t.start + n))
+                end = t.start + t.span(space)
+                moved[t.param, t.axis] |= set(range(t.start, end))
         stays = {k: math.prod(shape) for k, shape in sizes.items()}
         total = sum(stays.values())
         for (name, axis), places in moved.items():
@@ -611,7 +611,7 @@ class Wiring:
             if name not in w:
                 raise ValueError(f"{who} parameter {name!r}; w has {sorted(w)}")
             shape = tuple(w[name].shape)
-            need = t.start + space.copies * t.before * space.size * t.after
+            need = t.start + t.span(space)
             if t.axis >= len(shape) or shape[t.axis] < need:
                 where = f"{need} entries on axis {t.axis} of {name!r}"
                 raise ValueError(f"{who} {where}, which has shape {shape}")
@@ -753,9 +753,8 @@ class Blocks:
         spaces = []
         for s, kind in self.spaces:
             slots = tuple(t for t in s.slots if t.param in names)
-            spaces.append(
-                (s if slots == s.slots else replace(s, slots=slots), kind)
-            )
+            own = s if slots == s.slots else replace(s, slots=slots)
+            spaces.append((own, kind))
         return Blocks(tuple(spaces))
 
     @cached_property

@@ -187,6 +187,9 @@ def loss_of(
 ) -> tuple[Loss, Named]:  # `loss(w, x)`, and parameters by name
     "A module's loss as a pure function of its trainable parameters and a batch"
     model = unwrap(model)
+    if not isinstance(model, nn.Module):
+        must = "loss_of(model, loss_fn, y) needs an nn.Module"
+        raise TypeError(f"{must}, got {type(model).__name__}")
     cuda = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     state = torch.get_rng_state()
     cuda_states = [torch.cuda.get_rng_state(i) for i in cuda]
@@ -236,10 +239,8 @@ class Landscape:
     known: dict[str, Any]  # What has been found here, by name: "orbit" at least
     steps: Tensor | int = 0  # Moves so far
     closed: ClassVar[bool] = False  # Whether slopes come from a closed form
-    carried: ClassVar[bool] = (
-        False  # Whether J follows from the gradient it began
-    )
-    later: ClassVar[bool] = False  # Whether it can still be found without that
+    carried: ClassVar[bool] = False  # Whether J follows from a carried gradient
+    later: ClassVar[bool] = False  # Whether it does when all else is thrown away
     keeps: ClassVar[tuple[str, ...]] = ("height", "gradient")  # By `choose`
 
     @staticmethod
@@ -358,6 +359,9 @@ def landscape(
     "The landscape of an objective on an orbit, closed where the table has a form"
     if hasattr(objective, "on"):
         objective = objective.on(orbit)
+    if isinstance(objective, type) or not callable(objective):
+        must = "objective must be a function such as grad_norm or lookahead(0.1)"
+        raise TypeError(f"{must}, got {objective!r}")
     if not hasattr(objective, "known"):
         objective = _Plain(objective)
     law = type(getattr(orbit, "law", None))

@@ -147,7 +147,7 @@ def add(
         t, other = (left, y) if right is None else (right, x)
         shared = {d for d, n in enumerate(other.shape) if n > 1}
         f.apart(t, shared)
-        f.stop([t], LINEAR if touched(t) <= shared else _RIGID)
+        f.stop([t], LINEAR if touched(t) <= shared else _RIGID, other)
         labels += [] if touched(t) <= shared else [t]
     shape = tuple(max(pair) for pair in zip(x.shape, y.shape))
     return Value(shape, tuple(labels))
@@ -194,11 +194,7 @@ def contract(
     for left, right in pairs(*inner, summed):
         if left is None or right is None:
             t, other = (left, y) if right is None else (right, x)
-            held = other.name and not other.labels
-            words = (
-                f": {other.name!r} is pinned or does not train" if held else ""
-            )
-            f.stop([t], more=words)
+            f.stop([t], beside=other)
             continue
         f.same(left, -right)
         f.apart(left, kept)
@@ -483,9 +479,8 @@ def _created(f, x, *_):
 @rule("view _unsafe_view")
 def _view(f, x, shape):
     size = math.prod(n for n in shape if n >= 0)
-    return reshaped(
-        x, [math.prod(x.shape) // size if n < 0 else n for n in shape]
-    )
+    shape = [math.prod(x.shape) // size if n < 0 else n for n in shape]
+    return reshaped(x, shape)
 
 
 @rule("as_strided")

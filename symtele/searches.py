@@ -219,8 +219,11 @@ def run_search(
     if hasattr(search, "step") and hasattr(search, "init"):
         state = search.init(land) if state is None else state
         land, state = search.step(state, land, rng)
-    else:
+    elif callable(search) and not isinstance(search, type):
         land = search(land, rng)
+    else:
+        must = "search must be a function, or an instance such as Ascent()"
+        raise TypeError(f"{must}, got {search!r}")
     if not isinstance(land, Landscape):
         must = "search must return a landscape, as land.move(xi) does"
         raise TypeError(f"{must}; got {type(land).__name__}")

@@ -143,7 +143,7 @@ _Later = Tensor | Callable[[], Tensor]  # a value, or what finds it
 
 @dataclass(frozen=True, repr=False)
 class Teleported:
-    "What one teleport did; all fields but the last four are tensors"
+    "What one teleport did: tensors or trees of them, but the last four fields"
 
     w: Params  # New parameters; the old ones where it was refused
     buffers: Named  # The model's, those that move along; {} for most models
@@ -228,7 +228,8 @@ def check_group(
 ) -> None:
     "Raise unless `group` is a group and `tol` a tolerance that is enough for it"
     if isinstance(group, type) or not hasattr(group, "exact"):
-        raise TypeError(f"group must be a group such as {example}, got {group!r}")
+        got = group if isinstance(group, type | str) else type(group)
+        raise TypeError(f"group must be a group such as {example}, got {got!r}")
     good = tol is None or isinstance(tol, int | float) and 0 < tol < math.inf
     need(good, "tol must be positive and finite", repr(tol))
     if tol is None and not group.exact:
@@ -278,11 +279,8 @@ def _check_batch(named: Named, x: Any) -> None:
     if not places & {t.device for t in leaves.values()}:
         raise ValueError(f"{name} is on {t.device}, {k} on {p.device}")
     types = {p.dtype for p in named.values()}
-    if (
-        alone
-        and t.is_floating_point()
-        and len(types | {t.dtype}) > len(types) == 1
-    ):
+    mixed = len(types | {t.dtype}) > len(types) == 1
+    if alone and t.is_floating_point() and mixed:
         raise ValueError(f"x has dtype {t.dtype}, {k} has {p.dtype}")
 
 
@@ -374,9 +372,8 @@ def _either(ok: _Ok, new: Any, old: Any) -> Any:
     if isinstance(ok, bool):
         return new if ok else old
 
-    def pick(
-        a: Any, b: Any
-    ) -> Any:  # what a model is called with may hold others
+    def pick(a: Any, b: Any) -> Any:
+        # what a model is called with may hold others
         return torch.where(ok, a, b) if isinstance(a, Tensor) else a
 
     return _leafwise(pick, new, old)

@@ -7,9 +7,10 @@ __all__ = ['Kinds', 'RULES', 'wire', 'Value', 'touched', 'pairs', 'Facts', 'solv
 
 # %% ../nbs/04_wiring.ipynb #f7882864
 import math
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -47,11 +48,13 @@ def wire(
     if not isinstance(model, nn.Module):
         raise TypeError(f"wire(model, x) needs an nn.Module, got {kind}")
     trains = inputs or any(p.requires_grad for p in model.parameters())
-    need(
-        trains, "wire(model, x) needs a parameter that trains", f"none in {kind}"
-    )
+    must = "wire(model, x) needs a parameter that trains"
+    need(trains, must, f"none in {kind}")
     if isinstance(pin, str):
         raise TypeError(f"wire(..., pin=...) needs a list of names, got {pin!r}")
+    pin = list(pin)  # it may be a generator
+    if wrong := [type(name).__name__ for name in pin if type(name) is not str]:
+        raise TypeError(f"wire(..., pin=...) needs names, got {wrong[0]}")
     names = dict(model.named_parameters(remove_duplicate=False))
     if unknown := [name for name in pin if name not in names]:
         raise ValueError(f"wire(..., pin=...) knows no parameter {unknown}")
@@ -192,11 +195,16 @@ class Facts:
             self.tell(label, torch.arange(math.prod(shape)).reshape(shape))
 
     def stop(
-        self, labels: Iterable[Tensor], kinds: Kinds = KINDS, more: str = ""
+        self,
+        labels: Iterable[Tensor],
+        kinds: Kinds = KINDS,
+        beside: Value | None = None,
     ) -> None:
-        "Units that an op does not let move; `more` says why, behind its name"
+        "Units that an op does not let move, perhaps beside what does not"
         units = [np.abs(_rows(t)[:, 0]) for t in labels] if kinds else []
-        self.stops += [(kinds, u, self.why + more) for u in units]
+        held, why = beside and beside.name and not beside.labels, self.why
+        why += f": {beside.name!r} is pinned or does not train" if held else ""
+        self.stops += [(kinds, u, why) for u in units]
 
     def stop_unheard(self) -> None:
         "Units that no op has met may be met on another input"
@@ -317,7 +325,8 @@ def _log_scales(facts: Facts) -> tuple[_Units, _Parts]:
             equal, sums = np.concatenate((equal, more)), left
             continue
         units = [c[a.first : a.first + a.size] for a in facts.axes]
-        own = np.bincount(np.abs(np.concatenate(units)), minlength=len(c))
+        units = np.concatenate([np.zeros(0, int), *units])
+        own = np.bincount(np.abs(units), minlength=len(c))
         rounds, circle = _peel(left, own)
         if not len(circle):
             return c, _parts(rounds)
@@ -362,22 +371,17 @@ def _blocks(facts: Facts, kind: Kind, block_of: _Units) -> Iterator[_Units]:
     t = _table(facts, kind, c, parts)
     axis, at, unit, q = t.T
     look = np.zeros(facts.n + 1, np.int64)  # on which axes, and how
-    np.add.at(
-        look, unit, _marks(64 * len(facts.axes) + 64, 0)[64 * axis + q + 32]
-    )
+    marks = _marks(64 * len(facts.axes) + 64, 0)
+    np.add.at(look, unit, marks[64 * axis + q + 32])
     key = look.copy()
     if kind == scale:  # cut as permutations are, so that one space serves both
         first = np.array([a.first for a in facts.axes], int)
-        np.add.at(
-            key, unit, _marks(block_of.max() + 1, 1)[block_of[first[axis] + at]]
-        )
+        marks = _marks(block_of.max() + 1, 1)
+        np.add.at(key, unit, marks[block_of[first[axis] + at]])
     else:
         for i, (rows, _) in enumerate(facts.told):
-            np.add.at(
-                key,
-                np.abs(c)[rows[:, 0]],
-                _marks(rows[:, 1].max() + 1, i + 2)[rows[:, 1]],
-            )
+            marks = _marks(rows[:, 1].max() + 1, i + 2)
+            np.add.at(key, np.abs(c)[rows[:, 0]], marks[rows[:, 1]])
     t = t[np.lexsort((at, q, axis, unit, key[unit], look[unit]))]
     alike, unit = defaultdict(list), t[:, 2]
     cut = np.flatnonzero((np.diff(key[unit]) != 0) | (np.diff(look[unit]) != 0))
@@ -441,10 +445,8 @@ class _Block:
         "Whether `other`, of one more kind, moves the same units"
         ((kind, runs),) = other.runs.items()
         known = {run for own in self.runs.values() for run in own}
-        if kind in self.runs or (self.copies, self.size) != (
-            other.copies,
-            other.size,
-        ):
+        shape = self.copies, self.size
+        if kind in self.runs or shape != (other.copies, other.size):
             return False
         sided = [own for k, own in self.runs.items() if k != perm]
         return runs.keys() <= known and all(
@@ -672,9 +674,8 @@ class Reading:
             made = [
                 Value(o.shape, m.labels) if m else o for o, m in zip(outs, made)
             ]
-            if any(
-                t.expand(v.shape).ndim > t.ndim for v in made for t in v.labels
-            ):
+            laid = ((t, v.shape) for v in made for t in v.labels)
+            if any(t.expand(shape).ndim > t.ndim for t, shape in laid):
                 raise LookupError("labels of another shape")
         except Exception:  # a form that the rule does not know, or no rule
             facts.why += ", which no rule knows"
@@ -776,15 +777,17 @@ def _naming(model: nn.Module, where: list[str]) -> Iterator[None]:
 def _in_mode(model: nn.Module, train: bool) -> Iterator[None]:
     "Within it a model is in train or eval mode, and nothing is hidden in one op"
     modes = {m: m.training for m in model.modules()}
-    own = [
-        (v, dict(v)) for m in modes for v in vars(m).values() if type(v) is dict
-    ]
+    dicts = (v for m in modes for v in vars(m).values() if type(v) is dict)
+    own = [(v, dict(v)) for v in dicts]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         for m in modes:
             m.training = train
-        with torch.no_grad():
+        # what `torch.compile` made would hide its ops
+        compiled = "torch._dynamo" in sys.modules
+        stance = torch.compiler.set_stance if compiled else nullcontext
+        with torch.no_grad(), stance("force_eager"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
