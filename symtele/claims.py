@@ -810,8 +810,8 @@ SCHEDULES = [
         "slides",
         "an independent reproduction, batches of 200: only dense schedules lower "
         "the training loss",
-        "34_schedules.ipynb#with-batches-of-200-one-firing-helps-a-little-but-a-"
-        "random-one-of-batchgl-five-do-not",
+        "34_schedules.ipynb#with-batches-of-200-one-firing-helps-a-little-"
+        "unless-it-is-a-random-one-of-batchgl-five-do-not",
         _check_slides,
         _about(schedules.batch_200.config),
     ),
@@ -1049,7 +1049,7 @@ RELEASED_CODE = [
     Statement(
         "regression",
         "a teleport keeps the loss",
-        "32_mlp.ipynb#the-formula-that-is-not-a-symmetry",
+        "32_mlp.ipynb#the-formula-changes-the-loss-or-does-not-climb",
         _check_formula,
     ),
     Statement(
