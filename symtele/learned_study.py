@@ -599,7 +599,7 @@ _LOOK: Look = {
     "update": ("learned update", "#b0843b", (0, (6, 1, 1, 1))),
     "update, teleport": ("learned update and teleport", "#e6550d", "-"),
     "update, large": ("learned update, 300 units", "#2ca02c", (0, (4, 2))),
-    "update, teleport, large": ("and teleport, 300 units", "#1f77b4", "-"),
+    "update, teleport, large": ("with teleports, 300 units", "#1f77b4", "-"),
 }
 
 
