@@ -356,14 +356,14 @@ def load_run(
     return _read(path, cfg, but).rows
 
 
-def _as_kept(row: Row) -> Row:
-    "What a file gives back: tuples become lists"
-    return json.loads(json.dumps(row))
+def _key(job: Row) -> str:
+    "A job as text, the same where a file has made lists of its tuples"
+    return json.dumps(job, sort_keys=True)
 
 
 def _read(path, cfg, but=()) -> _Results:
     file = json.loads(Path(path).read_text())
-    found, cfg = file["config"], _as_kept(cfg)
+    found, cfg = file["config"], json.loads(json.dumps(cfg))
     differ = [
         f"{k}: {found.get(k)} there, {cfg.get(k)} here"
         for k in sorted({*found, *cfg} - {*but})
@@ -581,8 +581,13 @@ class Experiment:
 
     def sort(self, rows: list[Row]) -> list[Row]:
         "Rows in the order of their jobs"
-        jobs = [_as_kept(job) for job in self.jobs(self.config)]
-        return sorted(rows, key=lambda row: jobs.index(_as_kept(self.job(row))))
+        jobs = self.jobs(self.config)
+        place = {_key(job): i for i, job in enumerate(jobs)}
+
+        def place_of(row):
+            return place[_key({k: row[k] for k in jobs[0]})]
+
+        return sorted(rows, key=place_of)
 
     def _path(self, folder):
         return Path(folder) / f"{self.name}.json"
@@ -596,15 +601,15 @@ class Experiment:
 
     def _missing(self, rows, path):
         "The jobs without a row; raise if a row is of no job"
-        jobs, done = self.jobs(self.config), [self.job(r) for r in rows]
-        known = [_as_kept(job) for job in jobs]
-        lost = [job for job in done if job not in known]
+        jobs = {_key(job): job for job in self.jobs(self.config)}
+        done = {_key(job): job for job in map(self.job, rows)}
+        lost = [job for key, job in done.items() if key not in jobs]
         if lost:
             raise ValueError(
                 f"{path} has {len(lost)} rows that these settings do not list, "
                 f"such as {lost[0]}; move it away to begin anew"
             )
-        return [job for job, kept in zip(jobs, known) if kept not in done]
+        return [job for key, job in jobs.items() if key not in done]
 
 # %% ../nbs/20_experiments.ipynb #0a57cb53
 def differences(
