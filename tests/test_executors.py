@@ -18,13 +18,21 @@ import torch
 from test_tree import ROOT, run
 
 from symtele import experiments
-from symtele.experiments import Experiment, environment, grid
+from symtele.experiments import Experiment, differences, environment, grid
 from symtele.whitening_study import linear
 
 COMMITTED = ROOT / "nbs/results"
-SMALL = linear.config | dict(lrs=[0.01], steps=20, seeds=[0])
-sweep = replace(linear, config=SMALL)  # deep linear networks, with teleports
-UNLUCKY, *_, DOOMED = linear.jobs(SMALL)[1:8]
+SMALL = linear.config | dict(lrs=[0.01], steps=20, seeds=[0, 1])
+
+
+def far_from_the_end(cfg):
+    "Deep linear networks whose excess is more than rounding, which varies"
+    arms = "base", "random", "rescale", "turned"
+    return [job for job in linear.jobs(cfg) if job["arm"] in arms]
+
+
+sweep = replace(linear, config=SMALL, jobs=far_from_the_end)
+UNLUCKY, *_, DOOMED = sweep.jobs(SMALL)[1:8]
 
 
 def die():
@@ -71,7 +79,7 @@ def tries_of_the_doomed(folder, alone, after, **options):
     e = mortal(folder)
     doomed = re.escape(str(DOOMED))
     with pytest.raises(
-        RuntimeError, match=f"lost 1 of 14 jobs, such as {doomed}"
+        RuntimeError, match=f"lost 1 of 16 jobs, such as {doomed}"
     ):
         e.run(folder, **options)
     rows = saved(folder, e)
@@ -82,7 +90,7 @@ def tries_of_the_doomed(folder, alone, after, **options):
     assert raised.value.__notes__ == [f"in the job {DOOMED}"]
     (folder / "raises").rename(folder / "spared")
     again = e.run(folder, **options | after)
-    assert again == alone
+    assert not differences(again, alone)
     assert [r for r in again if e.job(r) != DOOMED] == rows
     return len((folder / "tries").read_text())
 
@@ -138,7 +146,7 @@ def test_dask_workers_that_die(tmp_path, alone, client):
     (tmp_path / "spared").touch()
     workers = set(client.run(os.getpid).values())
     rows = mortal(tmp_path).run(tmp_path, executor=client.get_executor())
-    assert rows == alone
+    assert not differences(rows, alone)
     assert (tmp_path / "died").exists()
     client.wait_for_workers(2)
     left = workers & set(client.run(os.getpid).values())
@@ -210,7 +218,7 @@ def test_threads_take_turns(tmp_path, alone, monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     with ThreadPoolExecutor(4) as threads:
-        assert sweep.run(tmp_path, executor=threads) == alone
+        assert not differences(sweep.run(tmp_path, executor=threads), alone)
         rows = draws.run(tmp_path, executor=threads)
         assert rows == draws.run(tmp_path / "alone", workers=0)
         assert {r["threads"] for r in rows} == {1}
