@@ -1,5 +1,5 @@
 PYTHON      ?= python3
-EXPERIMENTS ?= test_functions mlp mnist schedules runtime input_whitening whitening_study balance_study quantization_study alignment_study transformer_study sharpness_study optimizers learned_study models_study tasks_study level_sets_study
+EXPERIMENTS ?= experiments test_functions mlp mnist schedules runtime input_whitening whitening_study balance_study quantization_study alignment_study transformer_study sharpness_study optimizers learned_study models_study tasks_study level_sets_study
 NB          ?= $(filter-out nbs/_%,$(sort $(wildcard nbs/*.ipynb)))
 
 BIN := .venv/bin
