@@ -1533,12 +1533,6 @@ def _beyond_learning(results):
     )
 
 
-_RULE_SIZES = {
-    e.config["hidden"]["update"]: name
-    for name, e in (("learned_large", _LEARNED_LARGE), ("learned", _LEARNED))
-}
-
-
 def _beyond_updates(results):
     "What gradient descent does without a rule"
     plain, steps = _run_end(results.learned, "GD"), _LEARNING["steps"]
@@ -1550,9 +1544,11 @@ def _beyond_updates(results):
 
 def _check_learned_update(results):
     "With rules of the paper's size, and smaller ones"
+    large = _LEARNED_LARGE, results.learned_large
+    small = _LEARNED, results.learned
     checks = []
-    for units, name in _RULE_SIZES.items():
-        end = partial(_run_end, getattr(results, name))
+    for e, rows in (large, small):
+        units, end = e.config["hidden"]["update"], partial(_run_end, rows)
         what = f"{units} units, loss after {_LEARNING['steps']['update']} steps"
         both, alone = end("update, teleport"), end("update")
         left_out = end("update, teleport: none")
