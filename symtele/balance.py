@@ -117,6 +117,17 @@ class _Squares:
             self.logs[t.param, t.axis] = log.index_add(0, places_of, change)
         return z, less.sum()
 
+    def norm(self) -> Tensor:
+        "Σw² of the parameters that move, as they are now scaled"
+        found = 0.0
+        for name, kept in self.axes.items():
+            s = self.sums[name]
+            for axis in reversed(kept):
+                factors = (2 * self.logs[name, axis]).exp()
+                s = (s.movedim(kept.index(axis), -1) @ factors[:, None])[..., 0]
+            found = found + s
+        return found
+
 # %% ../nbs/12_balance.ipynb #40ba0024
 def need_kind(
     orbit: Orbit,  # Of anything
@@ -156,18 +167,17 @@ class Balance:
         only = "Balance finds positive diagonals, the moves of Scaling()"
         need_kind(orbit, positive, only)
         squares = _Squares(orbit)
-        rest = sum(s.sum() for s in squares.sums.values())
         total = [blank for blank, _, _ in squares.spaces]
-        last, done = rest, 0
+        last, done = squares.norm(), 0
         while done < self.sweeps:
             gain = 0.0
             for i in range(len(total)):
                 z, less = squares.step(i)
                 total[i], gain = total[i] + z, gain + less
-            rest, done = rest - gain, done + 1
+            done += 1
             rate = (gain / last.clamp_min(1e-300)).clamp(max=0.999)
             left, last = gain * (rate / (1 - rate)).clamp(min=1), gain
-            if readable(left) and not left > self.tol * rest:
+            if readable(left) and not left > self.tol * squares.norm():
                 break
         return torch.cat(total), done
 
