@@ -268,7 +268,8 @@ def correlations(
     x: Any,  # One batch, as both are called with it; no labels
     rows: int = 4096,  # Images, pixels or tokens of a place, at most; at least 2
 ) -> Named:  # Space -> (copies, size, size), row of `other`, in [-1, 1]
-    "How alike the units of two models are: correlations of their activations"
+    """How alike the units of two models are: correlations of their activations.
+    A space whose activations do not vary, as on one sample, is left out"""
     rows = whole("correlations(rows=...)", rows, 2)
     if not isinstance(wiring, Wiring):
         must = "correlations(wiring=...) must be what wire(model, x) returns"
@@ -293,7 +294,8 @@ def correlations(
     _listen(other, x, compare)
     if next(number, None) is not None:
         raise ValueError(_PARTED)
-    return {name: sum(all) / len(all) for name, all in sums.items()}
+    found = {name: sum(all) / len(all) for name, all in sums.items()}
+    return {name: alike for name, alike in found.items() if alike.any()}
 
 
 def _trained_as(other: nn.Module, model: nn.Module) -> nn.Module:
@@ -358,7 +360,9 @@ def align(
     for name, rule in record.report.items():
         by = "activations" if name in seen else "weights"
         blind = alike is not None and name not in seen
-        more = ", since none of its activations is seen" if blind else ""
+        more = (
+            ", since no activations of it vary, or none is seen" if blind else ""
+        )
         matched = replace(rule, why=f"{rule.why}; matched by {by}{more}")
         report[name] = matched if rule.moves else rule
     return replace(record, report=report)
