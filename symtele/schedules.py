@@ -75,32 +75,24 @@ from .searches import Ascent, GreatCircle, Grid, Random, Sample, Search
 from .training import Teleporter, as_schedule, at, every, first, whole
 
 # %% ../nbs/34_schedules.ipynb #1574bddb
-def _whole(name: str, value: int, least: int):
-    "Raise unless a value is a whole number, and large enough"
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(
-            f"{name} must be a whole number of at least {least}, got {value!r}"
-        )
-
-
 @dataclass(eq=False)
 class Stalled:
     "Schedule: due where a watched value has not fallen over the last looks"
 
     patience: int  # Looks to compare over, at least 1
     share: float = 0.1  # Share by which the value must fall, from 0 to 1
-    most: int | None = None  # How often it may be due; None: ever
+    most: int | None = None  # How often it may be due, at least 1; None: no limit
     values: list[float] = field(default_factory=list)  # Since it was last due
     due: set[int] = field(default_factory=set)  # Where it was
 
     def __post_init__(self):
-        _whole("Stalled(patience=...)", self.patience, 1)
+        whole("Stalled(patience=...)", self.patience, 1)
         if isinstance(self.share, str) or not 0 <= self.share <= 1:
             raise ValueError(
                 f"Stalled(share=...) must be from 0 to 1, got {self.share!r}"
             )
         if self.most is not None:
-            _whole("Stalled(most=...), if not None,", self.most, 1)
+            whole("Stalled(most=...)", self.most, 1)
 
     def see(
         self,
@@ -125,6 +117,7 @@ class Stalled:
 
     @property
     def __name__(self) -> str:
+        "As a schedule that it is part of prints it"
         most = f", {self.most}" if self.most else ""
         return f"Stalled({self.patience}, {self.share}{most})"
 
@@ -365,7 +358,7 @@ experiments = [study, batch_200, large]
 # %% ../nbs/34_schedules.ipynb #bc33ea4e
 def runs_of(
     rows: list[Row],  # Of a study, one per seed
-    group: str,  # "base", "random", "GL" or "BatchGL"
+    group: str,  # "base" or one of `MOVED`
     schedule: str,  # A name in the settings, "" for the base
     lr: float,  # Learning rate
 ) -> list[Row]:  # One per seed
@@ -654,7 +647,7 @@ def _check_settings(
     _known("optimizer", optimizer, FULL_BATCH_OPTIMIZERS)
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {lr}")
-    _whole("steps", steps, 1)
+    whole("steps", steps, 1)
 
 
 def _known(name: str, value: str, names: Iterable[str]):
@@ -712,9 +705,9 @@ def run_schedule(
     return ScheduleRun(problem, title, steps, plain, traces[-1], traces[0])
 
 
-def _told(progress, done, whole):
+def _told(progress, done, in_all):
     "A run's `progress(k, steps)` as one of several runs' steps"
-    return progress and (lambda k, steps: progress(done + k, whole))
+    return progress and (lambda k, steps: progress(done + k, in_all))
 
 # %% ../nbs/34_schedules.ipynb #a9334987
 def _curve(
@@ -746,8 +739,8 @@ def _draw_curves(
         _curve(ax, run.tele, column, stop, **with_them)
     due = [m["k"] for m in run.tele.moves if stop is None or m["k"] < stop]
     if due:
-        whole = dict(transform=ax.get_xaxis_transform(), label="teleport")
-        ax.vlines(due, 0, 1, LAND, "--", lw=0.8, zorder=0, **whole)
+        tall = dict(transform=ax.get_xaxis_transform(), label="teleport")
+        ax.vlines(due, 0, 1, LAND, "--", lw=0.8, zorder=0, **tall)
     low, high = ax.get_ylim()
     subs = (1,) if high > 100 * low else (1, 2, 5)
     ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=5))
@@ -866,8 +859,8 @@ class _Sheet:
                 for axis in (self.map.xaxis, self.map.yaxis):
                     axis.set_major_locator(MaxNLocator(3))
                 self.bar = self._axes(0.12, 0.115, 0.33, 0.025)
-                whole = dict(extent=(0, 1, 0, 1), transform=self.bar.transAxes)
-                self.bar.imshow([range(256)], aspect="auto", **whole)
+                full = dict(extent=(0, 1, 0, 1), transform=self.bar.transAxes)
+                self.bar.imshow([range(256)], aspect="auto", **full)
                 self.bar.set(xscale="log", yticks=[])
                 self.bar.set_xlabel("‖∇L‖² on the orbit", fontsize=8.5)
                 self.bar.tick_params(labelsize=8.5, bottom=False)
@@ -939,11 +932,9 @@ def draw_run(
 
 def _stop(until: int | None) -> int | None:
     "How many steps are drawn"
-    if until is not None and not 0 <= until:
-        raise ValueError(
-            f"draw_run(until=...) must be None or at least 0, got {until}"
-        )
-    return None if until is None else until + 1
+    if until is None:
+        return None
+    return whole("draw_run(until=...)", until) + 1
 
 # %% ../nbs/34_schedules.ipynb #80e28a51
 _MARKS = (  # mark, colour, what it is
@@ -1085,7 +1076,7 @@ def _repeated(start: int, interval: int, count: int) -> Callable[[int], bool]:
         ("interval", interval, 1),
         ("count", count, 1),
     ):
-        _whole(name, value, least)
+        whole(name, value, least)
     if count == 1:
         return at(start)
     last = start + interval * (count - 1)
