@@ -61,7 +61,7 @@ _TASKS, _TASK_MOVES, _TASK_COSTS = tasks_study.experiments
 
 @dataclass(frozen=True)
 class Results:
-    "What a verdict may look at: rows of the studies, but for the last four"
+    "What a verdict may look at: rows of the studies, but for the last three"
 
     paper: list[Row]  # Test functions, at the paper's settings
     starts: list[Row]  # Test functions, from random starts
@@ -93,7 +93,7 @@ class Results:
 
     @classmethod
     def committed(cls) -> "Results":
-        "Those of the files beside the notebooks"
+        "Those of the files in `results`, below the folder that Python runs in"
         path = Path("results/theory.json")
         file = json.loads(path.read_text(encoding="utf-8"))
         return cls(
@@ -144,6 +144,12 @@ class Claim:
     statement: Statement  # What the paper says
     checks: list[Check]  # What came out
     note: str = ""  # What else there is to know
+
+    def __post_init__(self):
+        if not self.checks:
+            raise ValueError(
+                f"Claim(checks=...) must have at least one, got {self.checks!r}"
+            )
 
     @property
     def verdict(self) -> str:
@@ -215,7 +221,7 @@ def _claim_html(claim):
     where, says, shown = claim.statement[:3]
     page = shown[3:].split(".")[0].replace("_", " ")
     told = _evidence(claim)
-    more = f"<p>{_words(claim.note)}</p>" * bool(claim.note)
+    more = f"<p>{_words(claim.note)}</p>" if claim.note else ""
     if len(told) < len(claim.checks):
         summary = f"<summary>All {len(claim.checks)} checks</summary>"
         every = "".join(map(_line, claim.checks))
@@ -491,9 +497,6 @@ RUN_TIME = [
 ]
 
 # %% ../nbs/90_claims.ipynb #d4367cf1
-_LIKE_IT = "with a random move of the same size"
-
-
 def _median_end(rows, arm, key):
     "Median over seeds at the end of one arm"
     return _median_of(at_end(rows, arm=arm), key)
@@ -550,7 +553,8 @@ def _check_adagrad_on_mnist(results):
             f"{ours:.4f}; without {base:.4f}",
         ),
         Check(
-            ours > alike, f"in the same runs {ours:.4f}; {_LIKE_IT} {alike:.4f}"
+            ours > alike,
+            f"in the same runs {ours:.4f}; {_CONTROLS['random']} {alike:.4f}",
         ),
         Check(
             small > small_base,
@@ -559,7 +563,8 @@ def _check_adagrad_on_mnist(results):
         ),
         Check(
             small > small_alike,
-            f"in the small network {small:.3f}; {_LIKE_IT} {small_alike:.3f}",
+            f"in the small network {small:.3f}; {_CONTROLS['random']} "
+            f"{small_alike:.3f}",
         ),
     ]
 
@@ -613,7 +618,7 @@ def _large_runs(rows, schedule, arm="BatchGL", lr=_LARGE["lr"]):
 
 
 def _large_end(rows, *arm):
-    "The same for the large network"
+    "Median training loss at the end of one arm of the large network"
     return schedules.median_end(_large_runs(rows, *arm), "train_loss")
 
 
@@ -1263,8 +1268,8 @@ def _check_optimizer_seconds(results):
 
 _OF_Z24 = "AdaGrad", "momentum", "RMSprop", "Adam"
 _ABOUT_Z24 = (
-    f"784-16-10-10, batches of {_MNIST['batch']}, {_MNIST['epochs']} of the "
-    f"paper's 40 epochs, {_MNIST['moves']} exact moves of Scaling, the state "
+    f"784-16-10-10, batches of {_MNIST['batch']}, {_MNIST['epochs']} epochs as "
+    f"in the paper, {_MNIST['moves']} exact moves of Scaling, the state "
     f"kept; medians of {len(_MNIST['seeds'])} seeds."
 )
 _OF_OPTIMIZERS = [
@@ -1448,7 +1453,7 @@ _ABOUT_MOVES = (
 )
 _TO_PLACES = (
     f"{_SHARP}moving-to-flatter-or-more-curved-places-buys-far-less-than-an-"
-    "average-of-the-weights"
+    "exponential-average-of-the-weights"
 )
 _OF_SHARPNESS = [
     Statement(
@@ -1809,7 +1814,7 @@ _COST = (
         _check_sharpness_alone,
     ),
     ("the invariance term alone does not help", _JUDGED, _check_keeping_alone),
-    ("both together do", _JUDGED, _check_both_terms, _ABOUT_TASKS),
+    ("both terms together help", _JUDGED, _check_both_terms, _ABOUT_TASKS),
     ("history reuse adds a little", _JUDGED, _check_history, _ABOUT_TASKS),
     (
         "plugged into FairGrad, it improves it",

@@ -264,14 +264,15 @@ def _root_of(gram: Tensor) -> Tensor:
     return vectors * torch.where(large, values.clamp_min(1e-300) ** -0.5, 0.0)
 
 
-def _psi(W: _Stack, x: Tensor, seed: int = 0) -> Tensor:
+def _psi(W: _Stack, x: Tensor) -> Tensor:
     "The paper's ψ of every network: pairs of layers, batches of 200"
-    W, rng = [w.double() for w in W], Generator().manual_seed(seed)
+    W, rng = [w.double() for w in W], Generator().manual_seed(0)
     found = []
     for batch in x.double().split(200):
         given, _ = _hidden(W, batch)
         for k, (V, U) in enumerate(pairwise(W)):
-            M = torch.rand(len(V), *2 * V.shape[1:2], generator=rng).double()
+            width = V.shape[1]
+            M = torch.rand(len(V), width, width, generator=rng).double()
             M = M / M.flatten(1).norm(dim=1)[:, None, None]
             if k:
                 spread = torch.linalg.pinv(given[k].mT)
