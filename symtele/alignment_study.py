@@ -471,7 +471,7 @@ def _draw_agreement(
 
 # %% ../nbs/42_alignment_study.ipynb #42a10041
 def advice() -> Row:  # "want", "move", "lines", "cost", "expect", "measured"
-    "What alignment is for, from the results"
+    "What alignment is for, from the results in `results`"
     rows, cfg = _pairs.load(), _pairs.config
 
     def left(network, kind="kept"):

@@ -875,7 +875,7 @@ experiments = [_training, _folding, _cases, _sizes]
 
 # %% ../nbs/40_balance_study.ipynb #40ba0049
 def _best(
-    rows: list[Row],  # Of `_training` or `_folding`
+    rows: list[Row],  # Of `_training`, `_folding` or `_cases`
     **wanted: Any,  # Which rows: one arm, optimizer and damage
 ) -> int:  # Which rate, zero-based
     "The rate with the most right answers on images to choose by, at the median"
@@ -886,7 +886,7 @@ def _best(
 
 
 def _ends(
-    rows: list[Row],  # Of `_training` or `_folding`
+    rows: list[Row],  # Of `_training`, `_folding` or `_cases`
     **wanted: Any,  # Which rows: one arm, optimizer and damage
 ) -> list[float]:  # One per seed
     "Shares of right answers on the test set, at the best rate"
@@ -962,7 +962,7 @@ def _draw_rates(
 
 # %% ../nbs/40_balance_study.ipynb #40ba0056
 def advice() -> Row:  # "want", "move", "lines", "cost", "expect", "measured"
-    "What balance is for, from the results"
+    "What balance is for, from the results in `results`"
     rows, cfg = _training.load(), _training.config
 
     def behind(arm, optimizer, sigma):

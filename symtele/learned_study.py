@@ -496,7 +496,7 @@ def _training(
     return step
 
 
-def _run_cost(cfg: Config, arm: str) -> Row:
+def _run_cost(cfg: Config) -> Row:
     "Seconds of a step of training: one rule on one problem, and all at once"
     (rule, weights), n = _rules(cfg, "rate"), cfg["unroll"]
     call, run = partial(functional_call, rule, weights), _Run(cfg, rule, n)
@@ -562,7 +562,7 @@ def _jobs(cfg: Config) -> list[Row]:
 def _run_arm(cfg: Config, arm: str) -> Row:
     "An arm, with every rule and problem"
     if arm == "cost":
-        return _run_cost(cfg, arm)
+        return _run_cost(cfg)
     if arm == "written":
         return _run_written(cfg, arm)
     return (_run_rule if arm in _ARMS else _run_plain)(cfg, arm)

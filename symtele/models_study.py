@@ -375,7 +375,7 @@ def _draw_over_base(
 
 # %% ../nbs/53_models.ipynb #1101aa02
 def advice() -> Row:  # "want", "move", "lines", "cost", "expect", "measured"
-    "What a teleport is for in training at a tuned rate, from the results"
+    "What a teleport is for at a tuned rate, from the results in `results`"
     rows, names = _training.load(), _training.config["rates"]
     ratios = [ratios_to_base(rows, "GL", n, "valid_loss") for n in names]
     assert all(min(found) < 1 < max(found) for found in ratios)

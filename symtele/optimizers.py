@@ -198,7 +198,8 @@ class _Crowd:
         self.optimizers, begin = [], 0
         for (lr, _), alike in groupby(pairs, _kind):
             states = [optimizer.state for _, optimizer in alike]
-            some = slice(begin, begin := begin + len(states))
+            end = begin + len(states)
+            some, begin = slice(begin, end), end
             params = [nn.Parameter(w[some]) for w in self.W]
             optimizer = make(params, lr)
             for p, g, same in zip(params, self.G, own):

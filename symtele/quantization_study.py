@@ -409,18 +409,15 @@ def _awareness(
     "Quantization-aware training at every rate, for two granularities"
     found = {}
     for share in ("tensor", "channel"):
-        row, began = dict(valid=[], test=[]), time.process_time()
+        valid, test, began = [], [], time.process_time()
         for rate in cfg["tuning"]:
             own = _tuned(cfg, model, x, Quantizer(4, _SHARES[share]), rate, seed)
-            row["valid"].append(_right(own, data.valid_x, data.valid_y))
-            row["test"].append(_right(own, data.test_x, data.test_y))
-        row["seconds"] = time.process_time() - began
-        found[f"int4 {share}"] = {k: _digits(v) for k, v in row.items()}
+            valid.append(_right(own, data.valid_x, data.valid_y))
+            test.append(_right(own, data.test_x, data.test_y))
+        (seconds,) = rounded([time.process_time() - began])
+        row = dict(valid=rounded(valid), test=rounded(test), seconds=seconds)
+        found[f"int4 {share}"] = row
     return found
-
-
-def _digits(v):
-    return rounded(v) if isinstance(v, list) else rounded([v])[0]
 
 # %% ../nbs/41_quantization_study.ipynb #41aa0045
 def _run_network(
@@ -650,7 +647,7 @@ def _draw_lost(
 
 # %% ../nbs/41_quantization_study.ipynb #41aa0051
 def advice() -> Row:  # "want", "move", "lines", "cost", "expect", "measured"
-    "What a move before rounding is for, from the results"
+    "What a move before rounding is for, from the results in `results`"
     rows, cfg = _networks.load(), _networks.config
     own = select(rows, net="depthwise")
     steps = cfg["epochs"] * -(-cfg["images"] // cfg["batch"])

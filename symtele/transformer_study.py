@@ -52,7 +52,7 @@ from symtele.quantization import (
     rounding,
 )
 from .quantizers import Quantizer, factors, gptq
-from .searches import Search, Stay
+from .searches import Search
 from .wiring import wire
 
 # %% ../nbs/43_transformer_study.ipynb #43a00051
@@ -312,7 +312,6 @@ def _search(arm: str, cfg: Config) -> Search:
     "How an arm looks for its place"
     found = Adam(cfg["steps"], cfg["rates"].get(arm, cfg["rates"]["matrices"]))
     known = {
-        "none": Stay(),
         "random rotation": _Uniform(),
         "least norm": Balance(),
         "rotations": _Turned(found),
@@ -655,7 +654,7 @@ def _note(ax: Axes, fall: float, x: float, y: float):
 
 # %% ../nbs/43_transformer_study.ipynb #43a00081
 def advice() -> Row:  # "want", "move", "lines", "cost", "expect", "measured"
-    "What a descent over matrices is for, from the results"
+    "What a descent over matrices is for, from the results in `results`"
     rows, cfg = _study.load(), _study.config
     bits, own = cfg["for_bits"], select(rows, arm="matrices")
     plain, greedy = f"nearest channel {bits}", f"GPTQ channel {bits}"
