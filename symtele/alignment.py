@@ -356,14 +356,12 @@ def align(
     seen = {} if alike is None else alike(model, other, wiring, x)
     search = Match(target, seen)
     record = move_model(model, x, Permutation(wiring), _Near(target), search)
-    report = {}
+    by_weights, report = "weights", {}
+    if alike is not None:
+        by_weights += ", since no activations of it vary, or none is seen"
     for name, rule in record.report.items():
-        by = "activations" if name in seen else "weights"
-        blind = alike is not None and name not in seen
-        more = (
-            ", since no activations of it vary, or none is seen" if blind else ""
-        )
-        matched = replace(rule, why=f"{rule.why}; matched by {by}{more}")
+        by = "activations" if name in seen else by_weights
+        matched = replace(rule, why=f"{rule.why}; matched by {by}")
         report[name] = matched if rule.moves else rule
     return replace(record, report=report)
 

@@ -86,14 +86,20 @@ class _Squares:
             blank = torch.zeros_like(move.element.flatten())
             self.spaces.append((blank, places, crowd(move, orbit.w)))
 
+    def _summed(self, s: Tensor, name: str, but: int | None = None) -> Tensor:
+        "Squares of a parameter, its axes but one summed as they are now scaled"
+        kept = self.axes[name]
+        for axis in reversed(kept):
+            if axis != but:
+                factors = (2 * self.logs[name, axis]).exp()
+                s = (s.movedim(kept.index(axis), -1) @ factors[:, None])[..., 0]
+        return s
+
     def share(self, t: Slot, n: int) -> Tensor:
         "The squares of the `n` entries of a slot, as they are now scaled"
-        kept = self.axes[t.param]
-        s = self.sums[t.param].narrow(kept.index(t.axis), t.start, n)
-        for axis in reversed(kept):
-            if axis != t.axis:
-                factors = (2 * self.logs[t.param, axis]).exp()
-                s = (s.movedim(kept.index(axis), -1) @ factors[:, None])[..., 0]
+        place = self.axes[t.param].index(t.axis)
+        s = self.sums[t.param].narrow(place, t.start, n)
+        s = self._summed(s, t.param, but=t.axis)
         own = self.logs[t.param, t.axis].narrow(0, t.start, n)
         return s * (2 * own).exp()
 
@@ -119,14 +125,7 @@ class _Squares:
 
     def norm(self) -> Tensor:
         "Σw² of the parameters that move, as they are now scaled"
-        found = 0.0
-        for name, kept in self.axes.items():
-            s = self.sums[name]
-            for axis in reversed(kept):
-                factors = (2 * self.logs[name, axis]).exp()
-                s = (s.movedim(kept.index(axis), -1) @ factors[:, None])[..., 0]
-            found = found + s
-        return found
+        return sum(self._summed(s, name) for name, s in self.sums.items())
 
 # %% ../nbs/12_balance.ipynb #40ba0024
 def need_kind(

@@ -666,11 +666,11 @@ def _run_step(
     advance = _by_autograd(model, loss_fn, optimizer)
     x, y = torch.ones(cfg["batch"], width), torch.zeros(cfg["batch"], 10)
 
-    def train():
+    def run():
         for _ in range(cfg["steps"]):
             advance(x, y)
 
-    return in_turn(dict(step=train), cfg["rounds"], cfg["steps"])
+    return in_turn(dict(step=run), cfg["rounds"], cfg["steps"])
 
 
 _machine = Experiment(
