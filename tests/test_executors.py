@@ -72,6 +72,11 @@ def alone(tmp_path_factory):
     return sweep.run(tmp_path_factory.mktemp("alone"), workers=0)
 
 
+def same(rows, alone):
+    "Whether rows agree, but for the last of the six digits that a file keeps"
+    return not differences(rows, alone, rtol=1e-5)
+
+
 def tries_of_the_doomed(folder, alone, after, **options):
     """How often the job was tried whose worker never lives through it. It is
     named, it costs itself alone, and the next run makes its row and no other.
@@ -90,7 +95,7 @@ def tries_of_the_doomed(folder, alone, after, **options):
     assert raised.value.__notes__ == [f"in the job {DOOMED}"]
     (folder / "raises").rename(folder / "spared")
     again = e.run(folder, **options | after)
-    assert not differences(again, alone)
+    assert same(again, alone)
     assert [r for r in again if e.job(r) != DOOMED] == rows
     return len((folder / "tries").read_text())
 
@@ -146,7 +151,7 @@ def test_dask_workers_that_die(tmp_path, alone, client):
     (tmp_path / "spared").touch()
     workers = set(client.run(os.getpid).values())
     rows = mortal(tmp_path).run(tmp_path, executor=client.get_executor())
-    assert not differences(rows, alone)
+    assert same(rows, alone)
     assert (tmp_path / "died").exists()
     client.wait_for_workers(2)
     left = workers & set(client.run(os.getpid).values())
@@ -219,7 +224,7 @@ def test_threads_take_turns(tmp_path, alone, monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     with ThreadPoolExecutor(4) as threads:
-        assert not differences(sweep.run(tmp_path, executor=threads), alone)
+        assert same(sweep.run(tmp_path, executor=threads), alone)
         rows = draws.run(tmp_path, executor=threads)
         assert rows == draws.run(tmp_path / "alone", workers=0)
         assert {r["threads"] for r in rows} == {1}
