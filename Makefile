@@ -29,7 +29,7 @@ help: ## list these targets
 lab: .venv/.installed ## open the notebooks in JupyterLab, at the home page
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
-# Two notebooks at a time, one thread each: small matrices gain nothing from more.
+# Two notebooks, then two files of tests, at a time, one thread each: small matrices gain nothing from more.
 test: export OMP_NUM_THREADS := 1
 test: .venv/.installed ## run every notebook as a test, then tests/
 	@echo "== environment"
@@ -38,7 +38,7 @@ test: .venv/.installed ## run every notebook as a test, then tests/
 	@echo "== notebooks"
 	$(BIN)/nbdev_test --n_workers 2 --do_print --timing
 	@echo "== tree"
-	$(BIN)/python -m pytest tests --durations 5
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --durations 5
 
 # Modules are laid out by nbdev, so they are exported after the formatting, and linted only.
 style: .venv/.installed ## lay out notebooks and tests with ruff, export, and list what is left to mend
