@@ -26,14 +26,15 @@ CFG = get_config(path=ROOT)
 # Where the project would be found; no page leads there before it is
 ELSEWHERE = (CFG.doc_host, CFG.git_url)
 HOME = "nbs/index.ipynb"
-CLAIMS = "nbs/90_claims.ipynb"
+SUMS = 90  # Pages with at least this number say what all others come to
 
 
 def shelves():
     "The order of reading: where to start, what was found, how it is made"
-    numbered = sorted(set(NOTEBOOKS) - {HOME, CLAIMS})
-    start = [HOME, *(p for p in numbered if number(p) < 1), CLAIMS]
-    studies = [p for p in numbered if number(p) >= STUDIES]
+    numbered = sorted(set(NOTEBOOKS) - {HOME})
+    sums = [p for p in numbered if number(p) >= SUMS]
+    start = [HOME, *(p for p in numbered if number(p) < 1), *sums]
+    studies = [p for p in numbered if STUDIES <= number(p) < SUMS]
     return [*start, *studies, *(p for p in numbered if 0 < number(p) < STUDIES)]
 
 
