@@ -9,6 +9,7 @@ __all__ = ['LINEAR', 'HOMOGENEOUS', 'ELEMENTWISE', 'keep', 'reshaped', 'still', 
 # %% ../nbs/05_rules.ipynb #fe290033
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ def keep(
 
 
 _CLASSES = {
-    LINEAR: """neg clone contiguous alias detach _to_copy lift_fresh
-        lift_fresh_copy lift""",
+    LINEAR: """neg clone contiguous alias detach lift_fresh lift_fresh_copy
+        lift""",
     HOMOGENEOUS: "relu leaky_relu abs",
     ELEMENTWISE: """tanh sigmoid gelu silu mish softplus elu selu celu log_sigmoid
         log_sigmoid_forward hardtanh hardswish hardsigmoid relu6 hardshrink
@@ -52,13 +53,22 @@ for _kinds, _names in _CLASSES.items():
             raise LookupError("a second tensor")
         return keep(f, x, kinds)
 
+
+@rule("_to_copy")
+def _cast(f, x, dtype=None, *_):
+    "The value in another dtype; whole numbers and truth values do not scale"
+    exact = dtype is None or dtype.is_floating_point or dtype.is_complex
+    return keep(f, x, LINEAR if exact else ELEMENTWISE)
+
 # %% ../nbs/05_rules.ipynb #f4f2efb3
 _Dims = Sequence[int | str]  # Names of dims
 _Labels = tuple[Tensor, ...]
 
 
 def _spread(x: Value, have: _Dims, want: _Dims) -> Value:
-    "A value with dims `have` as one with dims `want`; no label lies on lost ones"
+    """A value with dims `have` as one with `want`; no label lies on lost ones
+
+    A dim that was expanded has size 1 again: nothing varies along it."""
     at = [have.index(k) if k in have else None for k in want]
     lost = [d for d, k in enumerate(have) if k not in want]
     order = [d for d in at if d is not None] + lost
@@ -67,7 +77,9 @@ def _spread(x: Value, have: _Dims, want: _Dims) -> Value:
         return tuple(1 if d is None else shape[d] for d in at)
 
     labels = (t.permute(order).reshape(sizes(t.shape)) for t in x.labels)
-    return Value(sizes(x.shape), tuple(labels), x.name)
+    varies = x.stride or (1,) * len(x.shape)
+    shape = sizes([n if step else 1 for n, step in zip(x.shape, varies)])
+    return Value(shape, tuple(labels), x.name)
 
 
 def _broadcast(x: Value, y: Value) -> tuple[_Dims, _Dims, _Dims]:
@@ -160,7 +172,11 @@ def _larger(f, x, y):
 
 @rule("where")
 def _where(f, condition, x, y):
-    v = keep(f, add(f, x, y), HOMOGENEOUS)
+    return _chosen(f, keep(f, add(f, x, y), HOMOGENEOUS), condition)
+
+
+def _chosen(f, v, condition):
+    "A value for which another decides, entry by entry"
     of_v, of_c, dims = _broadcast(v, condition)
     v, condition = _spread(v, of_v, dims), _spread(condition, of_c, dims)
     for t, c in pairs(v.labels, condition.labels, dims):
@@ -250,6 +266,14 @@ def _matmul(f: Facts, x: Value, y: Value) -> Value:
 def _addmm(f, c, x, y, *_):
     return add(f, _matmul(f, x, y), c)
 
+
+@rule("_trilinear")
+def _bilinear(f, x, w, y, *dims):
+    if dims[:4] != ([1, 3], [0], [1, 2], [2, 3]):  # not from `F.bilinear`
+        raise LookupError("other dims")
+    y = contract(f, y, w, ("nj", "kij", "nki"))
+    return contract(f, x, y, ("ni", "nki", "nk"))
+
 # %% ../nbs/05_rules.ipynb #d3ece1b9
 @rule("div")
 def _div(f, x, y, rounding=None):
@@ -258,7 +282,7 @@ def _div(f, x, y, rounding=None):
     if not isinstance(y, Value):
         return x
     y = keep(f, y, HOMOGENEOUS)
-    return mul(f, x, Value(y.shape, tuple(-t for t in y.labels)))
+    return mul(f, x, replace(y, labels=tuple(-t for t in y.labels)))
 
 
 @rule("pow")
@@ -395,8 +419,8 @@ def reduced(
 
 
 @rule("sum mean")
-def _sum(f, x, dims=None, keepdim=False, *_):
-    return reduced(f, x, dims, keepdim is True, LINEAR)
+def _sum(f, x, dims=None, keepdim=False, dtype=None):
+    return reduced(f, _cast(f, x, dtype), dims, keepdim is True, LINEAR)
 
 
 @rule("amax amin")
@@ -415,8 +439,8 @@ def _variance(f, x, dims, more, keepdim=False):
 
 
 @rule("cumsum")
-def _cumsum(f, x, dim, *_):
-    return still(f, x, [dim])
+def _cumsum(f, x, dim, dtype=None):
+    return still(f, _cast(f, x, dtype), [dim])
 
 # %% ../nbs/05_rules.ipynb #0b1610f1
 _POOLS = """avg_pool{0}d adaptive_avg_pool{0}d _adaptive_avg_pool{0}d
@@ -425,11 +449,29 @@ _POOLS = """avg_pool{0}d adaptive_avg_pool{0}d _adaptive_avg_pool{0}d
     reflection_pad{0}d replication_pad{0}d"""
 _MAX_POOLS = "max_pool{0}d_with_indices adaptive_max_pool{0}d"
 for _n in (1, 2, 3):
-    for _names, _kinds in ((_POOLS, LINEAR), (_MAX_POOLS, HOMOGENEOUS)):
 
-        @rule(_names.format(_n))
-        def _pool(f, x, *_, n=_n, kinds=_kinds):
-            return keep(f, still(f, x, range(-n, 0)), kinds)
+    @rule(_POOLS.format(_n))
+    def _pool(f, x, *_, n=_n):
+        return still(f, x, range(-n, 0))
+
+    @rule(_MAX_POOLS.format(_n))
+    def _max_pool(f, x, *_, n=_n):
+        x = keep(f, still(f, x, range(-n, 0)), HOMOGENEOUS)
+        return x, _exchanged(f, x)
+
+    @rule(f"max_unpool{_n}d")
+    def _max_unpool(f, x, where, *_, n=_n):
+        x, where = (still(f, v, range(-n, 0)) for v in (x, where))
+        return _chosen(f, keep(f, x, HOMOGENEOUS), where)
+
+
+def _exchanged(f, x):
+    "A value whose units change places as those of `x` do, and do not scale"
+    new = tuple(f.fresh(*t.shape) for t in x.labels)
+    f.stop(new, _RIGID)
+    for a, b in zip(new, x.labels):
+        f.same(a, b, ELEMENTWISE)
+    return Value(x.shape, new)
 
 
 @rule("constant_pad_nd")
@@ -440,13 +482,25 @@ def _pad(f, x, widths, value):
 # %% ../nbs/05_rules.ipynb #ade0f9df
 @rule("embedding")
 def _embedding(f, w, where, *_):
+    f.stop(where.labels)
     new = range(2, 2 + len(where.shape))
     return _spread(still(f, w, [0]), [0, 1], [*new, 1])
 
 
+@rule("_embedding_bag _embedding_bag_forward_only")
+def _embedding_bag(f, w, where, offsets, share, mode, sparse, weights, *_):
+    f.stop(where.labels)
+    if weights is not None and weights.labels:
+        raise LookupError("weights that move")
+    return keep(f, still(f, w, [0]), HOMOGENEOUS if mode == 2 else LINEAR)
+
+
 @rule("index")
 def _index(f, x, where, *_):
-    x = still(f, x, [d for d, i in enumerate(where) if i is not None])
+    looked_up = {d: i for d, i in enumerate(where) if i is not None}
+    x = still(f, x, looked_up)
+    for i in looked_up.values():
+        f.stop(i.labels)
     at = tuple(
         slice(None) if i is None else torch.zeros(i.shape, dtype=int)
         for i in where
@@ -537,6 +591,15 @@ def _occurrence(label: Tensor) -> Tensor:
     ordered, out = unit[order], torch.empty_like(unit)
     out[order] = torch.arange(len(order)) - torch.searchsorted(ordered, ordered)
     return out.reshape(short.shape).expand_as(label)
+
+
+@rule("glu")
+def _glu(f, x, dim=-1):
+    "Half of the entries along `dim`, times a sigmoid of the others"
+    f.run = lambda pick: pick(x).chunk(2, dim)
+    shape = torch.empty(x.shape, device="meta").chunk(2, dim)[0].shape
+    a, b = (Value(tuple(shape), v.labels) for v in moved(f))
+    return mul(f, a, keep(f, b, ELEMENTWISE))
 
 
 @rule("cat")

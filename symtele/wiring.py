@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .batch import NO_LAYER, SHOWS, Origin, Taps
@@ -90,6 +91,7 @@ class Value:
     labels: tuple[Tensor, ...] = ()  # Units as int64, each broadcasts to `shape`
     name: str = ""  # Of the parameter or buffer that it is, '' for others
     stride: tuple[int, ...] = ()  # In memory, where that is known
+    owed: tuple[Tensor, ...] = ()  # Units that stop once an op reads it
 
 
 def touched(
@@ -569,12 +571,32 @@ class Labelled(torch.Tensor):
         "Other contents: they must move as those before"
         keep_same(self.reading.facts, _value(new), self.value)
         self.inner = _inner(new)
+        self.value = replace(self.value, stride=self.inner.stride())
 
     @classmethod
     def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
         given = args, kwargs or {}
         first = next(a for a in tree_leaves(given) if isinstance(a, cls))
         return first.reading.hear(op, *given)
+
+
+class _Zeros(TorchFunctionMode):
+    "Within it, zeros that a model makes move with anything, along their channels"
+
+    def __init__(self, reading: "Reading"):
+        super().__init__()
+        self.reading = reading
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        made = f in (torch.zeros, torch.zeros_like, Tensor.new_zeros)
+        if not made or not out.is_floating_point():
+            return out
+        channels = 1 if out.ndim > 3 else out.ndim - 1
+        shape = (n if d == channels else 1 for d, n in enumerate(out.shape))
+        labels = filter(touched, [self.reading.facts.fresh(*shape)])
+        value = Value(tuple(out.shape), tuple(labels))
+        return Labelled(_inner(out), value, Origin(frozenset()), self.reading)
 
 
 def _inner(a: Any) -> Any:
@@ -662,24 +684,27 @@ class Reading:
         outs = [Value(tuple(getattr(t, "shape", ()))) for t in _listed(out)]
         given = args, kwargs = tree_map(_value, (args, kwargs))
         heard = [v for v in tree_leaves(given) if isinstance(v, Value)]
-        if not any(v.labels for v in heard):
+        facts.why = f"{name} in {self.where[-1]}"
+        facts.stop(t for v in heard for t in v.owed)
+        labels = tuple(t for v in heard for t in v.labels)
+        if not labels:
             return outs
 
-        facts.why = f"{name} in {self.where[-1]}"
         facts.values, facts.run = heard, _rerun(op, given)
         rest = op._schema.arguments[len(args) :]
         rest = (kwargs.get(a.name, a.default_value) for a in rest)
         try:
-            made = _listed(RULES[name](facts, *args, *rest)) + [None] * len(outs)
+            said = _listed(RULES[name](facts, *args, *rest))
             made = [
-                Value(o.shape, m.labels) if m else o for o, m in zip(outs, made)
+                Value(o.shape, m.labels) if m else o for o, m in zip(outs, said)
             ]
+            made += [replace(o, owed=labels) for o in outs[len(said) :]]  # unsaid
             laid = ((t, v.shape) for v in made for t in v.labels)
             if any(t.expand(shape).ndim > t.ndim for t, shape in laid):
                 raise LookupError("labels of another shape")
         except Exception:  # a form that the rule does not know, or no rule
             facts.why += ", which no rule knows"
-            facts.stop(t for v in heard for t in v.labels)
+            facts.stop(labels)
             return outs
         still = {v.name for v in heard if not v.labels}
         self.plain |= still - facts.tensors.keys()
@@ -718,10 +743,11 @@ class Reading:
             Tensor, lambda t: carried(t, Value(tuple(t.shape), units)), x
         )
         around = _in_mode(self.model, train), _naming(self.model, self.where)
-        with around[0], around[1], self.taps[-1]:
+        with around[0], around[1], _Zeros(self), self.taps[-1]:
             out = run_model(self.model, state, x)
         self.facts.why = "output of the model"
-        self.facts.stop(t for v in _labelled(out) for t in v.value.labels)
+        for a in _labelled(out):
+            self.facts.stop(a.value.labels + a.value.owed)
         self.facts.why = "a buffer that is read as data"
         for name in self.plain & self.facts.tensors.keys() & buffers.keys():
             self.facts.stop(self.facts.tensors[name].labels)
