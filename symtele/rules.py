@@ -516,7 +516,7 @@ def _index_select(f, x, dim, where):
 
 @rule("native_dropout")
 def _dropout(f, x, p, train):
-    return keep(f, x, frozenset({scale}) if train and p else LINEAR)
+    return keep(f, x, frozenset({scale}) if train is not False and p else LINEAR)
 
 
 @rule("_prelu_kernel")
@@ -539,11 +539,24 @@ def _view(f, x, shape):
 
 @rule("as_strided")
 def _as_strided(f, x, shape, stride, offset=None):
-    steps = zip(x.shape, x.stride, stride)
-    same = tuple(shape) == x.shape and all(a == b for n, a, b in steps if n > 1)
-    if not same or offset:
-        raise LookupError("other entries, or in another order")
-    return x
+    before, after = _steps(x.shape, x.stride), _steps(shape, stride)
+    if offset is None and tuple(shape) == x.shape and before == after:
+        return x
+    size = math.prod(x.shape)
+    inside = _end(before) == size and _end(after) <= size
+    if offset is not None or not inside:
+        f.stop([torch.arange(f.n + 1)])  # it may see what is not its own
+    raise LookupError("other entries, or in another order")
+
+
+def _steps(shape, stride):
+    "Sizes and steps in memory of the dims that have steps"
+    return [(n, step) for n, step in zip(shape, stride) if n > 1]
+
+
+def _end(steps):
+    "Of the entries in memory"
+    return 1 + sum((n - 1) * step for n, step in steps)
 
 
 @rule("""permute transpose t expand squeeze unsqueeze select slice split
@@ -574,7 +587,8 @@ def _written_out(x: Value, i: int, dims: Iterable[int] | None) -> Tensor:
 def _run_on(f: Facts, labels: dict[int, Tensor]) -> list[Tensor]:
     "What the op makes of a label of each value, by the value's `id`"
     made = f.run(lambda v: labels[id(v)])
-    fewer = made[0].numel() < sum(t.numel() for t in labels.values())
+    here = sum(t.count_nonzero() for t in made)
+    fewer = here < sum(t.count_nonzero() for t in labels.values())
     made = [_narrowed(t) for t in made]
     if len(made) > 1 or fewer:  # which of them are here tells them apart
         for t, place in zip(made, f.run(lambda v: _occurrence(labels[id(v)]))):

@@ -6,12 +6,15 @@
 __all__ = ['Kinds', 'RULES', 'wire', 'Value', 'touched', 'pairs', 'Facts', 'solve', 'rule', 'keep_same', 'Labelled', 'Reading']
 
 # %% ../nbs/04_wiring.ipynb #f7882864
+import gc
 import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field, replace
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -359,9 +362,34 @@ def _table(facts: Facts, kind: Kind, c: _Units, parts: _Parts) -> _Units:
     return np.concatenate(rows)
 
 
-def _marks(n: int, seed: int) -> _Units:
-    "Random numbers whose sums stand for sets, shape (n,)"
-    return np.random.default_rng(seed).integers(-(2**62), 2**62, n)
+def _marks(*columns: Any) -> _Units:
+    "Random numbers for rows of whole numbers, whose sums stand for sets, (n,)"
+    out = np.zeros(1, np.uint64)
+    for column in columns:  # SplitMix64
+        out = out + np.uint64(0x9E3779B97F4A7C15) + np.asarray(column, np.uint64)
+        out = (out ^ (out >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        out = (out ^ (out >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        out = out ^ (out >> np.uint64(31))
+    return out.view(np.int64)
+
+
+def _places(c: _Units) -> _Units:
+    "Of each unit, how many of its class, on its side, come before it"
+    order = np.lexsort((np.sign(c), np.abs(c)))
+    group, place = np.abs(c)[order], np.empty_like(c)
+    place[order] = np.arange(len(c)) - np.searchsorted(group, group)
+    return place
+
+
+def _roles(facts: Facts, kind: Kind, c: _Units) -> _Units:
+    "What is said of the units of each class, whichever class it is, shape (n+1,)"
+    out, place, group = np.zeros(len(c), np.int64), _places(c), np.abs(c)
+    a, b = np.abs(_equal(facts, kind)).T
+    np.add.at(out, group[a], _marks(2, place[a], place[b]))
+    for i, (rows, _) in enumerate(facts.told):
+        unit, key = rows.T
+        np.add.at(out, group[unit], _marks(3 + i, place[unit], key))
+    return out
 
 
 def _blocks(facts: Facts, kind: Kind, block_of: _Units) -> Iterator[_Units]:
@@ -373,17 +401,12 @@ def _blocks(facts: Facts, kind: Kind, block_of: _Units) -> Iterator[_Units]:
     t = _table(facts, kind, c, parts)
     axis, at, unit, q = t.T
     look = np.zeros(facts.n + 1, np.int64)  # on which axes, and how
-    marks = _marks(64 * len(facts.axes) + 64, 0)
-    np.add.at(look, unit, marks[64 * axis + q + 32])
-    key = look.copy()
+    np.add.at(look, unit, _marks(0, axis, q + 32))
     if kind == scale:  # cut as permutations are, so that one space serves both
-        first = np.array([a.first for a in facts.axes], int)
-        marks = _marks(block_of.max() + 1, 1)
-        np.add.at(key, unit, marks[block_of[first[axis] + at]])
+        key, first = look.copy(), np.array([a.first for a in facts.axes], int)
+        np.add.at(key, unit, _marks(1, block_of[first[axis] + at]))
     else:
-        for i, (rows, _) in enumerate(facts.told):
-            marks = _marks(rows[:, 1].max() + 1, i + 2)
-            np.add.at(key, np.abs(c)[rows[:, 0]], marks[rows[:, 1]])
+        key = look + _roles(facts, kind, c)
     t = t[np.lexsort((at, q, axis, unit, key[unit], look[unit]))]
     alike, unit = defaultdict(list), t[:, 2]
     cut = np.flatnonzero((np.diff(key[unit]) != 0) | (np.diff(look[unit]) != 0))
@@ -557,6 +580,15 @@ class Labelled(torch.Tensor):
     def __repr__(self) -> str:
         return f"Labelled{tuple(self.shape)}"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Labelled":
+        return memo.setdefault(id(self), self.clone())
+
+    def numpy(self, **how: Any) -> np.ndarray:
+        "The entries themselves: what moves them would not be heard"
+        self.reading.looked, self.reading.facts.why = True, "numpy"
+        self.reading.facts.stop(self.value.labels)
+        return self.inner.numpy(**how)
+
     def tolist(self) -> Any:
         "As `item` has it: each value is looked at"
         return [t.tolist() for t in self] if self.ndim else self.item()
@@ -576,27 +608,85 @@ class Labelled(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
         given = args, kwargs or {}
-        first = next(a for a in tree_leaves(given) if isinstance(a, cls))
-        return first.reading.hear(op, *given)
+        own = [a for a in tree_leaves(given) if isinstance(a, cls)]
+        live = next((a.reading for a in own if a.reading.listens), None)
+        left = [a for a in own if a.reading is not live]  # by an earlier reading
+        if left:
+            without = {a.reading for a in own if a.inner.is_meta}
+            if without and live not in without:
+                raise RuntimeError(_KEPT)
+            given = tree_map_only(
+                cls, lambda a: a if a.reading is live else a.inner, given
+            )
+        args, kwargs = given
+        return live.hear(op, args, kwargs) if live else op(*args, **kwargs)
 
 
-class _Zeros(TorchFunctionMode):
-    "Within it, zeros that a model makes move with anything, along their channels"
+_KEPT = """a tensor without values: the model kept it outside its attributes while
+`wire` read it, in a cache of a class or a function for one; empty that cache"""
 
-    def __init__(self, reading: "Reading"):
+
+class _Around(TorchFunctionMode):
+    "Within it a reading listens, also to zeros and to parameters in lists"
+
+    def __init__(
+        self,
+        reading: "Reading",
+        state: dict[str, Labelled],  # What stands for each parameter
+    ):
         super().__init__()
-        self.reading = reading
+        self.reading, self.own = reading, {}
+        self.memory = defaultdict(list)
+        for name, t in reading.model.named_parameters():
+            self.own[id(t)] = state[name]
+            if _plain(t):
+                self.memory[t.untyped_storage()._cdata].append(state[name])
+
+    def __enter__(self):
+        self.reading.listens = True
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.reading.listens = False
+        return super().__exit__(*error)
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
-        out = f(*args, **(kwargs or {}))
+        given = args, kwargs or {}
+        plain = [a for a in tree_leaves(given) if type(a) in _PLAIN]
+        if any(self.known(a) is not a for a in plain):
+            given = tree_map_only(_PLAIN, self.known, given)
+        args, kwargs = given
+        out = f(*args, **kwargs)
         made = f in (torch.zeros, torch.zeros_like, Tensor.new_zeros)
-        if not made or not out.is_floating_point():
-            return out
+        return self.zeros(out) if made and "out" not in kwargs else out
+
+    def known(self, t: Tensor) -> Tensor:
+        "A parameter as it is heard; if only its entries are the same, it stays"
+        if id(t) in self.own or not _plain(t):
+            return self.own.get(id(t), t)
+        for twin in self.memory.get(t.untyped_storage()._cdata, ()):
+            self.reading.facts.why = f"{twin.value.name!r} under another name"
+            self.reading.facts.stop(twin.value.labels)
+        return t
+
+    def zeros(self, out: Tensor) -> Tensor:
+        "With units along its channels: no move changes zeros"
         channels = 1 if out.ndim > 3 else out.ndim - 1
-        shape = (n if d == channels else 1 for d, n in enumerate(out.shape))
-        labels = filter(touched, [self.reading.facts.fresh(*shape)])
-        value = Value(tuple(out.shape), tuple(labels))
+        shape = [n if d == channels else 1 for d, n in enumerate(out.shape)]
+        data = out.requires_grad or not out.is_floating_point()
+        if data or math.prod(shape) < 2 or not _plain(_inner(out)):
+            return out
+        value = Value(tuple(out.shape), (self.reading.facts.fresh(*shape),))
         return Labelled(_inner(out), value, Origin(frozenset()), self.reading)
+
+
+_PLAIN = Tensor, nn.Parameter
+
+
+def _plain(t: Tensor) -> bool:
+    "Whether a tensor is an ordinary one"
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return type(t) in _PLAIN and t.layout is torch.strided and not wrapped
 
 
 def _inner(a: Any) -> Any:
@@ -640,6 +730,7 @@ class Reading:
     taps: list[Taps] = field(default_factory=list)  # One for each pass
     where: list[str] = field(default_factory=["the model"].copy)  # What runs
     looked: bool = False  # Whether a value was looked at
+    listens: bool = False  # Whether a pass is under way
     plain: set[str] = field(default_factory=set)  # Buffers that ops took for data
 
     def hear(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -665,7 +756,7 @@ class Reading:
             if torch.Tag.inplace_view in op.tags:  # no entry changes
                 with torch._C._DisableTorchDispatch():
                     op(*args, **kwargs)
-                a.value = value
+                a.value = replace(value, stride=a.inner.stride())
             else:  # in place: whoever looks at it must stay right
                 keep_same(self.facts, value, _value(a))
             if isinstance(a, Labelled):
@@ -718,54 +809,87 @@ class Reading:
         inputs: bool,  # Whether the data, of shape (n, d), are a space too
     ) -> None:
         "One pass; its facts, and what taps must know, are added to those before"
-        parameters = dict(self.model.named_parameters())
-        buffers = dict(self.model.named_buffers())
-        self.taps.append(Taps(parameters))
-        self.facts.buffers = frozenset(buffers)
-        shared = _overlapping(parameters)
-
-        def carried(t: Tensor, value: Value, own: str = "") -> Labelled:
-            inner = t.detach().to(device) if device else t.detach().clone()
-            return Labelled(inner, value, Origin(frozenset({own} - {""})), self)
-
-        state = {}
-        for name, t in (parameters | buffers).items():
-            value, own = Value(tuple(t.shape), (), name), ""
-            if name in parameters and t.requires_grad:
-                own, like = name, shared.get(name, name)
-                if like and id(t) not in self.pin:
-                    value = self.facts.tensor(name, t.shape, like)
-            state[name] = carried(t, self.facts.tensors.get(name, value), own)
-            # for a model that asks whether it is an `nn.Parameter`
-            state[name]._is_param = name in parameters
+        state = _state(self, device)
+        self.taps.append(Taps(dict(self.model.named_parameters())))
         units = self.facts.tensor("", (1, x.shape[1])).labels if inputs else ()
         x = tree_map_only(
-            Tensor, lambda t: carried(t, Value(tuple(t.shape), units)), x
+            Tensor,
+            lambda t: _carried(self, t, Value(tuple(t.shape), units), device),
+            x,
         )
         around = _in_mode(self.model, train), _naming(self.model, self.where)
-        with around[0], around[1], _Zeros(self), self.taps[-1]:
+        with around[0], around[1], _Around(self, state), self.taps[-1]:
             out = run_model(self.model, state, x)
         self.facts.why = "output of the model"
         for a in _labelled(out):
             self.facts.stop(a.value.labels + a.value.owed)
         self.facts.why = "a buffer that is read as data"
-        for name in self.plain & self.facts.tensors.keys() & buffers.keys():
+        for name in self.plain & self.facts.tensors.keys() & self.facts.buffers:
             self.facts.stop(self.facts.tensors[name].labels)
 
 # %% ../nbs/04_wiring.ipynb #7c1437e6
+def _state(reading: Reading, device: str | None) -> dict[str, Labelled]:
+    "Parameters and buffers as they are heard; those that train get units"
+    parameters = dict(reading.model.named_parameters())
+    buffers = dict(reading.model.named_buffers())
+    reading.facts.buffers = frozenset(buffers)
+    trains = {n for n, t in parameters.items() if t.requires_grad}
+    free = {n for n in trains if id(parameters[n]) not in reading.pin}
+    everything, state = parameters | buffers, {}
+    twins = _twins(everything, everything.keys() - free)
+    for name, t in everything.items():
+        like = twins.get(name, name)
+        if name in free and like:
+            reading.facts.tensor(name, t.shape, like)
+        value = reading.facts.tensors.get(name, Value(tuple(t.shape), (), name))
+        own = name if name in trains else ""
+        state[name] = _carried(reading, t, value, device, own)
+        # for a model that asks whether it is an `nn.Parameter`
+        state[name]._is_param = name in parameters
+    return state
+
+
+def _carried(
+    reading: Reading,
+    t: Tensor,
+    value: Value,
+    device: str | None,
+    own: str = "",
+) -> Labelled:
+    "A tensor as it is heard, on a device or on its own"
+    inner = t.detach().to(device) if device else t.detach().clone()
+    return Labelled(inner, value, Origin(frozenset({own} - {""})), reading)
+
+
+_BARE = type, ModuleType, FunctionType, CodeType, FrameType
+
+
 def _labelled(out: Any) -> Iterator[Labelled]:
     "All labelled tensors in an output, whatever holds them"
-    for a in tree_leaves(out):
+    found, seen = [out], set()
+    for a in found:
+        if id(a) in seen or isinstance(a, _BARE):
+            continue
+        seen.add(id(a))
         if isinstance(a, Labelled):
             yield a
-        elif hasattr(a, "__dict__"):
-            yield from _labelled(list(vars(a).values()))
+        else:
+            found += gc.get_referents(a)
+
+
+def _twins(named: Named, held: Iterable[str]) -> dict[str, str]:
+    "As `_overlapping`; '' also for what equals one of `held`, which stay"
+    out = _overlapping(named)
+    held = {out.get(name, name) for name in held}
+    return out | {name: "" for name in named if out.get(name, name) in held}
 
 
 def _overlapping(named: Named) -> dict[str, str]:
     "Name of a tensor that shares memory -> the one it equals, '' for a part"
     whole, spans, out = {}, defaultdict(list), {}
     for name, t in named.items():
+        if t.layout is not torch.strided:
+            continue
         memory, begin = t.untyped_storage()._cdata, t.storage_offset()
         end = begin + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
         key = memory, begin, t.shape, t.stride()
@@ -799,12 +923,24 @@ def _naming(model: nn.Module, where: list[str]) -> Iterator[None]:
         after.remove()
 
 
+def _containers(held: Iterable[Any]) -> list[Any]:
+    "All dicts and lists that are values of some, or of each other"
+    found, seen = list(held), set()
+    for v in found:
+        inner = v.values() if isinstance(v, dict) else v
+        new = [
+            a for a in inner if isinstance(a, dict | list) and id(a) not in seen
+        ]
+        seen.update(map(id, new))
+        found += new
+    return [v for v in found if id(v) in seen]
+
+
 @contextmanager
 def _in_mode(model: nn.Module, train: bool) -> Iterator[None]:
     "Within it a model is in train or eval mode, and nothing is hidden in one op"
     modes = {m: m.training for m in model.modules()}
-    dicts = (v for m in modes for v in vars(m).values() if type(v) is dict)
-    own = [(v, dict(v)) for v in dicts]
+    own = [(v, copy(v)) for v in _containers(map(vars, modes))]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -819,7 +955,7 @@ def _in_mode(model: nn.Module, train: bool) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
         for now, was in own:
             now.clear()
-            now.update(was)
+            now.update(was) if isinstance(now, dict) else now.extend(was)
         for m, training in modes.items():
             m.training = training
 

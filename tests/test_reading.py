@@ -3,14 +3,16 @@ every family of ops, and a numerical null space of tiny models beside it."""
 
 import copy
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from random import Random
 from threading import Lock
+from types import SimpleNamespace
+from typing import ClassVar
 from unittest.mock import patch
 
 import pytest
@@ -1319,7 +1321,84 @@ def with_itself(layers, x):
     return layers["b"](y + y)
 
 
+def ranked_pairs(layers, x):
+    y = layers["a"](x)
+    return (y[..., None] - y[..., None, :]).relu().triu(1).sum((1, 2))
+
+
+def triangle(layers, x):
+    return layers["a"](x), layers["b"].weight.tril().square().sum()
+
+
+def cut_twice(layers, x):
+    y = layers["a"](x)
+    halves = y[:, :4] - y[:, 4:].relu()
+    return halves.square().sum(1) + y[:, 1:5].sum(1)
+
+
+def gated_and_cut(layers, x):
+    y = layers["a"](x)
+    return F.glu(y).square().sum(1) + y[:, 1:5].sum(1)
+
+
+def turned_around(layers, x):
+    y = layers["a"](x)
+    return (y.relu() * y.roll(2, 1) * y.flip(1).roll(-1, 1).sigmoid()).sum(1)
+
+
+def value_copied(layers, x):
+    return layers["b"](copy.deepcopy(layers["a"](x)).relu())
+
+
+def layer_copied(layers, x):
+    return copy.deepcopy(layers["b"])(layers["a"](x).relu())
+
+
+def behind_a_view(layers, x):
+    y = layers["a"](x)[:, 4:]
+    return layers["b"](layers["a"](x)), y.as_strided((4, 4), (8, 1), 0)
+
+
+def picked_by_units(layers, x):
+    y = layers["a"](x)
+    return layers["b"](y) * x[y > 0].sum()
+
+
+def names_of_units(layers, x):
+    y = layers["a"](x)
+    return layers["b"](y), layers["c"].weight[(y[0] > 0).long()]
+
+
+def whole_numbers(layers, x):
+    return layers["b"]((3 * layers["a"](x)).long().to(x.dtype))
+
+
+def filled_zeros(layers, x):
+    held = x.new_empty(8)
+    z = torch.zeros(8, dtype=x.dtype, out=held)
+    held[2] = 3.0
+    return layers["b"](layers["a"](x) * z)
+
+
+def through_numpy(layers, x):
+    y = layers["a"](x).detach()
+    return layers["b"](y + torch.from_numpy(y.numpy()))
+
+
 CORNERS = (
+    ranked_pairs,
+    triangle,
+    cut_twice,
+    gated_and_cut,
+    turned_around,
+    value_copied,
+    layer_copied,
+    behind_a_view,
+    picked_by_units,
+    names_of_units,
+    whole_numbers,
+    filled_zeros,
+    through_numpy,
     other_strides,
     drawn_by_values,
     trace,
@@ -1337,6 +1416,120 @@ def test_corners(f):
     torch.manual_seed(0)
     layers = {name: nn.Linear(8, 8) for name in "abc"}
     exact(Tiny(f, **layers), torch.randn(4, 8), 0)
+
+
+class Named(dict):
+    "An output of names and values, no class that PyTorch knows"
+
+
+@dataclass(slots=True)
+class Slotted:
+    "An output without a `__dict__`"
+
+    held: Tensor
+
+
+class Circular:
+    "An output that holds itself"
+
+    def __init__(self, held: Tensor):
+        self.held, self.own = held, self
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda y: Named(held=y),
+        lambda y: [{y}],
+        lambda y: deque([y]),
+        Slotted,
+        Circular,
+        lambda y: SimpleNamespace(held=[y]),
+    ],
+)
+def test_an_output_stays_whatever_holds_it(hold):
+    layers = {name: nn.Linear(5, 5) for name in "ab"}
+    model = Tiny(lambda layers, x: hold(layers["a"](x)), **layers)
+    assert not wire(model, torch.randn(3, 5)).spaces
+
+
+def in_list(model: nn.Module, weight: nn.Parameter) -> None:
+    model.other = [weight]
+
+
+def as_buffer(model: nn.Module, weight: nn.Parameter) -> None:
+    model.register_buffer("other", weight.detach())
+
+
+def as_frozen(model: nn.Module, weight: nn.Parameter) -> None:
+    model.other = nn.Parameter(weight.data, requires_grad=False)
+
+
+def as_attribute(model: nn.Module, weight: nn.Parameter) -> None:
+    model.other = weight.data
+
+
+@pytest.mark.parametrize("keep", [in_list, as_buffer, as_frozen, as_attribute])
+def test_a_weight_that_is_kept_twice_stays(keep):
+    "What it does under its other name counts, too: here it makes an output"
+
+    def both(layers, x):
+        other = model.other[0] if type(model.other) is list else model.other
+        return layers["b"](layers["a"](x)), x @ other.mT
+
+    layers = {name: nn.Linear(5, 5) for name in "ab"}
+    model, x = Tiny(both, **layers), torch.randn(3, 5)
+    assert wire(Tiny(lambda k, x: k["b"](k["a"](x)), **layers), x).spaces
+    keep(model, layers["a"].weight)
+    assert not wire(model, x).spaces
+
+
+@lru_cache
+def causal(n: int, dtype: torch.dtype) -> Tensor:
+    "A mask, made once for all models"
+    later = torch.ones(n, n, dtype=torch.bool).triu(1)
+    return torch.zeros(n, n, dtype=dtype).masked_fill(later, -torch.inf)
+
+
+class Caches(nn.Module):
+    "It keeps what it makes: in a list of its own, in a function, in its class"
+
+    of_class: ClassVar[dict[int, Tensor]] = {}
+
+    def __init__(self, in_class: bool):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 2)
+        self.in_class, self.own = in_class, {"kept": []}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        if not self.own["kept"]:
+            self.own["kept"].append(y)
+        if self.in_class and len(x) not in self.of_class:
+            self.of_class[len(x)] = x.new_ones(len(x), 1)
+        if self.in_class:
+            return self.b(self.of_class[len(x)] * y)
+        scores = (y @ y.mT + causal(len(x), x.dtype)).softmax(1)
+        return self.b(scores @ y + self.own["kept"][0])
+
+
+def test_what_a_model_keeps_is_no_longer_heard():
+    "A second reading found matrices that pass a ReLU"
+    model, x = Caches(in_class=False), torch.randn(3, 5)
+    first, second = (wire(model, x).spaces for _ in range(2))
+    assert first == second and first[0].commutes == {perm}
+    assert model.own == {"kept": []}
+    assert model(x).isfinite().all()
+
+
+def test_a_tensor_without_values_says_so():
+    "The class keeps one that has a shape only"
+    model, x = Caches(in_class=True), torch.randn(3, 5)
+    assert wire(model, x).spaces[0].commutes == {perm, scale}
+    with pytest.raises(RuntimeError, match="a tensor without values"):
+        model(x)
+    Caches.of_class.clear()
+    assert model(x).isfinite().all()
 
 
 # An op of one's own
