@@ -47,7 +47,7 @@ style: .venv/.installed ## lay out notebooks and tests with ruff, export, and li
 	$(BIN)/nbdev_export
 	$(BIN)/python tests/test_style.py
 
-reproduce: .venv/.installed ## recompute every experiment into _results and compare with nbs/results (six to eight hours; resumes)
+reproduce: .venv/.installed ## recompute every experiment into _results and compare with nbs/results (about 13 core-hours; resumes)
 	$(BIN)/python -m symtele.experiments $(EXPERIMENTS) --into _results
 
 # A real kernel, so that widgets are saved too. It knows no directives: slow cells run.

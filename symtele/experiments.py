@@ -711,9 +711,9 @@ def reproduce(
     pace = _pace(_machine, against) if left else None
     for e in experiments:
         print(_plan(e, there[e.name], committed[e.name], pace))
-    spent = sum(found.core_seconds or 0 for found in committed.values())
-    took = f"{spent / 3600:.2f} core-hours{_expected(spent, pace)}"
-    print(f"All of it took {took}, as far as recorded")
+    spent = [found.core_seconds for found in committed.values()]
+    if None not in spent:
+        print(f"All of it took {_core_hours(sum(spent), pace)}")
     differ = []
     for e in experiments:
         rows = e.run(into, executor=executor)
@@ -743,18 +743,18 @@ def _plan(
     pace: float | None,  # Seconds here in one there; None: nothing is left
 ) -> str:
     "What is there already, and what all of it took"
-    spent, took = committed.core_seconds, "its core-hours are not recorded"
+    jobs, spent = len(committed.rows), committed.core_seconds
+    took = "its core-hours are not recorded"
     if spent is not None:
         processor = committed.made[-1]["processor"]
-        took = f"{spent / 3600:.2f} core-hours in all on {processor}"
-        took += _expected(spent, pace)
-    jobs = len(committed.rows)
+        took = f"all took {_core_hours(spent, pace)} on {processor}"
     return f"{e.name}: {there} of {jobs} jobs are there; {took}"
 
 
-def _expected(core_seconds, pace):
-    "What a whole run takes here, if anything is to be run"
-    return f", about {pace * core_seconds / 3600:.2f} here" if pace else ""
+def _core_hours(seconds, pace):
+    "Those of the committed results and, if anything is to be run, those here"
+    here = f" (about {pace * seconds / 3600:.2f} here)" if pace else ""
+    return f"{seconds / 3600:.2f} core-hours{here}"
 
 # %% ../nbs/20_experiments.ipynb #22d200f9
 @contextmanager

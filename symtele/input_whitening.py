@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import product
 from statistics import median
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
@@ -208,6 +209,15 @@ preparations = Experiment(
 experiments = [preparations]
 
 # %% ../nbs/36_input_whitening.ipynb #29bf4a02
+def _loss_after(
+    runs: list[Row],  # Of one arm, looked at after the same steps
+    steps: float,  # Between two looks the logarithm is a straight line
+) -> float:
+    "Median training loss"
+    losses = np.median([row["train_loss"] for row in runs], axis=0)
+    return np.exp(np.interp(steps, runs[0]["step"], np.log(losses))).item()
+
+
 def advice() -> Row:  # "want", "move", "lines", "cost", "expect", "measured"
     "What moving the data is for, from the results"
     rows = preparations.load()
@@ -223,9 +233,8 @@ def advice() -> Row:  # "want", "move", "lines", "cost", "expect", "measured"
         for row in runs
     )
     # in as many steps as are left of that time it does not get as far
-    half = runs[0]["step"].index(runs[0]["step"][-1] // 2)
-    assert steps > runs[0]["step"][half]
-    assert median(row["train_loss"][half] for row in runs) > plain["train_loss"]
+    left = runs[0]["step"][-1] - steps
+    assert _loss_after(runs, left) > plain["train_loss"]
     said = {part: f"×{median(found):.2f}" for part, found in ratios.items()}
     return dict(
         want="fewer steps on images",

@@ -32,12 +32,12 @@ def test_results_are_whole(module, recomputed, capsys):
     made = importlib.import_module(f"symtele.{module}").experiments
     n = len(made)
     plans, (in_all, *lines) = lines[:n], lines[n:]
-    assert re.fullmatch(
-        "All of it took .* core-hours, as far as recorded", in_all
-    )
+    hours = r"\d+\.\d\d core-hours"
+    assert re.fullmatch(f"All of it took {hours}", in_all)
     for e, plan, said in zip(made, plans, lines[:-1], strict=True):
         jobs, agrees = len(e.jobs(e.config)), "every number agrees, seconds"
-        assert plan.startswith(f"{e.name}: {jobs} of {jobs} jobs are there; ")
+        told = f"{e.name}: {jobs} of {jobs} jobs are there; all took {hours} on "
+        assert re.match(told, plan)
         assert said == f"{e.name}: {jobs} jobs, {agrees} and drifts aside"
     assert lines[-1] == f"0 of {n} results differ: none"
 
@@ -66,6 +66,18 @@ def test_another_number_is_seen(recomputed, capsys):
     path.write_text(json.dumps(saved), encoding="utf-8")
     assert reproduce(["test_functions"], recomputed, COMMITTED) == 1
     assert "1 columns differ" in capsys.readouterr().out
+
+
+def test_unknown_hours_are_not_summed(recomputed, capsys):
+    "A file of the committed results that does not say what its rows took"
+    path = recomputed / "test_functions_sizes.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    del saved["core_seconds"]
+    path.write_text(json.dumps(saved), encoding="utf-8")
+    assert reproduce(["test_functions"], COMMITTED, recomputed) == 0
+    said = capsys.readouterr().out
+    assert "are there; its core-hours are not recorded\n" in said
+    assert "All of it took" not in said
 
 
 def test_quick_tables_and_their_picture(tmp_path):
