@@ -986,7 +986,7 @@ def _pixels(sheet: _Sheet) -> Image.Image:
     "What is on a sheet"
     sheet.fig.canvas.draw()
     image = Image.fromarray(np.asarray(sheet.fig.canvas.buffer_rgba()))
-    return image.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
+    return image.convert("RGB").quantize(128, Image.Quantize.FASTOCTREE)
 
 
 def _saved(image: Image.Image, **how: Any) -> bytes:
