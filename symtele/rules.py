@@ -68,7 +68,7 @@ _Labels = tuple[Tensor, ...]
 def _spread(x: Value, have: _Dims, want: _Dims) -> Value:
     """A value with dims `have` as one with `want`; no label lies on lost ones
 
-    A dim that was expanded has size 1 again: nothing varies along it."""
+    A dim that was expanded is given size 1: nothing varies along it."""
     at = [have.index(k) if k in have else None for k in want]
     lost = [d for d, k in enumerate(have) if k not in want]
     order = [d for d in at if d is not None] + lost
@@ -540,11 +540,11 @@ def _view(f, x, shape):
 @rule("as_strided")
 def _as_strided(f, x, shape, stride, offset=None):
     before, after = _steps(x.shape, x.stride), _steps(shape, stride)
-    if offset is None and tuple(shape) == x.shape and before == after:
+    begin = (x.offset if offset is None else offset) - x.offset
+    if begin == 0 and tuple(shape) == x.shape and before == after:
         return x
-    size = math.prod(x.shape)
-    inside = _end(before) == size and _end(after) <= size
-    if offset is not None or not inside:
+    dense = _end(before) == math.prod(x.shape)
+    if not dense or begin < 0 or begin + _end(after) > _end(before):
         f.stop([torch.arange(f.n + 1)])  # it may see what is not its own
     raise LookupError("other entries, or in another order")
 
@@ -555,7 +555,7 @@ def _steps(shape, stride):
 
 
 def _end(steps):
-    "Of the entries in memory"
+    "How far the entries reach in memory"
     return 1 + sum((n - 1) * step for n, step in steps)
 
 

@@ -12,8 +12,8 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from copy import copy
 from dataclasses import dataclass, field, replace
+from operator import is_
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -94,6 +94,7 @@ class Value:
     labels: tuple[Tensor, ...] = ()  # Units as int64, each broadcasts to `shape`
     name: str = ""  # Of the parameter or buffer that it is, '' for others
     stride: tuple[int, ...] = ()  # In memory, where that is known
+    offset: int = 0  # Of the first entry, likewise
     owed: tuple[Tensor, ...] = ()  # Units that stop once an op reads it
 
 
@@ -363,7 +364,7 @@ def _table(facts: Facts, kind: Kind, c: _Units, parts: _Parts) -> _Units:
 
 
 def _marks(*columns: Any) -> _Units:
-    "Random numbers for rows of whole numbers, whose sums stand for sets, (n,)"
+    "A hash of each row of whole numbers, shape (n,); sums of them stand for sets"
     out = np.zeros(1, np.uint64)
     for column in columns:  # SplitMix64
         out = out + np.uint64(0x9E3779B97F4A7C15) + np.asarray(column, np.uint64)
@@ -374,7 +375,7 @@ def _marks(*columns: Any) -> _Units:
 
 
 def _places(c: _Units) -> _Units:
-    "Of each unit, how many of its class, on its side, come before it"
+    "Of each unit, its number within its class, the negative side first"
     order = np.lexsort((np.sign(c), np.abs(c)))
     group, place = np.abs(c)[order], np.empty_like(c)
     place[order] = np.arange(len(c)) - np.searchsorted(group, group)
@@ -382,13 +383,16 @@ def _places(c: _Units) -> _Units:
 
 
 def _roles(facts: Facts, kind: Kind, c: _Units) -> _Units:
-    "What is said of the units of each class, whichever class it is, shape (n+1,)"
+    "A hash of what is said of the units of each class, by their places in it"
     out, place, group = np.zeros(len(c), np.int64), _places(c), np.abs(c)
+    for i, axis in enumerate(facts.axes):
+        own = np.arange(axis.first, axis.first + axis.size)
+        np.add.at(out, group[own], _marks(2, i, place[own]))
     a, b = np.abs(_equal(facts, kind)).T
-    np.add.at(out, group[a], _marks(2, place[a], place[b]))
+    np.add.at(out, group[a], _marks(3, place[a], place[b]))
     for i, (rows, _) in enumerate(facts.told):
         unit, key = rows.T
-        np.add.at(out, group[unit], _marks(3 + i, place[unit], key))
+        np.add.at(out, group[unit], _marks(4 + i, place[unit], key))
     return out
 
 
@@ -401,7 +405,7 @@ def _blocks(facts: Facts, kind: Kind, block_of: _Units) -> Iterator[_Units]:
     t = _table(facts, kind, c, parts)
     axis, at, unit, q = t.T
     look = np.zeros(facts.n + 1, np.int64)  # on which axes, and how
-    np.add.at(look, unit, _marks(0, axis, q + 32))
+    np.add.at(look, unit, _marks(0, axis, q))
     if kind == scale:  # cut as permutations are, so that one space serves both
         key, first = look.copy(), np.array([a.first for a in facts.axes], int)
         np.add.at(key, unit, _marks(1, block_of[first[axis] + at]))
@@ -573,20 +577,26 @@ class Labelled(torch.Tensor):
             dtype=inner.dtype,
             device=inner.device,
         )
-        new.value = replace(value, stride=inner.stride())
         new.inner, new.origin, new.reading = inner, origin, reading
+        new.holds(value)
         return new
+
+    def holds(self, value: Value) -> None:
+        "Take a value, with where the entries are"
+        layout = dict(stride=self.inner.stride())
+        layout["offset"] = self.inner.storage_offset()
+        self.value = replace(value, **layout)
 
     def __repr__(self) -> str:
         return f"Labelled{tuple(self.shape)}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Labelled":
-        return memo.setdefault(id(self), self.clone())
+        return self.clone()
 
     def numpy(self, **how: Any) -> np.ndarray:
         "The entries themselves: what moves them would not be heard"
         self.reading.looked, self.reading.facts.why = True, "numpy"
-        self.reading.facts.stop(self.value.labels)
+        self.reading.facts.stop(self.value.labels + self.value.owed)
         return self.inner.numpy(**how)
 
     def tolist(self) -> Any:
@@ -601,9 +611,11 @@ class Labelled(torch.Tensor):
     @data.setter
     def data(self, new: Tensor) -> None:
         "Other contents: they must move as those before"
-        keep_same(self.reading.facts, _value(new), self.value)
+        value = _value(new)
+        keep_same(self.reading.facts, value, self.value)
+        self.reading.facts.stop(value.owed)
         self.inner = _inner(new)
-        self.value = replace(self.value, stride=self.inner.stride())
+        self.holds(self.value)
 
     @classmethod
     def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
@@ -622,21 +634,26 @@ class Labelled(torch.Tensor):
         return live.hear(op, args, kwargs) if live else op(*args, **kwargs)
 
 
-_KEPT = """a tensor without values: the model kept it outside its attributes while
-`wire` read it, in a cache of a class or a function for one; empty that cache"""
+_KEPT = (
+    "a tensor without values: the model kept it in a cache outside its "
+    "attributes while `wire` read it; empty that cache"
+)
 
 
 class _Around(TorchFunctionMode):
-    "Within it a reading listens, also to zeros and to parameters in lists"
+    """Within it a reading listens, also to zeros that the model makes and to
+    parameters that it reaches in other ways"""
 
     def __init__(
         self,
         reading: "Reading",
-        state: dict[str, Labelled],  # What stands for each parameter
+        state: dict[str, Labelled],  # What stands for a parameter or buffer
     ):
         super().__init__()
         self.reading, self.own = reading, {}
         self.memory = defaultdict(list)
+        for name, t in reading.model.named_buffers():
+            self.own[id(t)] = state[name]
         for name, t in reading.model.named_parameters():
             self.own[id(t)] = state[name]
             if _plain(t):
@@ -661,12 +678,16 @@ class _Around(TorchFunctionMode):
         return self.zeros(out) if made and "out" not in kwargs else out
 
     def known(self, t: Tensor) -> Tensor:
-        "A parameter as it is heard; if only its entries are the same, it stays"
-        if id(t) in self.own or not _plain(t):
-            return self.own.get(id(t), t)
-        for twin in self.memory.get(t.untyped_storage()._cdata, ()):
-            self.reading.facts.why = f"{twin.value.name!r} under another name"
-            self.reading.facts.stop(twin.value.labels)
+        "What stands for a tensor; another with a parameter's memory stops that"
+        if id(t) in self.own:
+            return self.own[id(t)]
+        bare = t
+        while torch._C._functorch.is_functorch_wrapped_tensor(bare):
+            bare = torch._C._functorch.get_unwrapped(bare)
+        if _plain(bare):
+            for twin in self.memory.pop(bare.untyped_storage()._cdata, ()):
+                self.reading.facts.why = f"{twin.value.name!r} under another name"
+                self.reading.facts.stop(twin.value.labels)
         return t
 
     def zeros(self, out: Tensor) -> Tensor:
@@ -674,7 +695,8 @@ class _Around(TorchFunctionMode):
         channels = 1 if out.ndim > 3 else out.ndim - 1
         shape = [n if d == channels else 1 for d, n in enumerate(out.shape)]
         data = out.requires_grad or not out.is_floating_point()
-        if data or math.prod(shape) < 2 or not _plain(_inner(out)):
+        units = math.prod(shape)  # a longer one is no state
+        if data or not 1 < units <= 1 << 14 or not _plain(_inner(out)):
             return out
         value = Value(tuple(out.shape), (self.reading.facts.fresh(*shape),))
         return Labelled(_inner(out), value, Origin(frozenset()), self.reading)
@@ -756,7 +778,7 @@ class Reading:
             if torch.Tag.inplace_view in op.tags:  # no entry changes
                 with torch._C._DisableTorchDispatch():
                     op(*args, **kwargs)
-                a.value = replace(value, stride=a.inner.stride())
+                a.holds(value)
             else:  # in place: whoever looks at it must stay right
                 keep_same(self.facts, value, _value(a))
             if isinstance(a, Labelled):
@@ -861,18 +883,22 @@ def _carried(
     return Labelled(inner, value, Origin(frozenset({own} - {""})), reading)
 
 
-_BARE = type, ModuleType, FunctionType, CodeType, FrameType
+_FAR = type, ModuleType, CodeType, FrameType  # they lead to the whole program
 
 
 def _labelled(out: Any) -> Iterator[Labelled]:
     "All labelled tensors in an output, whatever holds them"
     found, seen = [out], set()
     for a in found:
-        if id(a) in seen or isinstance(a, _BARE):
+        if id(a) in seen or isinstance(a, _FAR):
             continue
         seen.add(id(a))
         if isinstance(a, Labelled):
             yield a
+        elif isinstance(a, FunctionType):
+            found += [a.__closure__, a.__defaults__, a.__kwdefaults__]
+        elif isinstance(a, np.ndarray):
+            found += a.ravel().tolist() if a.dtype == object else []
         else:
             found += gc.get_referents(a)
 
@@ -923,24 +949,25 @@ def _naming(model: nn.Module, where: list[str]) -> Iterator[None]:
         after.remove()
 
 
-def _containers(held: Iterable[Any]) -> list[Any]:
-    "All dicts and lists that are values of some, or of each other"
-    found, seen = list(held), set()
-    for v in found:
-        inner = v.values() if isinstance(v, dict) else v
-        new = [
-            a for a in inner if isinstance(a, dict | list) and id(a) not in seen
-        ]
-        seen.update(map(id, new))
-        found += new
-    return [v for v in found if id(v) in seen]
+def _containers(modules: Iterable[nn.Module]) -> list[dict[Any, Any] | list[Any]]:
+    "Dicts and lists that are attributes, or values of a dict that is one"
+    held = [v for m in modules for v in vars(m).values()]
+    held += [v for d in held if isinstance(d, dict) for v in dict.values(d)]
+    return [v for v in held if isinstance(v, dict | list)]
+
+
+def _entries(v: dict[Any, Any] | list[Any]) -> list[Any]:
+    "What a list holds, or a dict: keys and values in turn"
+    if isinstance(v, list):
+        return list.copy(v)
+    return [a for pair in dict.items(v) for a in pair]
 
 
 @contextmanager
 def _in_mode(model: nn.Module, train: bool) -> Iterator[None]:
     "Within it a model is in train or eval mode, and nothing is hidden in one op"
     modes = {m: m.training for m in model.modules()}
-    own = [(v, copy(v)) for v in _containers(map(vars, modes))]
+    own = [(v, _entries(v)) for v in _containers(modes)]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -953,11 +980,17 @@ def _in_mode(model: nn.Module, train: bool) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for now, was in own:
-            now.clear()
-            now.update(was) if isinstance(now, dict) else now.extend(was)
         for m, training in modes.items():
             m.training = training
+        for v, was in own:
+            now = _entries(v)
+            if len(now) == len(was) and all(map(is_, now, was)):
+                continue
+            if isinstance(v, dict):
+                dict.clear(v)
+                dict.update(v, zip(was[::2], was[1::2]))
+            else:
+                list.__setitem__(v, slice(None), was)
 
 # %% ../nbs/04_wiring.ipynb #14f68cff
 def _reasons(facts: Facts, kind: Kind) -> dict[tuple[str, int], str]:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import ClassVar
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1436,6 +1437,13 @@ class Circular:
         self.held, self.own = held, self
 
 
+def in_array(y: Tensor) -> np.ndarray:
+    "An array of one object"
+    held = np.empty(1, object)
+    held[0] = y
+    return held
+
+
 @pytest.mark.parametrize(
     "hold",
     [
@@ -1445,6 +1453,8 @@ class Circular:
         Slotted,
         Circular,
         lambda y: SimpleNamespace(held=[y]),
+        lambda y: lambda: y,
+        in_array,
     ],
 )
 def test_an_output_stays_whatever_holds_it(hold):
@@ -1469,13 +1479,22 @@ def as_attribute(model: nn.Module, weight: nn.Parameter) -> None:
     model.other = weight.data
 
 
+def applied(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight.mT
+
+
+def mapped(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.vmap(torch.sin)(weight)
+
+
+@pytest.mark.parametrize("f", [applied, mapped])
 @pytest.mark.parametrize("keep", [in_list, as_buffer, as_frozen, as_attribute])
-def test_a_weight_that_is_kept_twice_stays(keep):
+def test_a_weight_that_is_kept_twice_stays(keep, f):
     "What it does under its other name counts, too: here it makes an output"
 
     def both(layers, x):
         other = model.other[0] if type(model.other) is list else model.other
-        return layers["b"](layers["a"](x)), x @ other.mT
+        return layers["b"](layers["a"](x)), f(x, other)
 
     layers = {name: nn.Linear(5, 5) for name in "ab"}
     model, x = Tiny(both, **layers), torch.randn(3, 5)
@@ -1520,6 +1539,23 @@ def test_what_a_model_keeps_is_no_longer_heard():
     assert first == second and first[0].commutes == {perm}
     assert model.own == {"kept": []}
     assert model(x).isfinite().all()
+
+
+class ReadOnly(dict):
+    "A dict that nobody changes, as settings often are"
+
+    def __setitem__(self, *_):
+        raise TypeError("read-only")
+
+    update = clear = __setitem__
+
+
+def test_what_did_not_change_is_left_alone():
+    "`ValueError: wire cannot run Sequential: read-only`, in train mode after it"
+    model, x = mlp(nn.ReLU).eval(), torch.randn(7, 5)
+    model.settings = ReadOnly(width=5)
+    assert wire(model, x).spaces
+    assert model.settings == {"width": 5} and not model.training
 
 
 def test_a_tensor_without_values_says_so():
