@@ -382,13 +382,13 @@ def _places(c: _Units) -> _Units:
     return place
 
 
-def _roles(facts: Facts, kind: Kind, c: _Units) -> _Units:
+def _roles(facts: Facts, equal: _Units, c: _Units) -> _Units:
     "A hash of what is said of the units of each class, by their places in it"
     out, place, group = np.zeros(len(c), np.int64), _places(c), np.abs(c)
     for i, axis in enumerate(facts.axes):
         own = np.arange(axis.first, axis.first + axis.size)
         np.add.at(out, group[own], _marks(2, i, place[own]))
-    a, b = np.abs(_equal(facts, kind)).T
+    a, b = np.abs(equal).T
     np.add.at(out, group[a], _marks(3, place[a], place[b]))
     for i, (rows, _) in enumerate(facts.told):
         unit, key = rows.T
@@ -401,7 +401,8 @@ def _blocks(facts: Facts, kind: Kind, block_of: _Units) -> Iterator[_Units]:
     if kind == scale:
         c, parts = _log_scales(facts)
     else:
-        c, parts = _classes(facts, kind, _equal(facts, kind)), {}
+        equal = _equal(facts, kind)
+        c, parts = _classes(facts, kind, equal), {}
     t = _table(facts, kind, c, parts)
     axis, at, unit, q = t.T
     look = np.zeros(facts.n + 1, np.int64)  # on which axes, and how
@@ -410,7 +411,7 @@ def _blocks(facts: Facts, kind: Kind, block_of: _Units) -> Iterator[_Units]:
         key, first = look.copy(), np.array([a.first for a in facts.axes], int)
         np.add.at(key, unit, _marks(1, block_of[first[axis] + at]))
     else:
-        key = look + _roles(facts, kind, c)
+        key = look + _roles(facts, equal, c)
     t = t[np.lexsort((at, q, axis, unit, key[unit], look[unit]))]
     alike, unit = defaultdict(list), t[:, 2]
     cut = np.flatnonzero((np.diff(key[unit]) != 0) | (np.diff(look[unit]) != 0))
@@ -583,9 +584,8 @@ class Labelled(torch.Tensor):
 
     def holds(self, value: Value) -> None:
         "Take a value, with where the entries are"
-        layout = dict(stride=self.inner.stride())
-        layout["offset"] = self.inner.storage_offset()
-        self.value = replace(value, **layout)
+        stride, offset = self.inner.stride(), self.inner.storage_offset()
+        self.value = replace(value, stride=stride, offset=offset)
 
     def __repr__(self) -> str:
         return f"Labelled{tuple(self.shape)}"
@@ -670,25 +670,25 @@ class _Around(TorchFunctionMode):
     def __torch_function__(self, f, types, args=(), kwargs=None):
         given = args, kwargs or {}
         plain = [a for a in tree_leaves(given) if type(a) in _PLAIN]
-        if any(self.known(a) is not a for a in plain):
-            given = tree_map_only(_PLAIN, self.known, given)
+        for a in plain:
+            self.stop_twins(a)
+        if any(id(a) in self.own for a in plain):
+            given = tree_map_only(_PLAIN, lambda a: self.own.get(id(a), a), given)
         args, kwargs = given
         out = f(*args, **kwargs)
         made = f in (torch.zeros, torch.zeros_like, Tensor.new_zeros)
         return self.zeros(out) if made and "out" not in kwargs else out
 
-    def known(self, t: Tensor) -> Tensor:
-        "What stands for a tensor; another with a parameter's memory stops that"
+    def stop_twins(self, t: Tensor) -> None:
+        "Parameters whose memory another tensor has stay"
         if id(t) in self.own:
-            return self.own[id(t)]
-        bare = t
-        while torch._C._functorch.is_functorch_wrapped_tensor(bare):
-            bare = torch._C._functorch.get_unwrapped(bare)
-        if _plain(bare):
-            for twin in self.memory.pop(bare.untyped_storage()._cdata, ()):
+            return
+        while torch._C._functorch.is_functorch_wrapped_tensor(t):
+            t = torch._C._functorch.get_unwrapped(t)
+        if _plain(t):
+            for twin in self.memory.pop(t.untyped_storage()._cdata, ()):
                 self.reading.facts.why = f"{twin.value.name!r} under another name"
                 self.reading.facts.stop(twin.value.labels)
-        return t
 
     def zeros(self, out: Tensor) -> Tensor:
         "With units along its channels: no move changes zeros"

@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shutil
+from contextlib import contextmanager
 
 import pytest
 from test_tree import ROOT, run
@@ -58,22 +59,27 @@ def test_what_a_gpu_made_is_whole_and_names_it():
     assert not any("card" in made for made in fig6.made(COMMITTED))
 
 
+@contextmanager
+def changing(folder):
+    "One of its results files, to be changed within"
+    path = folder / "test_functions_sizes.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    yield saved
+    path.write_text(json.dumps(saved), encoding="utf-8")
+
+
 def test_another_number_is_seen(recomputed, capsys):
     "Control of the test above"
-    path = recomputed / "test_functions_sizes.json"
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    saved["rows"][0]["end"][0] += 1
-    path.write_text(json.dumps(saved), encoding="utf-8")
+    with changing(recomputed) as saved:
+        saved["rows"][0]["end"][0] += 1
     assert reproduce(["test_functions"], recomputed, COMMITTED) == 1
     assert "1 columns differ" in capsys.readouterr().out
 
 
 def test_unknown_hours_are_not_summed(recomputed, capsys):
     "A file of the committed results that does not say what its rows took"
-    path = recomputed / "test_functions_sizes.json"
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    del saved["core_seconds"]
-    path.write_text(json.dumps(saved), encoding="utf-8")
+    with changing(recomputed) as saved:
+        del saved["core_seconds"]
     assert reproduce(["test_functions"], COMMITTED, recomputed) == 0
     said = capsys.readouterr().out
     assert "are there; its core-hours are not recorded\n" in said
