@@ -775,7 +775,8 @@ class Reading:
             if id(t) not in own:
                 return Labelled(t, value, origin, self)
             a = own[id(t)]
-            if torch.Tag.inplace_view in op.tags:  # no entry changes
+            turned = torch.Tag.inplace_view in op.tags  # no entry changes
+            if turned and isinstance(a, Labelled):
                 with torch._C._DisableTorchDispatch():
                     op(*args, **kwargs)
                 a.holds(value)

@@ -1381,6 +1381,12 @@ def filled_zeros(layers, x):
     return layers["b"](layers["a"](x) * z)
 
 
+def set_to_units(layers, x):
+    y, held = layers["a"](x), torch.empty(0, dtype=x.dtype, device=x.device)
+    held.set_(y)
+    return layers["b"](y), held
+
+
 def through_numpy(layers, x):
     y = layers["a"](x).detach()
     return layers["b"](y + torch.from_numpy(y.numpy()))
@@ -1399,6 +1405,7 @@ CORNERS = (
     names_of_units,
     whole_numbers,
     filled_zeros,
+    set_to_units,
     through_numpy,
     other_strides,
     drawn_by_values,
